@@ -1,0 +1,1 @@
+"""A JAX codebase for making language models: data, training, alignment, compression, evaluation and serving."""

@@ -1,0 +1,114 @@
+"""How a parameter is declared, and the table of declarations that everything else reads.
+
+A module declares its parameters with `parameter` and holds shapes only; values come from
+`llm.models.initialization`. `parameter_specs` takes the declarations out as a nested dict that mirrors the nested
+dict of arrays: sharding, initialisation, muP, weight-decay masks and optimizers read that table and never match names.
+"""
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Role(enum.Enum):
+    """What a parameter does, as muP tells them apart (Yang et al. 2022, Tensor Programs V, table 8)."""
+
+    EMBEDDING = 'embedding'  # from a finite axis (vocabulary, positions) to width
+    HIDDEN = 'hidden'  # from width to width
+    OUTPUT = 'output'  # from width to a finite axis
+    VECTOR = 'vector'  # scales, biases: one axis of width, or none
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """The declaration of one parameter.
+
+    Attributes:
+        shape: sizes, including the leading repeat axis of stacked layers.
+        axes: logical axis of each dimension; as many as `shape` has.
+        role: see Role.
+        inputs: dimensions that are fan-in; outputs: dimensions that are fan-out. The rest (layers, experts) are batch.
+        residual: whether the output is added to the residual stream (GPT-2 and T-Fixup scale these).
+        constant: initial value of every element; None draws at random.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    role: Role
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    residual: bool = False
+    constant: float | None = None
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f'shape {self.shape} and axes {self.axes} differ in length')
+
+    @property
+    def fan_in(self) -> int:
+        """Product of the input dimensions; 1 if there are none."""
+        return math.prod(self.shape[i] for i in self.inputs)
+
+    @property
+    def fan_out(self) -> int:
+        """Product of the output dimensions; 1 if there are none."""
+        return math.prod(self.shape[i] for i in self.outputs)
+
+    def stacked(self, size: int) -> 'ParameterSpec':
+        """The spec of `size` such parameters along a new leading `layers` axis."""
+        return dataclasses.replace(
+            self,
+            shape=(size, *self.shape),
+            axes=('layers', *self.axes),
+            inputs=tuple(i + 1 for i in self.inputs),
+            outputs=tuple(i + 1 for i in self.outputs),
+        )
+
+
+def _declare(spec: ParameterSpec) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec, eager_sharding=False)
+
+
+def parameter(
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    role: Role,
+    *,
+    inputs: tuple[int, ...] = (),
+    outputs: tuple[int, ...] = (),
+    residual: bool = False,
+    constant: float | None = None,
+) -> nnx.Param:
+    """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
+    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, constant))
+
+
+def stack(module: nnx.Module, size: int) -> nnx.Module:
+    """`module` with every parameter repeated `size` times along a new leading `layers` axis, in place."""
+    for _, part in nnx.iter_modules(module):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, nnx.Param):
+                setattr(part, name, _declare(value.get_metadata('spec').stacked(size)))
+    return module
+
+
+def parameter_specs(module: nnx.Module) -> dict[str, Any]:
+    """Nested dict of ParameterSpec with the structure of the nested dict of the module's arrays."""
+    specs: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        node = specs
+        for key in path[:-1]:
+            node = node.setdefault(str(key), {})
+        node[str(path[-1])] = variable.get_metadata('spec')
+    return specs
+
+
+def count_parameters(specs: dict[str, Any]) -> int:
+    """Number of scalars in all parameters of the table."""
+    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, ParameterSpec))
+    return sum(math.prod(spec.shape) for spec in leaves)

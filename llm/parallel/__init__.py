@@ -1,0 +1,1 @@
+"""Devices: the mesh, and the rules that place logical axes on it."""

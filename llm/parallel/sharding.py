@@ -1,0 +1,104 @@
+"""Where logical axes live on the mesh: one table, read for parameters and for activations."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llm.errors import UserError
+
+Axes = tuple[str | None, ...]
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """The table: (logical axis, mesh axes it is split over). First fitting row wins, `None` keeps an axis whole.
+
+    A mesh axis is used at most once in one array: a row whose mesh axes are already taken by an earlier dimension
+    is passed over. `parameters` is read for parameters and optimizer state, `activations` for activations.
+    """
+
+    parameters: tuple[tuple[str, MeshAxes], ...] = (
+        ('layers', 'pipeline'),
+        ('experts', 'expert'),
+        ('vocab', 'tensor'),
+        ('heads', 'tensor'),
+        ('kv_heads', 'tensor'),
+        ('mlp', 'tensor'),
+        ('embed', ('fsdp', 'sequence')),
+    )
+    activations: tuple[tuple[str, MeshAxes], ...] = (
+        ('batch', ('data', 'fsdp', 'expert')),
+        ('sequence', 'sequence'),
+        ('heads', 'tensor'),
+        ('kv_heads', 'tensor'),
+        ('mlp', 'tensor'),
+        ('vocab', 'tensor'),
+    )
+
+    def partition(self, axes: Axes, mesh: Mesh, *, parameters: bool) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out."""
+        rows = self.parameters if parameters else self.activations
+        taken: set[str] = set()
+        spec: list[MeshAxes] = []
+        for axis in axes:
+            chosen: tuple[str, ...] = ()
+            for logical, mesh_axes in rows:
+                if logical == axis and mesh_axes is not None:
+                    wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+                    usable = tuple(a for a in wanted if mesh.shape[a] > 1)
+                    if not taken.intersection(usable):
+                        chosen = usable
+                        break
+            taken.update(chosen)
+            spec.append(chosen[0] if len(chosen) == 1 else (chosen or None))
+        return PartitionSpec(*spec)
+
+
+_current: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar('axis_rules', default=None)
+
+
+@contextlib.contextmanager
+def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+    """Within this context `constrain` places activations on `mesh` by `rules`."""
+    token = _current.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x."""
+    if x.ndim != len(axes):
+        raise ValueError(f'array of shape {x.shape} was given axes {axes}')
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.partition(axes, mesh, parameters=False)))
+
+
+def parameter_sharding(axes: Axes, shape: Sequence[int], mesh: Mesh, rules: AxisRules, name: str) -> NamedSharding:
+    """The sharding of one parameter.
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes it is split over.
+    """
+    spec = rules.partition(axes, mesh, parameters=True)
+    for axis, size, mesh_axes in zip(axes, shape, spec, strict=True):
+        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ()):
+            if size % mesh.shape[mesh_axis]:
+                raise UserError(
+                    f'{axis!r} of size {size} cannot be divided over mesh axis {mesh_axis!r} '
+                    f'of size {mesh.shape[mesh_axis]}',
+                    where=f'parameter {name}',
+                    fix=f'Change the model so that {mesh.shape[mesh_axis]} divides {size}, or lower '
+                    f'MeshConfig.{mesh_axis}.',
+                )
+            size //= mesh.shape[mesh_axis]
+    return NamedSharding(mesh, spec)

@@ -1,0 +1,11 @@
+"""Every test runs on CPU with eight simulated devices; set before anything imports jax."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# libtpu is used to compile only; without these it looks for a TPU host and prints noise.
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
