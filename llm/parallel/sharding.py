@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -91,14 +92,12 @@ def parameter_sharding(axes: Axes, shape: Sequence[int], mesh: Mesh, rules: Axis
     """
     spec = rules.partition(axes, mesh, parameters=True)
     for axis, size, mesh_axes in zip(axes, shape, spec, strict=True):
-        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ()):
-            if size % mesh.shape[mesh_axis]:
-                raise UserError(
-                    f'{axis!r} of size {size} cannot be divided over mesh axis {mesh_axis!r} '
-                    f'of size {mesh.shape[mesh_axis]}',
-                    where=f'parameter {name}',
-                    fix=f'Change the model so that {mesh.shape[mesh_axis]} divides {size}, or lower '
-                    f'MeshConfig.{mesh_axis}.',
-                )
-            size //= mesh.shape[mesh_axis]
+        over = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        if size % ways:
+            raise UserError(
+                f'{axis!r} of size {size} cannot be divided over mesh axis {"*".join(over)!r} of size {ways}',
+                where=f'parameter {name}',
+                fix=f'Change the model so that {ways} divides {size}, or lower MeshConfig.{over[0]}.',
+            )
     return NamedSharding(mesh, spec)

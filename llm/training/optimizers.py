@@ -1,0 +1,114 @@
+"""AdamW, Muon and SGD as optax chains whose per-parameter factors come from the spec table."""
+
+import dataclasses
+import operator
+from typing import Any, Literal
+
+import jax
+import optax
+from optax import contrib
+
+from llm.errors import UserError
+from llm.models.parameters import ParameterSpec
+from llm.training.parametrization import learning_rate_multipliers, optimizer_families, weight_decay_multipliers
+from llm.training.schedules import ScheduleConfig, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates.
+
+    Attributes:
+        kind: `adamw` (Loshchilov and Hutter 2019), `muon` (Jordan et al. 2024; hidden matrices by Muon, the rest by
+            AdamW) or `sgd` with momentum.
+        learning_rate: peak, for Adam's and SGD's parameters, at the base width.
+        muon_learning_rate: peak for Muon's parameters; read when kind is `muon`.
+        beta1, beta2, epsilon: Adam's.
+        momentum: Muon's and SGD's.
+        weight_decay: fraction removed per step is learning_rate * weight_decay, of matrices and embeddings only.
+        clip_norm: largest global gradient norm; None does not clip.
+        schedule: shared by all learning rates.
+    """
+
+    kind: Literal['adamw', 'muon', 'sgd'] = 'adamw'
+    learning_rate: float = 3e-4
+    muon_learning_rate: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.muon_learning_rate <= 0:
+            raise UserError('a learning rate is not positive', where='OptimizerConfig', fix='Use a value above 0.')
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError('clip_norm is not positive', where='OptimizerConfig', fix='Use None to not clip.')
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of Adam's and SGD's parameters by step, as reported in the metrics."""
+    return make_schedule(config.schedule, config.learning_rate, total_steps)
+
+
+def _scale_each(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+
+
+def _decay_each(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u, f, p: u + f * p, updates, factors, params))
+
+
+def make_optimizer(
+    config: OptimizerConfig, specs: Any, base_specs: Any, total_steps: int
+) -> optax.GradientTransformation:
+    """The optax transformation for parameters with these specs.
+
+    Order: clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and fan-out as the spec
+    gives them; layers and experts are batch.
+
+    Args:
+        specs, base_specs: nested dict of ParameterSpec of the model, and of the model at its muP base width (the same
+            table under standard parametrization).
+        total_steps: length of the run, for the schedule.
+    """
+    families = optimizer_families(specs, config.kind)
+    group = jax.tree.map(
+        lambda family: config.muon_learning_rate / config.learning_rate if family == 'muon' else 1.0, families
+    )
+    rates = jax.tree.map(operator.mul, group, learning_rate_multipliers(specs, base_specs, families))
+    decays = jax.tree.map(
+        lambda ratio, mask: config.weight_decay * ratio * mask, group, weight_decay_multipliers(specs)
+    )
+
+    def dimensions(updates: Any) -> Any:
+        return jax.tree.map(
+            lambda spec, update: (
+                update
+                if isinstance(update, optax.MaskedNode)
+                else contrib.MuonDimensionNumbers(reduction_axis=spec.inputs, output_axis=spec.outputs)
+            ),
+            specs,
+            updates,
+            is_leaf=lambda node: isinstance(node, ParameterSpec),
+        )
+
+    rules = {
+        'adam': optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        'muon': contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
+        'sgd': optax.trace(config.momentum),
+    }
+    used = set(jax.tree.leaves(families))
+    if len(used) == 1:
+        rule = rules[used.pop()]
+    else:
+        rule = optax.partition({name: rules[name] for name in sorted(used)}, families)
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        rule,
+        _scale_each(rates),
+        _decay_each(decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+    )

@@ -1,0 +1,135 @@
+"""The training step and the evaluation step, as pure functions of (state, batch)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from llm.errors import UserError
+from llm.parallel.sharding import constrain
+from llm.training.losses import summed_loss
+
+State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
+Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What one step computes.
+
+    Attributes:
+        batch_size: rows of the global batch. sequence_length: tokens per row.
+        gradient_accumulation: microbatches that the batch is cut into; does not change the loss or the gradient.
+        z_loss: coefficient of log_z ** 2; see `llm.training.losses`.
+        seed: of initial parameters and dropout.
+    """
+
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int = 1
+    z_loss: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.sequence_length < 1 or self.gradient_accumulation < 1:
+            raise UserError(
+                'batch_size, sequence_length and gradient_accumulation must be positive', where='StepConfig'
+            )
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f'a batch of {self.batch_size} rows cannot be cut into {self.gradient_accumulation} microbatches',
+                where='StepConfig.gradient_accumulation',
+                fix='Make gradient_accumulation divide batch_size.',
+            )
+
+
+def _apply(model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
+    return nnx.merge(model, parameters)(
+        batch['inputs'], positions=batch['positions'], segment_ids=batch['segment_ids'], dropout_key=dropout_key
+    )
+
+
+def make_train_step(
+    model: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig,
+    *,
+    dropout: bool,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The pure training step.
+
+    Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
+    tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
+    as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
+
+    Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens.
+    """
+    microbatches = config.gradient_accumulation
+
+    def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        logits = _apply(model, parameters, batch, key if dropout else None)
+        return summed_loss(logits, batch['targets'], batch['loss_weights'], config.z_loss)
+
+    gradient_of_sum = jax.grad(summed, has_aux=True)
+
+    def accumulated(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+        if microbatches == 1:
+            return gradient_of_sum(parameters, batch, key)
+
+        # Row r goes to microbatch r mod A, so that each device cuts up the rows that it already holds.
+        def split(x: jax.Array) -> jax.Array:
+            x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+            return constrain(x, (None, 'batch', 'sequence'))
+
+        def body(total: Any, index_and_rows: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            index, rows = index_and_rows
+            part = gradient_of_sum(parameters, rows, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, part), None
+
+        rows = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda x: x[0], rows)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of_sum, parameters, first, key)
+        )
+        return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
+        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
+        gradients, sums = accumulated(state['parameters'], batch, key)
+        tokens = jnp.maximum(sums['tokens'], 1)
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['parameters'])
+        metrics = {
+            'loss': sums['nll'] / tokens,
+            'z_loss': sums['z_loss'] / tokens,
+            'gradient_norm': optax.tree.norm(gradients),
+            'learning_rate': schedule(state['step']),
+            'tokens': sums['tokens'],
+        }
+        new_state = {
+            'parameters': optax.apply_updates(state['parameters'], updates),
+            'optimizer': optimizer_state,
+            'step': state['step'] + 1,
+        }
+        return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    return train_step
+
+
+def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
+    """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch."""
+
+    def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
+        batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
+        logits = _apply(model, parameters, batch, None)
+        sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
+        return {'nll': sums['nll'], 'tokens': sums['tokens']}
+
+    return evaluation_step

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from llm.errors import UserError
+from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.sharding import AxisRules, constrain, parameter_sharding, use_rules
+
+RULES = AxisRules()
+
+
+def test_parameter_axes_follow_the_table():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    sharding = parameter_sharding(('layers', 'embed', 'mlp'), (3, 8, 6), mesh, RULES, 'w')
+    assert sharding.spec == PartitionSpec(None, 'fsdp', 'tensor')
+
+
+def test_a_mesh_axis_is_used_once_in_an_array():
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    assert RULES.partition(('heads', 'mlp'), mesh, parameters=True) == PartitionSpec('tensor', None)
+
+
+def test_axes_of_size_one_are_left_out():
+    mesh = make_mesh(MeshConfig(data=-1))
+    assert RULES.partition(('batch', 'sequence', 'embed'), mesh, parameters=False) == PartitionSpec('data', None, None)
+    assert RULES.partition(('embed', 'mlp'), mesh, parameters=True) == PartitionSpec(None, None)
+
+
+def test_the_batch_is_split_over_all_its_axes():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    assert RULES.partition(('batch',), mesh, parameters=False) == PartitionSpec(('data', 'fsdp'))
+
+
+def test_a_dimension_that_the_mesh_cannot_divide_is_named():
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    with pytest.raises(UserError, match=r"parameter attention/query: 'heads' of size 3 .* 'tensor' of size 2"):
+        parameter_sharding(('embed', 'heads', 'head_dim'), (8, 3, 4), mesh, RULES, 'attention/query')
+
+
+def test_constrain_places_activations_and_is_nothing_outside_of_rules():
+    mesh = make_mesh(MeshConfig(data=8))
+    x = jnp.ones((8, 4))
+    assert constrain(x, ('batch', 'embed')) is x
+    with use_rules(mesh, RULES):
+        y = jax.jit(lambda x: constrain(x, ('batch', 'embed')))(x)
+    assert y.sharding.spec == PartitionSpec('data', None) or y.sharding.spec == PartitionSpec('data')
+    with pytest.raises(ValueError, match='was given axes'):
+        constrain(x, ('batch',))

@@ -1,0 +1,10 @@
+from llm.errors import UserError
+
+
+def test_one_line_says_where_what_and_what_to_do():
+    error = UserError('no file\nmatches', where='data.gin:3', fix='Check\n  the glob.')
+    assert str(error) == 'data.gin:3: no file matches. Check the glob.'
+
+
+def test_parts_that_are_absent_leave_no_trace():
+    assert str(UserError('it broke')) == 'it broke'
