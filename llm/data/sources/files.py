@@ -1,0 +1,200 @@
+"""Files on disk: finding them by globs, streaming their decompressed bytes, cutting the stream into records.
+
+Memory stays bounded by one record and one chunk, whatever the size of a file.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import zstandard
+
+from llm.errors import UserError
+
+# Compressed bytes read at a time. Small, because one chunk of a very repetitive file decompresses a thousandfold.
+_CHUNK_BYTES = 16 * 1024
+_BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+
+
+def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    """The files that the globs match (`**` crosses folders, `~` is the home folder), sorted, each once.
+
+    Raises UserError for a glob that matches no file, a directory, and a file whose suffix is not one of `suffixes`:
+    leaving such a file out in silence could lose half of a corpus.
+    """
+    found: dict[str, str] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        for path in _match(pattern):
+            if not path.endswith(suffixes):
+                raise UserError(
+                    f'{pattern!r} matches a file of a kind that is not read',
+                    where=path,
+                    fix=f'Narrow the glob; what is read ends in {", ".join(suffixes)}',
+                )
+            found.setdefault(os.path.realpath(path), path)
+    if not found:
+        raise UserError('no files are given', fix='Set files to a glob such as "my_texts/*.txt"')
+    return tuple(sorted(found.values()))
+
+
+def _match(pattern: str) -> list[str]:
+    if '://' in pattern:
+        raise UserError(f'{pattern!r} is not on this disk', fix='Copy the files here, or mount the bucket as a folder')
+    expanded = os.path.expanduser(pattern)
+    if os.path.isdir(expanded):
+        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, "*.txt")!r}')
+    if os.path.exists(expanded):  # also for names that contain *, ? or [
+        return [expanded]
+    matches = sorted(path for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path))
+    if not matches:
+        raise UserError(f'no file matches {pattern!r}', fix=f'Check the path; the current folder is {os.getcwd()}')
+    return matches
+
+
+def unreadable(path: str, error: OSError) -> UserError:
+    """The error for a file that the system does not let us read."""
+    return UserError(f'cannot be read ({error.strerror or error})', where=path, fix='Check that it exists and its mode')
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: str, size: int, modified: int, inode: int) -> bytes:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').digest()
+
+
+def content_digest(path: str) -> bytes:
+    """SHA-256 of a file's content, read once in a process while its size and modification time stay."""
+    try:
+        stat = os.stat(path)
+        return _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def stream_bytes(path: str) -> Iterator[bytes]:
+    """The decompressed content in non-empty chunks, without a leading byte order mark.
+
+    Raises UserError when the file cannot be read, or when its gzip or zstandard data is corrupt or ends early.
+    """
+    chunks = _stream_compressed(path)
+    start = b''
+    for chunk in chunks:
+        start += chunk
+        if len(start) >= len(_BYTE_ORDER_MARK):
+            break
+    start = start.removeprefix(_BYTE_ORDER_MARK)
+    if start:
+        yield start
+    yield from chunks
+
+
+class _Decompressor(Protocol):
+    """What zlib's and zstandard's decompression objects have in common."""
+
+    eof: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _new_decompressor(path: str) -> _Decompressor | None:
+    if path.endswith('.gz'):
+        return zlib.decompressobj(wbits=31)
+    if path.endswith('.zst'):
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    return None
+
+
+def _stream_compressed(path: str) -> Iterator[bytes]:
+    read = written = 0
+    try:
+        with open(path, 'rb') as file:
+            if _new_decompressor(path) is None:
+                while chunk := file.read(1 << 18):
+                    yield chunk
+                return
+            member: _Decompressor | None = None
+            empty = True
+            while data := file.read(_CHUNK_BYTES):
+                empty = False
+                while data:
+                    member = member or _new_decompressor(path)
+                    assert member is not None
+                    output = member.decompress(data)
+                    written += len(output)
+                    if output:
+                        yield output
+                    data = b''
+                    if member.eof:  # files may be concatenated, and gzip files padded with zeros
+                        data = member.unused_data.lstrip(b'\0') if path.endswith('.gz') else member.unused_data
+                        member = None
+                read = file.tell()
+            if empty or member is not None:
+                raise UserError(
+                    f'compressed data ends early, at byte {read} ({written} bytes of content before it)',
+                    where=path,
+                    fix='Fetch or write the file again',
+                )
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise UserError(
+            f'compressed data is corrupt after byte {read} ({written} bytes of content before it): {error}',
+            where=path,
+            fix='Fetch or write the file again',
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def split_stream(chunks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """The records between separators, which are left out; an empty record at the end is none."""
+    pending: list[bytes] = []  # parts of a record not yet ended, joined once: linear in the record's length
+    overlap = len(separator) - 1
+    for chunk in chunks:
+        if overlap and pending:
+            # A separator may lie across two chunks: look for it in the seam together with the new chunk.
+            chunk = pending.pop() + chunk  # noqa: PLW2901
+        *ended, rest = chunk.split(separator)
+        for record in ended:
+            pending.append(record)
+            yield b''.join(pending)
+            pending.clear()
+        if overlap and len(rest) > overlap:
+            pending += [rest[:-overlap], rest[-overlap:]]
+        elif rest:
+            pending.append(rest)
+    if pending:
+        yield b''.join(pending)
+
+
+def cut_stream(chunks: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """Pieces of between `length` and twice `length` bytes (the last may be shorter) that joined are the stream.
+
+    A piece ends after a blank line where one is in reach, else after a line, else after a space, else inside a word
+    but never inside a UTF-8 character. Where it ends depends on the content alone, not on the chunks.
+    """
+    buffer = b''
+    for chunk in chunks:
+        buffer += chunk
+        position = 0
+        while len(buffer) - position > 2 * length:
+            end = _piece_end(buffer, position + length, position + 2 * length)
+            yield buffer[position:end]
+            position = end
+        buffer = buffer[position:]
+    if buffer:
+        yield buffer
+
+
+def _piece_end(buffer: bytes, low: int, high: int) -> int:
+    for boundary in (b'\n\n', b'\n', b' '):
+        found = buffer.find(boundary, low - len(boundary), high)
+        if found >= 0:
+            return found + len(boundary)
+    for end in range(high, high - 4, -1):
+        if buffer[end] & 0xC0 != 0x80:  # the first byte of a character
+            return end
+    return high  # not UTF-8
