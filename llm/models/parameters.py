@@ -34,6 +34,8 @@ class ParameterSpec:
         role: see Role.
         inputs: dimensions that are fan-in; outputs: dimensions that are fan-out. The rest (layers, experts) are batch.
         residual: whether the output is added to the residual stream (GPT-2 and T-Fixup scale these).
+        branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
+            not queries and keys (T-Fixup scales these too).
         constant: initial value of every element; None draws at random.
     """
 
@@ -43,6 +45,7 @@ class ParameterSpec:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     residual: bool = False
+    branch: bool = False
     constant: float | None = None
 
     def __post_init__(self):
@@ -59,12 +62,12 @@ class ParameterSpec:
         """Product of the output dimensions; 1 if there are none."""
         return math.prod(self.shape[i] for i in self.outputs)
 
-    def stacked(self, size: int) -> 'ParameterSpec':
-        """The spec of `size` such parameters along a new leading `layers` axis."""
+    def stacked(self, size: int, axis: str) -> 'ParameterSpec':
+        """The spec of `size` such parameters along a new leading axis."""
         return dataclasses.replace(
             self,
             shape=(size, *self.shape),
-            axes=('layers', *self.axes),
+            axes=(axis, *self.axes),
             inputs=tuple(i + 1 for i in self.inputs),
             outputs=tuple(i + 1 for i in self.outputs),
         )
@@ -82,18 +85,24 @@ def parameter(
     inputs: tuple[int, ...] = (),
     outputs: tuple[int, ...] = (),
     residual: bool = False,
+    branch: bool = False,
     constant: float | None = None,
 ) -> nnx.Param:
     """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
-    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, constant))
+    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant))
 
 
-def stack(module: nnx.Module, size: int) -> nnx.Module:
-    """`module` with every parameter repeated `size` times along a new leading `layers` axis, in place."""
+def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """Declare a bias that starts at zero."""
+    return parameter(shape, axes, Role.VECTOR, outputs=tuple(range(len(shape))), constant=0.0)
+
+
+def stack(module: nnx.Module, size: int, axis: str = 'layers') -> nnx.Module:
+    """`module` with every parameter repeated `size` times along a new leading axis, in place."""
     for _, part in nnx.iter_modules(module):
         for name, value in list(vars(part).items()):
             if isinstance(value, nnx.Param):
-                setattr(part, name, _declare(value.get_metadata('spec').stacked(size)))
+                setattr(part, name, _declare(value.get_metadata('spec').stacked(size, axis)))
     return module
 
 
@@ -108,7 +117,13 @@ def parameter_specs(module: nnx.Module) -> dict[str, Any]:
     return specs
 
 
+def named_specs(specs: dict[str, Any]) -> list[tuple[str, ParameterSpec]]:
+    """The table as a list, by name: ('layers/0/mixer/query', spec), ..."""
+    return [
+        ('/'.join(str(part.key) for part in path), spec) for path, spec in jax.tree_util.tree_leaves_with_path(specs)
+    ]
+
+
 def count_parameters(specs: dict[str, Any]) -> int:
     """Number of scalars in all parameters of the table."""
-    leaves = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, ParameterSpec))
-    return sum(math.prod(spec.shape) for spec in leaves)
+    return sum(math.prod(spec.shape) for _, spec in named_specs(specs))

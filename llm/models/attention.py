@@ -1,0 +1,170 @@
+"""Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) and multi-query, one module for all."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llm.errors import UserError
+from llm.kernels.attention import dot_product_attention
+from llm.models.context import Cache, Context, write_cache
+from llm.models.normalization import Norm, NormConfig
+from llm.models.parameters import Role, bias, parameter
+from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
+from llm.parallel.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer.
+
+    Attributes:
+        num_heads: H, query heads.
+        num_kv_heads: G, key and value heads; H for multi-head, 1 for multi-query attention.
+        head_dim: K.
+        window: each token sees itself and the window - 1 before it; None for all.
+        qkv_bias: biases on the query, key and value projections.
+        output_bias: bias on the output projection.
+        qk_norm: normalises each head's query and key before the rotation (Dehghani et al. 2023, section 2).
+        logit_soft_cap: scores become cap * tanh(scores / cap) (Gemma 2, section 2).
+        rotary_base: see Rotary; read when the decoder's position is 'rope'.
+        rotary_fraction: see Rotary; 0 leaves this layer without positions.
+        scale: factor on the scores; None for 1 / sqrt(head_dim).
+        base_head_dim: muP for heads that grow wider rather than more: K of the base model, where the factor is the
+            usual one; elsewhere it is sqrt(base_head_dim) / K (Yang et al. 2022, definition 4.1).
+        implementation: which kernel of llm.kernels.attention runs; 'auto' picks by device and shape.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: NormConfig | None = None
+    logit_soft_cap: float | None = None
+    rotary_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    scale: float | None = None
+    base_head_dim: int | None = None
+    implementation: str = 'auto'
+
+    def __post_init__(self):
+        where = 'AttentionConfig'
+        for name in ('num_heads', 'num_kv_heads', 'head_dim'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} is {getattr(self, name)}', where=where, fix='Use at least 1.')
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f'num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}',
+                where=where,
+                fix='Each key and value head serves the same number of query heads.',
+            )
+        if self.window is not None and self.window < 1:
+            raise UserError(f'window is {self.window}', where=where, fix='Use at least 1, or None for no window.')
+        if not 0 <= self.rotary_fraction <= 1 or self.rotary.size % 2:
+            raise UserError(
+                f'rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is no even number of dimensions',
+                where=where,
+                fix='Dimensions are rotated in pairs: change head_dim or rotary_fraction.',
+            )
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise UserError(f'logit_soft_cap is {self.logit_soft_cap}', where=where, fix='Use a positive cap, or None.')
+        if self.scale is not None and self.base_head_dim is not None:
+            raise UserError('scale and base_head_dim both set the factor on the scores', where=where, fix='Set one.')
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding of this layer's queries and keys."""
+        return Rotary(self.head_dim, self.rotary_base, self.rotary_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the scores q . k."""
+        if self.scale is not None:
+            return self.scale
+        return math.sqrt(self.base_head_dim or self.head_dim) / self.head_dim
+
+    def scaled(self, ratio: Fraction) -> 'AttentionConfig':
+        """The same layer in a model `ratio` times as wide: more heads (at least one), the same head size."""
+        num_heads = max(1, round(self.num_heads * ratio))
+        most = max(1, round(self.num_kv_heads * ratio))
+        num_kv_heads = max(g for g in range(1, most + 1) if num_heads % g == 0)
+        return dataclasses.replace(self, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+class Attention(nnx.Module):
+    """Self-attention over a row of tokens. Shapes: x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: AttentionConfig, d_model: int, position: PositionKind):
+        self.config, self.position = config, position
+        h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
+        heads, kv_heads = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
+        self.query = parameter((d_model, h, k), heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2))
+        self.key = parameter((d_model, g, k), kv_heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2))
+        self.value = parameter((d_model, g, k), kv_heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2), branch=True)
+        self.output = parameter(
+            (h, k, d_model), ('heads', 'head_dim', 'embed'), Role.HIDDEN, inputs=(0, 1), outputs=(2,), residual=True
+        )
+        self.query_bias = bias((h, k), heads[1:]) if config.qkv_bias else None
+        self.key_bias = bias((g, k), kv_heads[1:]) if config.qkv_bias else None
+        self.value_bias = bias((g, k), kv_heads[1:]) if config.qkv_bias else None
+        self.output_bias = bias((d_model,), ('embed',)) if config.output_bias else None
+        self.query_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
+        self.key_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None = None, repeat: jax.Array | int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attend to the row itself or, with `cache`, to the `repeat`-th entry of the cache after storing the row."""
+        query = self._project(x, self.query, self.query_bias, self.query_norm, 'heads')
+        key = self._project(x, self.key, self.key_bias, self.key_norm, 'kv_heads')
+        value = self._project(x, self.value, self.value_bias, None, 'kv_heads')
+        if self.position == 'rope' and self.config.rotary.size:
+            table = context.rotary[self.config.rotary]
+            query, key = rotate(query, table), rotate(key, table)
+        query, key, value = (checkpoint_name(y, n) for y, n in ((query, 'query'), (key, 'key'), (value, 'value')))
+        if cache is not None:
+            cache = {
+                'key': write_cache(cache['key'], key, repeat, context.offset),
+                'value': write_cache(cache['value'], value, repeat, context.offset),
+            }
+            key, value = (cache[name][repeat].astype(x.dtype) for name in ('key', 'value'))
+        slopes = alibi_slopes(self.config.num_heads) if self.position == 'alibi' else None
+        mixed = dot_product_attention(
+            query,
+            key,
+            value,
+            scale=self.config.score_scale,
+            causal=True,
+            window=self.config.window,
+            soft_cap=self.config.logit_soft_cap,
+            query_segment_ids=context.segment_ids,
+            key_segment_ids=context.segment_ids,
+            query_offset=context.offset,
+            alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.promote_types(x.dtype, jnp.float32)),
+            implementation=self.config.implementation,
+        )
+        mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
+        y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(x.dtype))
+        if self.output_bias is not None:
+            y = y + self.output_bias[...].astype(x.dtype)
+        return constrain(y, ('batch', 'sequence', 'embed')), cache
+
+    def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Zeros of keys and values, [repeats, B, T, G, K] each."""
+        shape = (repeats, batch, length, self.config.num_kv_heads, self.config.head_dim)
+        return {'key': jnp.zeros(shape, dtype), 'value': jnp.zeros(shape, dtype)}
+
+    def _project(
+        self, x: jax.Array, weight: nnx.Param, offset: nnx.Param | None, norm: Norm | None, heads: str
+    ) -> jax.Array:
+        y = jnp.einsum('BSD,DHK->BSHK', x, weight[...].astype(x.dtype))
+        if offset is not None:
+            y = y + offset[...].astype(x.dtype)
+        y = constrain(y, ('batch', 'sequence', heads, 'head_dim'))
+        return y if norm is None else norm(y)

@@ -1,0 +1,42 @@
+"""What every layer sees besides the residual stream, and the cache that decoding carries from call to call."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm.models.position import Rotary
+
+Cache = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Shared by all layers of one pass over [B, S] tokens.
+
+    Attributes:
+        segment_ids: [B, S] or None; tokens attend within their own segment only.
+        rotary: cosines and sines by Rotary, at the positions of the tokens.
+        offset: row index of the first token, [] or [B]; other than 0 only when decoding with a cache.
+    """
+
+    segment_ids: jax.Array | None = None
+    rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
+    offset: jax.Array | int = 0
+
+
+def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int) -> jax.Array:
+    """Store `new` at rows `offset`, `offset` + 1, ... of entry `repeat` of a stacked cache.
+
+    Shapes: cache [L, B, T, ...], new [B, S, ...], repeat [], offset [] or [B] -> cache. With one offset per row,
+    whatever would fall past the end T is dropped; with a common one, the caller keeps offset + S within T.
+    """
+    new = new.astype(cache.dtype)
+    if jnp.ndim(offset) == 0:
+        start = (repeat, 0, offset, *(0,) * (new.ndim - 2))
+        return jax.lax.dynamic_update_slice(cache, new[None], start)
+    batch, length = new.shape[:2]
+    columns = jnp.asarray(offset)[:, None] + jnp.arange(length)
+    return cache.at[repeat, jnp.arange(batch)[:, None], columns].set(new, mode='drop')

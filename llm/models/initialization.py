@@ -1,0 +1,108 @@
+"""How parameters start: a table of specs becomes a nested dict of arrays."""
+
+import dataclasses
+import hashlib
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from llm.errors import UserError
+from llm.models.parameters import ParameterSpec, Role, named_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """Which distribution each parameter is drawn from; parameters with a constant start at it under every scheme.
+
+    Attributes:
+        scheme:
+            'gpt2': `std` everywhere, / sqrt(residual branches, 2L) on what ends a residual branch (Radford et al.
+            2019, section 2.3).
+            'fan_in': 1 / sqrt(fan-in) on matrices, `std` on embeddings.
+            't_fixup': Huang et al. 2020, section 3.2: Xavier, embeddings of D^-1/2; then value, output and
+            feed-forward matrices times 0.67 L^-1/4 (a decoder without cross-attention has the two branches of the
+            paper's encoder), embeddings times (9 L)^-1/4.
+            'mup': Yang et al. 2022, table 8: 1 / sqrt(fan-in) on hidden matrices, `std` on embeddings and `output_std`
+            on the output projection at every width.
+        std: standard deviation; see scheme.
+        output_std: standard deviation of an untied output projection under 'mup'; 0 starts it at zero, which makes
+            the start independent of the width (Yang et al. 2022, appendix D.2).
+        truncated: cut normal draws at two standard deviations, keeping the standard deviation as asked.
+    """
+
+    scheme: Literal['gpt2', 'fan_in', 't_fixup', 'mup'] = 'gpt2'
+    std: float = 0.02
+    output_std: float = 0.0
+    truncated: bool = False
+
+    def __post_init__(self):
+        if self.std < 0 or self.output_std < 0:
+            raise UserError(
+                f'std is {self.std}, output_std {self.output_std}', where='Initialization', fix='Use at least 0.'
+            )
+
+    def standard_deviation(self, spec: ParameterSpec, branches: int) -> float:
+        """Standard deviation of a parameter that has no constant.
+
+        Args:
+            branches: number of residual branches in the model, usually 2L.
+        """
+        embedding = spec.role is Role.EMBEDDING
+        match self.scheme:
+            case 'gpt2':
+                return self.std / math.sqrt(branches) if spec.residual else self.std
+            case 'fan_in':
+                return self.std if embedding else 1 / math.sqrt(spec.fan_in)
+            case 't_fixup':
+                layers = branches / 2
+                if embedding:
+                    return spec.fan_out**-0.5 * (9 * layers) ** -0.25
+                xavier = math.sqrt(2 / (spec.fan_in + spec.fan_out))
+                return xavier * (0.67 * layers**-0.25 if spec.residual or spec.branch else 1.0)
+            case 'mup':
+                if spec.role is Role.OUTPUT:
+                    return self.output_std
+                return self.std if embedding else 1 / math.sqrt(spec.fan_in)
+        raise UserError(
+            f'scheme {self.scheme!r} does not exist',
+            where='Initialization',
+            fix='Use gpt2, fan_in, t_fixup or mup.',
+        )
+
+
+def residual_branches(specs: dict[str, Any]) -> int:
+    """Number of matrices that end a residual branch, counting every layer of a stack: 2L for a plain Transformer."""
+    stacks = ('layers', 'remainder')
+    return sum(spec.shape[0] if spec.axes[0] in stacks else 1 for _, spec in named_specs(specs) if spec.residual)
+
+
+def initialize(
+    specs: dict[str, Any], initialization: Initialization, seed: int | jax.Array, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """Draw parameters: a nested dict of arrays that mirrors `specs`.
+
+    Each draw is keyed by (seed, path) and is the same in any order and on any mesh. For a model larger than one
+    device: jax.jit(functools.partial(initialize, specs, initialization), out_shardings=...)(seed).
+
+    Args:
+        dtype: of the arrays; draws are made in float32 and cast, so that float64 starts from the same values.
+    """
+    branches = residual_branches(specs)
+    root = jax.random.key(seed, impl='threefry2x32')
+
+    def draw(name: str, spec: ParameterSpec) -> jax.Array:
+        if spec.constant is not None:
+            return jnp.full(spec.shape, spec.constant, dtype)
+        std = initialization.standard_deviation(spec, branches)
+        key = jax.random.fold_in(root, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'little'))
+        if initialization.truncated:
+            # The standard normal cut at +-2 has standard deviation 0.8796.
+            values = jax.random.truncated_normal(key, -2.0, 2.0, spec.shape, jnp.float32) / 0.87962566103423978
+        else:
+            values = jax.random.normal(key, spec.shape, jnp.float32)
+        return (values * std).astype(dtype)
+
+    values = [draw(name, spec) for name, spec in named_specs(specs)]
+    return jax.tree.unflatten(jax.tree.structure(specs), values)

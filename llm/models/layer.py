@@ -1,0 +1,110 @@
+"""One layer: a mixer across tokens and a feed-forward layer, each a residual branch."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm.errors import UserError
+from llm.models.attention import Attention, AttentionConfig
+from llm.models.context import Cache, Context
+from llm.models.dropout import Purpose, dropout
+from llm.models.feed_forward import FeedForward, FeedForwardConfig
+from llm.models.normalization import Norm, NormConfig
+from llm.models.position import PositionKind
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """What a layer is made of.
+
+    Attributes:
+        mixer: moves information between tokens.
+        feed_forward: transforms each token; None for none.
+        norm: kind of every normalisation in the layer.
+        norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2).
+        parallel: both branches read the same input, x + mixer(norm(x)) + feed_forward(norm(x)) (Wang and Komatsuzaki
+            2021, GPT-J); with norm_position 'pre' only.
+        shared_norm: whether parallel branches share one normalisation (GPT-J, PaLM) or have one each (GPT-NeoX).
+        dropout: rate on the output of each branch.
+    """
+
+    mixer: AttentionConfig
+    feed_forward: FeedForwardConfig | None
+    norm: NormConfig = NormConfig()
+    norm_position: Literal['pre', 'post', 'sandwich'] = 'pre'
+    parallel: bool = False
+    shared_norm: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.norm_position not in ('pre', 'post', 'sandwich'):
+            raise UserError(
+                f'norm_position {self.norm_position!r} does not exist',
+                where='LayerConfig',
+                fix="Use 'pre', 'post' or 'sandwich'.",
+            )
+        if self.parallel and (self.norm_position != 'pre' or self.feed_forward is None):
+            raise UserError(
+                f'a parallel layer has norm_position {self.norm_position!r} and feed_forward {self.feed_forward}',
+                where='LayerConfig',
+                fix="Use norm_position 'pre' and a feed-forward layer, or parallel = False.",
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f'dropout is {self.dropout}', where='LayerConfig', fix='Use a rate in [0, 1).')
+
+    def scaled(self, ratio: Fraction) -> 'LayerConfig':
+        """The same layer in a model `ratio` times as wide."""
+        feed_forward = None if self.feed_forward is None else self.feed_forward.scaled(ratio)
+        return dataclasses.replace(self, mixer=self.mixer.scaled(ratio), feed_forward=feed_forward)
+
+
+class Layer(nnx.Module):
+    """Mixer and feed-forward branches around the residual stream. Shapes: x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: LayerConfig, d_model: int, position: PositionKind):
+        self.config = config
+        self.mixer = Attention(config.mixer, d_model, position)
+        self.mixer_norm = Norm(config.norm, d_model)
+        sandwich = config.norm_position == 'sandwich'
+        self.mixer_output_norm = Norm(config.norm, d_model) if sandwich else None
+        present = config.feed_forward is not None
+        own_norm = present and not (config.parallel and config.shared_norm)
+        self.feed_forward = FeedForward(config.feed_forward, d_model) if present else None
+        self.feed_forward_norm = Norm(config.norm, d_model) if own_norm else None
+        self.feed_forward_output_norm = Norm(config.norm, d_model) if present and sandwich else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: Context,
+        dropout_key: jax.Array | None = None,
+        cache: Cache | None = None,
+        repeat: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run the layer; `dropout_key` is this layer's own, `cache` and `repeat` are the mixer's."""
+        post = self.config.norm_position == 'post'
+        rate = self.config.dropout
+        y, cache = self.mixer(x if post else self.mixer_norm(x), context, cache, repeat)
+        if self.mixer_output_norm is not None:
+            y = self.mixer_output_norm(y)
+        mixed = x + dropout(y, rate, dropout_key, Purpose.MIXER)
+        if post:
+            mixed = self.mixer_norm(mixed)
+        if self.feed_forward is None:
+            return mixed, cache
+        y = x if self.config.parallel else mixed
+        if not post:
+            y = (self.mixer_norm if self.feed_forward_norm is None else self.feed_forward_norm)(y)
+        y = self.feed_forward(y)
+        if self.feed_forward_output_norm is not None:
+            y = self.feed_forward_output_norm(y)
+        mixed = mixed + dropout(y, rate, dropout_key, Purpose.FEED_FORWARD)
+        return self.feed_forward_norm(mixed) if post else mixed, cache
+
+    def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache for `repeats` such layers; see Attention.init_cache."""
+        return self.mixer.init_cache(repeats, batch, length, dtype)

@@ -1,0 +1,60 @@
+"""RMSNorm and LayerNorm; statistics are taken in at least float32."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm.errors import UserError
+from llm.models.parameters import Role, bias, parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Which normalisation, over the last axis.
+
+    Attributes:
+        kind: 'rms' divides by the root mean square (Zhang and Sennrich 2019, eq. 4); 'layer' also subtracts the mean
+            (Ba et al. 2016, eq. 3).
+        epsilon: added to the mean square or variance.
+        bias: whether a learned bias is added.
+        unit_offset: multiply by 1 + scale, with scale starting at 0, as Gemma does; otherwise by scale, from 1.
+    """
+
+    kind: Literal['rms', 'layer'] = 'rms'
+    epsilon: float = 1e-5
+    bias: bool = False
+    unit_offset: bool = False
+
+    def __post_init__(self):
+        if self.epsilon <= 0:
+            raise UserError(
+                f'epsilon is {self.epsilon}', where='NormConfig.epsilon', fix='Use a small positive number.'
+            )
+
+
+class Norm(nnx.Module):
+    """Normalisation over the last axis, of `size`. Shapes: x [..., size] -> the same, in the dtype of x.
+
+    Args:
+        axis: logical axis of the parameters.
+    """
+
+    def __init__(self, config: NormConfig, size: int, axis: str = 'norm'):
+        self.config = config
+        self.scale = parameter((size,), (axis,), Role.VECTOR, outputs=(0,), constant=0.0 if config.unit_offset else 1.0)
+        self.bias = bias((size,), (axis,)) if config.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))
+        if self.config.kind == 'layer':
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.epsilon)
+        scale = self.scale[...].astype(x.dtype)
+        x = x * (1 + scale if self.config.unit_offset else scale)
+        if self.bias is not None:
+            x = x + self.bias[...].astype(x.dtype)
+        return x.astype(dtype)
