@@ -1,0 +1,1 @@
+"""What a model costs in compute and memory, on which hardware."""
