@@ -1,0 +1,26 @@
+"""A vocabulary small enough to read by eye, for the tests of what happens to tokens after they were made."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokens:
+    """Bytes as ids 3 to 258. Without bos by default: the boundary is eos on both sides, as in GPT-2."""
+
+    bos_id: int | None = None
+    eos_id: int | None = 1
+    size: int = 259
+    pad_id: int = 0
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def encode_batch(self, texts):
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
+
+    def decode(self, ids) -> str:
+        return bytes(i - 3 for i in ids if i >= 3).decode()
