@@ -1,0 +1,188 @@
+"""What a model costs: parameters, FLOPs per token, bytes per device, and the share of the hardware that a run uses.
+
+A multiply-add is two FLOPs. Only matrix products are counted, as in "model FLOPs utilization" (Chowdhery et al. 2022,
+PaLM, appendix B): recomputation, normalisation and softmax are not the model's work. The backward pass costs twice the
+forward pass.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm.models.decoder import DecoderConfig
+from llm.models.parameters import Role, named_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of scalars.
+
+    Attributes:
+        total: all.
+        non_embedding: without embeddings of tokens and positions and without an output projection of its own (Kaplan
+            et al. 2020, section 2.1).
+        matmul: those that every token is multiplied with; tied embeddings count once, as the output projection.
+    """
+
+    total: int
+    non_embedding: int
+    matmul: int
+
+
+def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
+    """Parameters of the model; `specs` is its nested dict of ParameterSpec."""
+    sizes = dict.fromkeys(Role, 0)
+    for _, spec in named_specs(specs):
+        sizes[spec.role] += math.prod(spec.shape)
+    tied = config.vocab_size * config.d_model if config.tied_embeddings else 0
+    return ParameterCount(
+        total=sum(sizes.values()),
+        non_embedding=sizes[Role.HIDDEN] + sizes[Role.VECTOR],
+        matmul=sizes[Role.HIDDEN] + sizes[Role.OUTPUT] + tied,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of the forward pass, per token of a row of S tokens.
+
+    Attributes:
+        parameters: products with parameters, 2 * ParameterCount.matmul, the logits included.
+        attention: products of queries with keys and of weights with values if each query met all S keys, or as many
+            as its layer's window holds. This is PaLM's convention.
+        causal_attention: the same with only the keys that the causal mask leaves: (S + 1) / 2 on average.
+    """
+
+    parameters: int
+    attention: int
+    causal_attention: float
+
+    def forward(self, *, causal: bool) -> float:
+        """One token forward; `causal` chooses the convention for attention."""
+        return self.parameters + (self.causal_attention if causal else self.attention)
+
+    def training(self, *, causal: bool) -> float:
+        """One token forward and backward: the 6 N of Kaplan et al. 2020, and attention."""
+        return 3 * self.forward(causal=causal)
+
+
+def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
+    """FLOPs of the model on rows of `sequence_length` tokens, each row one document."""
+    attention, causal_attention = 0, 0.0
+    for index in range(config.num_layers):
+        mixer = config.layer(index).mixer
+        window = sequence_length if mixer.window is None else min(mixer.window, sequence_length)
+        # Query t of 1..S sees min(t, window) keys.
+        seen = window * (window + 1) // 2 + (sequence_length - window) * window
+        per_key = 4 * mixer.num_heads * mixer.head_dim  # two products, two FLOPs a multiply-add
+        attention += per_key * window
+        causal_attention += per_key * seen / sequence_length
+    return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device between steps and, as `gradients`, at the end of the backward pass; without activations."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.gradients
+
+
+def bytes_per_device(arrays: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or jax.ShapeDtypeStructs; without a sharding, all of it."""
+
+    def shard_bytes(array: Any) -> int:
+        sharding = getattr(array, 'sharding', None)
+        shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
+        return math.prod(shape) * jnp.dtype(array.dtype).itemsize
+
+    return sum(map(shard_bytes, jax.tree.leaves(arrays)))
+
+
+def training_memory(parameters: Any, optimizer: Any) -> TrainingMemory:
+    """Memory of a train state, given as trees of arrays or of jax.ShapeDtypeStructs with shardings.
+
+    Gradients have the type and sharding of the parameters.
+    """
+    held = bytes_per_device(parameters)
+    return TrainingMemory(parameters=held, optimizer=bytes_per_device(optimizer), gradients=held)
+
+
+# Peak dense bf16 FLOP/s of a TPU chip and its number of cores, by jax's device_kind. A jax device has `num_cores` of
+# them. Source: the page of each generation at https://cloud.google.com/tpu/docs (v2, v3, v4, v5e, v5p, v6e, tpu7x).
+_TPU_CHIPS = {
+    'TPU v2': (45e12, 2),
+    'TPU v3': (123e12, 2),
+    'TPU v4': (275e12, 2),
+    'TPU v5 lite': (197e12, 1),  # v5e
+    'TPU v5': (459e12, 2),  # v5p
+    'TPU v6 lite': (918e12, 1),  # v6e
+    'TPU7x': (2307e12, 2),
+}
+
+# Peak dense bf16 FLOP/s of a GPU; the first pattern found in device_kind counts. Source: NVIDIA's data sheets of A100,
+# H100 and H200, whose figures for the Hopper cards are with sparsity, twice the dense ones.
+_GPUS = (
+    (r'\bMIG\b', 0.0),  # a slice of a card
+    (r'\bA100\b', 312e12),
+    (r'\bH100 PCIe\b', 756e12),
+    (r'\bH[12]00 NVL\b', 835e12),
+    (r'\bG?H[12]00\b', 989e12),
+)
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float:
+    """Peak FLOP/s of all `devices` together: dense bf16 by table on TPU and GPU, measured in fp32 on CPU.
+
+    The CPU devices of a process share its cores, so they count once per process. 0.0 if a device is not in the tables.
+    """
+    if devices[0].platform == 'cpu':
+        return len({device.process_index for device in devices}) * measured_cpu_flops()
+    peaks = [_device_peak(device) for device in devices]
+    return sum(peaks) if all(peaks) else 0.0
+
+
+def _device_peak(device: jax.Device) -> float:
+    if device.device_kind in _TPU_CHIPS:
+        peak, cores = _TPU_CHIPS[device.device_kind]
+        return peak * device.num_cores / cores
+    return next((peak for pattern, peak in _GPUS if re.search(pattern, device.device_kind)), 0.0)
+
+
+@functools.cache
+def measured_cpu_flops() -> float:
+    """FLOP/s of the fastest of a few fp32 products of 1024 x 1024 matrices; takes about half a second, once."""
+    size, repeats = 1024, 8
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend='cpu')[0])
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def mfu(tokens_per_second: float, training_flops_per_token: float, peak: float) -> float:
+    """Model FLOPs utilization, from 0 to 1: the share of the peak FLOP/s that the model's own work takes.
+
+    Args:
+        tokens_per_second: trained on by all devices together.
+        training_flops_per_token: TokenFlops.training in either convention.
+        peak: of all devices together, FLOP/s.
+    """
+    return tokens_per_second * training_flops_per_token / peak
