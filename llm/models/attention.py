@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
-from llm.kernels.attention import dot_product_attention
+from llm.kernels.attention import Implementation, dot_product_attention
 from llm.models.context import Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
@@ -51,9 +51,9 @@ class AttentionConfig:
     rotary_fraction: float = 1.0
     scale: float | None = None
     base_head_dim: int | None = None
-    implementation: str = 'auto'
+    implementation: Implementation = 'auto'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = 'AttentionConfig'
         for name in ('num_heads', 'num_kv_heads', 'head_dim'):
             if getattr(self, name) < 1:
@@ -100,7 +100,7 @@ class AttentionConfig:
 class Attention(nnx.Module):
     """Self-attention over a row of tokens. Shapes: x [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: AttentionConfig, d_model: int, position: PositionKind):
+    def __init__(self, config: AttentionConfig, d_model: int, position: PositionKind) -> None:
         self.config, self.position = config, position
         h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
         heads, kv_heads = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')

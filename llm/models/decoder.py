@@ -15,7 +15,7 @@ too, one deep. Whatever runs the layers (scan, loop, pipeline) only indexes thes
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,13 @@ from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, project_to_vocabulary
 from llm.models.initialization import Initialization
 from llm.models.layer import Layer, LayerConfig
+from llm.models.layer_stack import run_layers
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, rotary_table, segment_positions, sinusoids
+from llm.models.remat import RematKind, check_remat
 
-RematKind = Literal['none', 'full', 'dots', 'dots_no_batch', 'names']
-# What `remat_names` may hold: the activations that layers name with checkpoint_name.
-REMAT_NAMES = ('query', 'key', 'value', 'attention', 'feed_forward_hidden')
+ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,8 @@ class DecoderConfig:
         embedding_dropout: rate on the sum of token and position embedding.
         compute_dtype: type of activations; parameters are cast to it where they are used.
         scan_layers: run repeats by jax.lax.scan (compiles one) rather than unrolled (compiles all).
-        remat: what the backward pass recomputes: 'none'; 'full', all of each layer; all but matrix products ('dots');
-            all but matrix products without batch dimensions ('dots_no_batch'); all but `remat_names` ('names').
-        remat_names: activations to keep, from REMAT_NAMES.
+        remat: what the backward pass computes again; see llm.models.remat.
+        remat_names: activations to keep under remat 'names', from REMAT_NAMES.
         initialization: how parameters start.
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
@@ -75,18 +74,23 @@ class DecoderConfig:
     embedding_multiplier: float | None = 1.0
     final_logit_soft_cap: float | None = None
     embedding_dropout: float = 0.0
-    compute_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'
+    compute_dtype: ComputeType = 'float32'
     scan_layers: bool = True
     remat: RematKind = 'none'
     remat_names: tuple[str, ...] = ()
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         where = 'DecoderConfig'
         for name in ('vocab_size', 'd_model', 'num_layers'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name} is {getattr(self, name)}', where=where, fix='Use at least 1.')
+        for name, choices in (('position', get_args(PositionKind)), ('compute_dtype', get_args(ComputeType))):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f'{name} is {getattr(self, name)!r}', where=where, fix=f'Use one of {", ".join(choices)}.'
+                )
         if not self.pattern:
             raise UserError('pattern is empty', where=where, fix='Give at least one LayerConfig.')
         if self.position == 'learned' and not self.max_positions:
@@ -95,16 +99,7 @@ class DecoderConfig:
             raise UserError(f'd_model {self.d_model} is odd', where=where, fix='Sinusoidal positions come in pairs.')
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f'embedding_dropout is {self.embedding_dropout}', where=where, fix='Use a rate in [0, 1).')
-        if unknown := set(self.remat_names) - set(REMAT_NAMES):
-            raise UserError(
-                f'remat_names has {sorted(unknown)}', where=where, fix=f'Use some of {", ".join(REMAT_NAMES)}.'
-            )
-        if (self.remat == 'names') != bool(self.remat_names):
-            raise UserError(
-                f'remat is {self.remat!r} and remat_names is {self.remat_names}',
-                where=where,
-                fix="remat = 'names' and remat_names go together.",
-            )
+        check_remat(self.remat, self.remat_names, where)
         if self.mup_base_width is not None and self.mup_base_width < 1:
             raise UserError(f'mup_base_width is {self.mup_base_width}', where=where, fix='Use at least 1, or None.')
 
@@ -137,17 +132,17 @@ class DecoderConfig:
 class Decoder(nnx.Module):
     """A decoder-only language model; see the module's docstring."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig) -> None:
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, 'vocab')
-        learned = config.position == 'learned'
-        self.positions = Embedding(config.max_positions, config.d_model, 'positions') if learned else None
-        self.layers = nnx.Dict()
+        learned = config.max_positions if config.position == 'learned' else None
+        self.positions = None if learned is None else Embedding(learned, config.d_model, 'positions')
+        self.layers: nnx.Dict[Layer] = nnx.Dict()
         if config.repeats:
             for p, layer in enumerate(config.pattern):
                 self.layers[str(p)] = stack(Layer(layer, config.d_model, config.position), config.repeats)
         # An axis of its own: a pipeline splits 'layers', and cannot split these.
-        self.remainder = nnx.Dict()
+        self.remainder: nnx.Dict[Layer] = nnx.Dict()
         for p, layer in enumerate(config.remainder):
             self.remainder[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, config.d_model) if config.final_norm else None
@@ -188,7 +183,7 @@ class Decoder(nnx.Module):
                 positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
             else:
                 positions = segment_positions(segment_ids)
-        return self._run(inputs, positions, Context(segment_ids), dropout_key, None)[0]
+        return self._run(inputs, positions, Context(segment_ids), dropout_key, {})[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]."""
@@ -260,13 +255,14 @@ class Decoder(nnx.Module):
         return {
             group: {p: layer.init_cache(repeats[group], batch, length, dtype) for p, layer in layers.items()}
             for group, layers in (('layers', self.layers), ('remainder', self.remainder))
-            if len(layers)
+            if layers
         }
 
     def _check_length(self, length: int) -> None:
-        if self.positions is not None and length > self.config.max_positions:
+        longest = self.config.max_positions
+        if self.positions is not None and longest is not None and length > longest:
             raise UserError(
-                f'a sequence of {length} tokens is longer than the {self.config.max_positions} learned positions',
+                f'a sequence of {length} tokens is longer than the {longest} learned positions',
                 where='DecoderConfig.max_positions',
                 fix='Shorten the sequences or raise max_positions.',
             )
@@ -292,8 +288,8 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         context: Context,
         dropout_key: jax.Array | None,
-        cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
         config = self.config
         self._check_length(inputs.shape[1])
         x = self._embed(inputs, positions, dropout_key)
@@ -301,80 +297,24 @@ class Decoder(nnx.Module):
             dtype = jnp.promote_types(x.dtype, jnp.float32)
             kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}
             context = dataclasses.replace(context, rotary={r: rotary_table(r, positions, dtype) for r in kinds})
-        cache = {} if cache is None else cache
         new_cache = {}
-        for group, repeats, first in (
-            ('layers', config.repeats, 0),
-            ('remainder', 1, config.repeats * len(config.pattern)),
+        for group, layers, repeats, first in (
+            ('layers', self.layers, config.repeats, 0),
+            ('remainder', self.remainder, 1, config.repeats * len(config.pattern)),
         ):
-            layers = dict(getattr(self, group).items())
             if layers:
-                x, new_cache[group] = self._run_group(layers, repeats, first, x, context, dropout_key, cache.get(group))
+                x, new_cache[group] = run_layers(
+                    dict(layers.items()),
+                    x,
+                    context,
+                    repeats=repeats,
+                    first=first,
+                    dropout_key=dropout_key,
+                    cache=cache.get(group),
+                    scan=config.scan_layers,
+                    remat=config.remat,
+                    remat_names=config.remat_names,
+                )
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return x, new_cache or None
-
-    def _run_group(
-        self,
-        layers: dict[str, Layer],
-        repeats: int,
-        first: int,
-        x: jax.Array,
-        context: Context,
-        dropout_key: jax.Array | None,
-        cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Run `repeats` times the stacked `layers` by position; `first` is the index of the first layer."""
-        scanned = self.config.scan_layers and repeats > 1
-        run_layer = _rematerialized(self.config, scanned)
-
-        def run_repeat(
-            x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
-        ) -> tuple[jax.Array, Cache | None]:
-            cache = None if cache is None else dict(cache)
-            for position, layer in layers.items():
-                key = dropout_key
-                if key is not None:
-                    key = jax.random.fold_in(key, first + repeat * len(layers) + int(position))
-                x, entry = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
-                if cache is not None:
-                    cache[position] = entry
-            return x, cache
-
-        if not scanned:
-            for repeat in range(repeats):
-                x, cache = run_repeat(x, cache, _entry(layers, repeat), repeat)
-            return x, cache
-
-        def body(carry: tuple, slices: tuple) -> tuple[tuple, None]:
-            return run_repeat(*carry, *slices), None
-
-        # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
-        return x, cache
-
-
-def _entry(layers: dict[str, Layer], repeat: int) -> dict[str, Layer]:
-    return jax.tree.map(lambda parameter: parameter[repeat], layers)
-
-
-def _rematerialized(config: DecoderConfig, scanned: bool) -> Any:
-    """The function that runs one layer, with the configured recomputation."""
-
-    def run_layer(layer: Layer, *arguments: Any) -> tuple[jax.Array, Cache | None]:
-        return layer(*arguments)
-
-    policies = jax.checkpoint_policies
-    match config.remat:
-        case 'none':
-            return run_layer
-        case 'full':
-            policy = policies.nothing_saveable
-        case 'dots':
-            policy = policies.dots_saveable
-        case 'dots_no_batch':
-            policy = policies.dots_with_no_batch_dims_saveable
-        case 'names':
-            policy = policies.save_only_these_names(*config.remat_names)
-    # Inside scan the loop itself keeps the compiler from merging the recomputation with the first computation.
-    return jax.checkpoint(run_layer, policy=policy, prevent_cse=not scanned)
+        return x, new_cache

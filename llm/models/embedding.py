@@ -11,7 +11,7 @@ from llm.parallel.sharding import constrain
 class Embedding(nnx.Module):
     """A learned vector per id: tokens (axis 'vocab') or positions (axis 'positions')."""
 
-    def __init__(self, size: int, d_model: int, axis: str):
+    def __init__(self, size: int, d_model: int, axis: str) -> None:
         self.table = parameter((size, d_model), (axis, 'embed'), Role.EMBEDDING, inputs=(0,), outputs=(1,))
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -23,11 +23,13 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """The output projection of a model whose embedding is not tied to it."""
 
-    def __init__(self, d_model: int, vocab_size: int):
+    def __init__(self, d_model: int, vocab_size: int) -> None:
         self.kernel = parameter((d_model, vocab_size), ('embed', 'vocab'), Role.OUTPUT, inputs=(0,), outputs=(1,))
 
 
-def project_to_vocabulary(hidden: jax.Array, kernel: jax.Array, *, multiplier: float, soft_cap: float | None):
+def project_to_vocabulary(
+    hidden: jax.Array, kernel: jax.Array, *, multiplier: float, soft_cap: float | None
+) -> jax.Array:
     """Logits in at least float32.
 
     Shapes: hidden [B, S, D], kernel [D, V] -> [B, S, V].

@@ -48,7 +48,7 @@ class FeedForwardConfig:
     activation: Literal['swiglu', 'geglu', 'gelu', 'gelu_tanh', 'relu', 'relu_squared'] = 'swiglu'
     bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.d_ff < 1:
             raise UserError(f'd_ff is {self.d_ff}', where='FeedForwardConfig', fix='Use at least 1.')
         if self.activation not in ACTIVATIONS:
@@ -71,7 +71,7 @@ class FeedForwardConfig:
 class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate. Shapes: x [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: FeedForwardConfig, d_model: int):
+    def __init__(self, config: FeedForwardConfig, d_model: int) -> None:
         self.config = config
         shape, axes = (d_model, config.d_ff), ('embed', 'mlp')
         self.gate = (
@@ -84,9 +84,12 @@ class FeedForward(nnx.Module):
         self.gate_bias = bias(shape[1:], axes[1:]) if config.bias and config.gated else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        activation, gated = ACTIVATIONS[self.config.activation]
+        activation, _ = ACTIVATIONS[self.config.activation]
         hidden = _project(x, self.up, self.up_bias)
-        hidden = activation(_project(x, self.gate, self.gate_bias)) * hidden if gated else activation(hidden)
+        if self.gate is None:
+            hidden = activation(hidden)
+        else:
+            hidden = activation(_project(x, self.gate, self.gate_bias)) * hidden
         hidden = checkpoint_name(constrain(hidden, ('batch', 'sequence', 'mlp')), 'feed_forward_hidden')
         return constrain(_project(hidden, self.down, self.down_bias), ('batch', 'sequence', 'embed'))
 

@@ -37,7 +37,7 @@ class Initialization:
     output_std: float = 0.0
     truncated: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.std < 0 or self.output_std < 0:
             raise UserError(
                 f'std is {self.std}, output_std {self.output_std}', where='Initialization', fix='Use at least 0.'

@@ -24,7 +24,7 @@ class LayerConfig:
     Attributes:
         mixer: moves information between tokens.
         feed_forward: transforms each token; None for none.
-        norm: kind of every normalisation in the layer.
+        norm: kind of every normalisation in the layer; None for none (T-Fixup trains without).
         norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2).
         parallel: both branches read the same input, x + mixer(norm(x)) + feed_forward(norm(x)) (Wang and Komatsuzaki
             2021, GPT-J); with norm_position 'pre' only.
@@ -34,13 +34,13 @@ class LayerConfig:
 
     mixer: AttentionConfig
     feed_forward: FeedForwardConfig | None
-    norm: NormConfig = NormConfig()
+    norm: NormConfig | None = NormConfig()
     norm_position: Literal['pre', 'post', 'sandwich'] = 'pre'
     parallel: bool = False
     shared_norm: bool = True
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.norm_position not in ('pre', 'post', 'sandwich'):
             raise UserError(
                 f'norm_position {self.norm_position!r} does not exist',
@@ -65,17 +65,19 @@ class LayerConfig:
 class Layer(nnx.Module):
     """Mixer and feed-forward branches around the residual stream. Shapes: x [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: LayerConfig, d_model: int, position: PositionKind):
+    def __init__(self, config: LayerConfig, d_model: int, position: PositionKind) -> None:
         self.config = config
-        self.mixer = Attention(config.mixer, d_model, position)
-        self.mixer_norm = Norm(config.norm, d_model)
         sandwich = config.norm_position == 'sandwich'
-        self.mixer_output_norm = Norm(config.norm, d_model) if sandwich else None
-        present = config.feed_forward is not None
-        own_norm = present and not (config.parallel and config.shared_norm)
-        self.feed_forward = FeedForward(config.feed_forward, d_model) if present else None
-        self.feed_forward_norm = Norm(config.norm, d_model) if own_norm else None
-        self.feed_forward_output_norm = Norm(config.norm, d_model) if present and sandwich else None
+
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(config.norm, d_model) if wanted and config.norm is not None else None
+
+        self.mixer = Attention(config.mixer, d_model, position)
+        self.mixer_norm = norm(True)
+        self.mixer_output_norm = norm(sandwich)
+        self.feed_forward = None if config.feed_forward is None else FeedForward(config.feed_forward, d_model)
+        self.feed_forward_norm = norm(config.feed_forward is not None and not (config.parallel and config.shared_norm))
+        self.feed_forward_output_norm = norm(config.feed_forward is not None and sandwich)
 
     def __call__(
         self,
@@ -86,25 +88,34 @@ class Layer(nnx.Module):
         repeat: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the layer; `dropout_key` is this layer's own, `cache` and `repeat` are the mixer's."""
-        post = self.config.norm_position == 'post'
-        rate = self.config.dropout
-        y, cache = self.mixer(x if post else self.mixer_norm(x), context, cache, repeat)
-        if self.mixer_output_norm is not None:
-            y = self.mixer_output_norm(y)
-        mixed = x + dropout(y, rate, dropout_key, Purpose.MIXER)
+        config = self.config
+        post = config.norm_position == 'post'
+
+        source = x
+        normed = x if post else _apply(self.mixer_norm, x)
+        y, cache = self.mixer(normed, context, cache, repeat)
+        y = _apply(self.mixer_output_norm, y)
+        x = x + dropout(y, config.dropout, dropout_key, Purpose.MIXER)
         if post:
-            mixed = self.mixer_norm(mixed)
+            x = _apply(self.mixer_norm, x)
         if self.feed_forward is None:
-            return mixed, cache
-        y = x if self.config.parallel else mixed
-        if not post:
-            y = (self.mixer_norm if self.feed_forward_norm is None else self.feed_forward_norm)(y)
-        y = self.feed_forward(y)
-        if self.feed_forward_output_norm is not None:
-            y = self.feed_forward_output_norm(y)
-        mixed = mixed + dropout(y, rate, dropout_key, Purpose.FEED_FORWARD)
-        return self.feed_forward_norm(mixed) if post else mixed, cache
+            return x, cache
+
+        if not config.parallel:
+            source = x
+        if not (config.parallel and config.shared_norm):
+            normed = source if post else _apply(self.feed_forward_norm, source)
+        y = self.feed_forward(normed)
+        y = _apply(self.feed_forward_output_norm, y)
+        x = x + dropout(y, config.dropout, dropout_key, Purpose.FEED_FORWARD)
+        if post:
+            x = _apply(self.feed_forward_norm, x)
+        return x, cache
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `repeats` such layers; see Attention.init_cache."""
         return self.mixer.init_cache(repeats, batch, length, dtype)
+
+
+def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)

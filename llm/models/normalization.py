@@ -28,7 +28,7 @@ class NormConfig:
     bias: bool = False
     unit_offset: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.epsilon <= 0:
             raise UserError(
                 f'epsilon is {self.epsilon}', where='NormConfig.epsilon', fix='Use a small positive number.'
@@ -42,7 +42,7 @@ class Norm(nnx.Module):
         axis: logical axis of the parameters.
     """
 
-    def __init__(self, config: NormConfig, size: int, axis: str = 'norm'):
+    def __init__(self, config: NormConfig, size: int, axis: str = 'norm') -> None:
         self.config = config
         self.scale = parameter((size,), (axis,), Role.VECTOR, outputs=(0,), constant=0.0 if config.unit_offset else 1.0)
         self.bias = bias((size,), (axis,)) if config.bias else None

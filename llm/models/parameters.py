@@ -48,7 +48,7 @@ class ParameterSpec:
     branch: bool = False
     constant: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f'shape {self.shape} and axes {self.axes} differ in length')
 

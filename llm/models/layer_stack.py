@@ -1,0 +1,74 @@
+"""Running stacked layers, scanned or unrolled; both only index the leading repeat axis of the parameters."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm.models.context import Cache, Context
+from llm.models.layer import Layer
+from llm.models.remat import RematKind, rematerialized
+
+
+def run_layers(
+    layers: dict[str, Layer],
+    x: jax.Array,
+    context: Context,
+    *,
+    repeats: int,
+    first: jax.Array | int = 0,
+    dropout_key: jax.Array | None = None,
+    cache: Cache | None = None,
+    scan: bool = True,
+    remat: RematKind = 'none',
+    remat_names: tuple[str, ...] = (),
+) -> tuple[jax.Array, Cache | None]:
+    """Run the layers of the pattern in turn, `repeats` times.
+
+    Shapes: x [B, S, D] -> [B, S, D].
+
+    Args:
+        layers: by position in the pattern, parameters stacked along a leading axis of size `repeats`.
+        first: index in the whole model of the first layer, for dropout.
+        dropout_key: of this step; each layer folds in its index.
+        cache: by position, stacked like the layers; see Attention.init_cache.
+        scan: one compiled repeat in a loop, rather than all of them one after the other.
+        remat, remat_names: see llm.models.remat; one layer is recomputed at a time.
+
+    Returns:
+        x after the last layer, and the cache with the new tokens (None if there was none).
+    """
+    scan = scan and repeats > 1
+    run_layer = rematerialized(_run_layer, remat, remat_names, in_scan=scan)
+
+    def run_repeat(
+        x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
+    ) -> tuple[jax.Array, Cache | None]:
+        cache = None if cache is None else dict(cache)
+        for position, layer in layers.items():
+            key = dropout_key
+            if key is not None:
+                key = jax.random.fold_in(key, first + repeat * len(layers) + int(position))
+            x, entry = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
+            if cache is not None:
+                cache[position] = entry
+        return x, cache
+
+    if not scan:
+        for repeat in range(repeats):
+            x, cache = run_repeat(x, cache, jax.tree.map(operator.itemgetter(repeat), layers), repeat)
+        return x, cache
+
+    def body(carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Any, None]:
+        return run_repeat(*carry, *slices), None
+
+    # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
+    return x, cache
+
+
+def _run_layer(
+    layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array | int
+) -> tuple[jax.Array, Cache | None]:
+    return layer(x, context, key, cache, repeat)
