@@ -70,7 +70,7 @@ def open_token_cache(
         fingerprints = list(threads.map(lambda shard: shard.fingerprint(), shards))
     digest = cache_digest(fingerprints, split, vocabulary)
     directory = Path(cache_directory).expanduser() / digest
-    with _disk_errors(directory):
+    with disk_errors(directory):
         cache = _open_if_intact(directory)
         if cache is None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _build(
         'counts': counts.as_dict(),
         'shards': [dataclasses.asdict(record) for record in records],
     }
-    _write_json(directory / MANIFEST, manifest)
+    write_json(directory / MANIFEST, manifest)
 
 
 def _committed(directory: Path, index: int, fingerprint: str, item_size: int) -> ShardRecord | None:
@@ -272,7 +272,7 @@ def _write_shard(job: _Job, vocabulary: Tokenizer, report: Callable[[int], None]
     record = ShardRecord(
         job.shard.name, job.fingerprint, num_documents, num_tokens, num_bytes, digests, counts.as_dict()
     )
-    _write_json(job.directory / shard_file(job.index, 'json'), dataclasses.asdict(record))
+    write_json(job.directory / shard_file(job.index, 'json'), dataclasses.asdict(record))
     return record
 
 
@@ -320,7 +320,7 @@ class _CommittedFile:
             self._temporary.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a small file so that it is either absent or complete, after everything written before it in its folder."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     folder = os.open(path.parent, os.O_RDONLY)
@@ -352,7 +352,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
     """Turn what the disk refuses into a UserError; an error of reading a source names its own file and passes."""
     try:
         yield

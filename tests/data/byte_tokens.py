@@ -24,3 +24,20 @@ class ByteTokens:
 
     def decode(self, ids) -> str:
         return bytes(i - 3 for i in ids if i >= 3).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterTokens:
+    """Code points as ids, so that a corpus of distinct characters has distinct tokens."""
+
+    bos_id: int | None = None
+    eos_id: int | None = 1
+    size: int = 0x110000
+    pad_id: int = 0
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def encode_batch(self, texts):
+        return [np.asarray([ord(character) for character in text], np.int32) for text in texts]
