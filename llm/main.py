@@ -1,0 +1,135 @@
+"""The one entry point: `python -m llm.main --gin_file=A.gin [--gin_bindings='x=y'] [--dry_run]`.
+
+Reads the flags, resolves the gin config into a job, runs it. It knows no job by name: the gin file says which one runs.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 130 interrupted.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+_DESCRIPTION = """Run one job: train, evaluate, generate, or whatever the gin file's JOB says.
+Files and bindings take effect in order: the last value set wins, and bindings come after files."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the job that the command line asks for and returns the exit code.
+
+    Args:
+        arguments: the words after the program's name; those of the process if None.
+    """
+    foreign = _foreign_package()
+    if foreign:
+        print(f'error: {foreign}', file=sys.stderr)
+        return 2
+    from llm.errors import UserError
+
+    try:
+        _run(sys.argv[1:] if arguments is None else list(arguments))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    from llm import configuration
+
+    flags = _parse_flags(arguments)
+    job, operative_config = configuration.load_job(flags.gin_file, flags.gin_bindings)
+    job(
+        configuration.Invocation(
+            dry_run=flags.dry_run,
+            operative_config=operative_config,
+            command=('python', '-m', 'llm.main', *arguments),
+            config_files=tuple(flags.gin_file),
+        )
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors as UserError, and lists the run files in its help."""
+
+    def error(self, message: str) -> NoReturn:
+        from llm.errors import UserError
+
+        raise UserError(message, fix='See python -m llm.main --help.')
+
+    def format_help(self) -> str:
+        from llm.configuration import run_files
+
+        runs = run_files()
+        width = max((len(path) for path, _ in runs), default=0)
+        lines = [f'  {path:{width}}  {comment}'.rstrip() for path, comment in runs]
+        return '\n'.join((super().format_help(), 'run files:', *(lines or ['  none found']), ''))
+
+
+def _parse_flags(arguments: list[str]) -> argparse.Namespace:
+    from llm.configuration import suggesting
+    from llm.errors import UserError
+
+    parser = _Parser(
+        prog='python -m llm.main',
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--gin_file', action='append', metavar='FILE', help='a gin file; may be repeated')
+    parser.add_argument(
+        '--gin_bindings',
+        action='append',
+        default=[],
+        metavar="'NAME=VALUE'",
+        help='a gin statement, strings in quotes of their own: \'FILES="my/*.txt"\'; may be repeated',
+    )
+    parser.add_argument('--dry_run', action='store_true', help='resolve and show everything, start nothing')
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        if unknown[0].endswith('.gin') and not unknown[0].startswith('-'):
+            fix = f'Did you mean --gin_file={unknown[0]}?'
+        else:
+            fix = suggesting.nearest(
+                unknown[0].partition('=')[0], ('--gin_file', '--gin_bindings', '--dry_run', '--help')
+            )
+        raise UserError(f'unknown argument {unknown[0]!r}', fix=fix)
+    if not flags.gin_file:
+        raise UserError(
+            '--gin_file is missing',
+            fix='Name a run file, e.g. --gin_file=gin_configs/runs/quickstart.gin; --help lists them.',
+        )
+    return flags
+
+
+def _foreign_package() -> str:
+    """What is wrong, if PyPI's program `llm`, which has the same import name, is mixed with this package; else ''.
+
+    Both install files into site-packages/llm, so whichever comes second overwrites the other's.
+    """
+    import llm
+
+    here = os.path.dirname(os.path.abspath(__file__))
+    remedy = 'Run pip uninstall llm llm-jax, then install llm-jax alone.'
+    imported = os.path.dirname(os.path.abspath(llm.__file__ or ''))
+    if imported != here:
+        return f'another package called llm, in {imported}, hides the one in {here}. {remedy}'
+    try:
+        from llm.errors import UserError  # noqa: F401
+    except ImportError:
+        return f'another package called llm has overwritten files in {here}. {remedy}'
+    try:
+        other = importlib.metadata.distribution('llm')
+    except importlib.metadata.PackageNotFoundError:
+        return ''
+    if os.path.realpath(str(other.locate_file('llm'))) != os.path.realpath(here):
+        return ''  # elsewhere, and not what `import llm` finds: harmless
+    return f"PyPI's package llm {other.version} is installed over this one in {here}. {remedy}"
+
+
+if __name__ == '__main__':
+    sys.exit(main())

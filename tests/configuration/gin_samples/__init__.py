@@ -1,0 +1,1 @@
+"""Small configs and jobs of every shape that gin files may set."""
