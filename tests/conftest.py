@@ -3,7 +3,10 @@
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Tests compile many small programs and run each once: the compiler's optimisation of machine code does not pay.
+os.environ['XLA_FLAGS'] = ' '.join(
+    (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0')
+)
 # libtpu is used to compile only; without these it looks for a TPU host and prints noise.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
