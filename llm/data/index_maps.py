@@ -228,7 +228,8 @@ class MixtureSchedule:
         names: Sequence[str] | None = None,
     ):
         self.weights = whole_weights(rates, names)
-        limits = list(limits) if limits is not None else [None] * len(self.weights)
+        limits = [None] * len(self.weights) if limits is None else list(limits)
+        self.limits = tuple(limits)
         served = [0] * len(self.weights)
         self.length: int | None = 0
         self._phases: list[_Phase] = []

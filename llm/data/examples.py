@@ -1,0 +1,103 @@
+"""Examples: training rows by one endless index, through shuffling by epoch and mixing of sources.
+
+`examples[i]` is a pure function of i. What stands behind it is a chain of maps: the mixture says which source and which
+of its rows in sequence (`MixedExamples`), the epoch's shuffle says which row of the plan that is (`ShuffledExamples`),
+and the plan says which tokens (`llm.data.packing.PackedRows`).
+"""
+
+import abc
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.data.index_maps import EpochShuffle, MixtureSchedule, derive_key
+from llm.data.objectives import Example, PostCache, apply_post_cache, record_generator
+
+
+class Records(Protocol):
+    """A finite number of rows by number, such as `llm.data.packing.PackedRows`."""
+
+    num_rows: int
+    digest: str
+
+    def rows(self, indices: npt.ArrayLike) -> Example: ...
+
+
+class Examples(abc.ABC):
+    """Rows by index. Picklable and pure: rows of any indices, in any order, from any process, are the same.
+
+    Attributes:
+        num_examples: how many there are; None is endless.
+        digest: stands for the content and the order: equal digests, equal rows.
+    """
+
+    num_examples: int | None
+    digest: str
+
+    @abc.abstractmethod
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        """The rows of these indices [n], each array [n, S].
+
+        Raises:
+            UserError: an index is beyond the end of the data.
+        """
+
+    def __getitem__(self, index: int) -> Example:
+        """One row, each array [S]."""
+        return {name: array[0] for name, array in self.rows([index]).items()}
+
+
+class ShuffledExamples(Examples):
+    """The records over and over, each epoch in another order, with post-cache functions applied to each."""
+
+    num_examples = None
+
+    def __init__(self, records: Records, seed: int, name: str = '', post_cache: Sequence[PostCache] = ()):
+        """`name` sets apart sources of one mixture that have the same seed."""
+        self.records, self.post_cache = records, tuple(post_cache)
+        self._shuffle = EpochShuffle(records.num_rows, derive_key(seed, 'shuffle', name))
+        self._record_seed = derive_key(seed, 'record', name)
+        functions = [f'{function.__module__}.{function.__qualname__}' for function in post_cache]
+        self.digest = _digest(records.digest, self._shuffle.key, functions)
+
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        epochs, records = self._shuffle.locate(indices)
+        batch = self.records.rows(records)
+        if not self.post_cache:
+            return batch
+        examples = [
+            apply_post_cache(
+                self.post_cache,
+                {name: array[i] for name, array in batch.items()},
+                record_generator(self._record_seed, epoch, record),
+            )
+            for i, (epoch, record) in enumerate(zip(epochs.tolist(), records.tolist(), strict=True))
+        ]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+class MixedExamples(Examples):
+    """Several examples interleaved at fixed rates; each source goes on through its own epochs."""
+
+    def __init__(self, sources: Sequence[Examples], schedule: MixtureSchedule):
+        self.sources, self.schedule = tuple(sources), schedule
+        self.num_examples = schedule.length
+        self.digest = _digest([source.digest for source in sources], schedule.weights, schedule.limits)
+
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        sources, within = self.schedule.locate(indices)
+        batch: Example = {}
+        for number in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == number)
+            for name, array in self.sources[number].rows(within[here]).items():
+                if name not in batch:
+                    batch[name] = np.empty((len(sources), *array.shape[1:]), array.dtype)
+                batch[name][here] = array
+        return batch
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
