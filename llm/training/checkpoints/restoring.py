@@ -1,5 +1,6 @@
 """Finding the newest checkpoint that is whole, and reading it."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -133,7 +134,9 @@ def agreed_steps(directory: Path) -> list[int]:
 def warn(message: str) -> None:
     """Say on stderr what went wrong without ending the run, once per job."""
     if jax.process_index() == 0:
-        print(f'warning: {message}', file=sys.stderr, flush=True)
+        # The stderr of a job is often a file, and may be on the very disk that is full.
+        with contextlib.suppress(OSError):
+            print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def _damage_found_by_any(path: Path, step: int) -> list[str]:
