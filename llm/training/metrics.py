@@ -174,7 +174,10 @@ class _TensorBoardEvents:
         self._file.flush()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        values = [
+            summary_pb2.Summary.Value(tag=tag.encode('utf-8', 'backslashreplace'), simple_value=value)
+            for tag, value in scalars.items()
+        ]
         self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
 
     def close(self) -> None:
@@ -222,7 +225,7 @@ class MetricsWriter:
         scalars = {name: _plain(value) for name, value in values.items()}
         clocks = {name: _plain(value) for name, value in (timing or {}).items()}
         stamps = {'started': self._started, 'elapsed': time.perf_counter() - self._clock}
-        record = {'step': int(step), 'kind': kind, **scalars, 'timing': clocks | stamps}
+        record = {'step': int(step), 'kind': kind, **scalars, 'timing': {**clocks, **stamps}}
         self._lines.append({name: _strict(value) for name, value in record.items()})
 
         prefix = f'{kind}/{scalars["set"]}/' if 'set' in scalars else f'{kind}/'
