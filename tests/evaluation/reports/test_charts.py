@@ -64,7 +64,7 @@ def test_one_point_and_a_constant_can_be_drawn():
     assert flat == [pytest.approx((1.0, 5.0)), pytest.approx((2.0, 5.0))]
 
 
-@given(low=st.floats(-1e6, 1e6), width=st.floats(1e-3, 1e6), about=st.integers(3, 8))
+@given(low=st.floats(-1e3, 1e3), width=st.floats(1e-3, 1e6), about=st.integers(3, 8))
 def test_ticks_are_round_even_and_inside(low, width, about):
     ticks = nice_ticks(low, low + width, about)
     assert about // 2 <= len(ticks) <= about + 1
