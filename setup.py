@@ -17,6 +17,7 @@ CORE = [
     'chex>=0.1.92',
     'absl-py',
     'gin-config>=0.5.0',
+    'tensorboard>=2.21',
     'numpy',
     'tqdm',
     # Data. SeqIO brings TensorFlow and TensorFlow Text; llm.data alone imports them, and only to read a SeqIO task.
