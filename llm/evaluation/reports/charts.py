@@ -134,7 +134,7 @@ def _y_range(lines: Sequence[Line], levels: Sequence[Level], settled: float, fro
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within [low, high]: `about` of them, or up to twice as many."""
+    """Multiples of 1, 2 or 5 times a power of ten within [low, high]: at most `about` + 1, at least 0.4 of `about`."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)

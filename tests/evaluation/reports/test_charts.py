@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 
 import pytest
@@ -67,7 +68,8 @@ def test_one_point_and_a_constant_can_be_drawn():
 @given(low=st.floats(-1e3, 1e3), width=st.floats(1e-3, 1e6), about=st.integers(3, 8))
 def test_ticks_are_round_even_and_inside(low, width, about):
     ticks = nice_ticks(low, low + width, about)
-    assert about // 2 <= len(ticks) <= about + 1
+    # The step is rounded up to 1, 2, 5 or 10: by 5 / 2 at most.
+    assert math.floor(about / 2.5) <= len(ticks) <= about + 1
     assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in ticks)
     steps = [after - before for before, after in itertools.pairwise(ticks)]
     for step in steps:
