@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 from optax import contrib
 
 from llm.errors import UserError
-from llm.models.parameters import ParameterSpec
 from llm.training.parametrization import learning_rate_multipliers, optimizer_families, weight_decay_multipliers
 from llm.training.schedules import ScheduleConfig, make_schedule
 
@@ -92,7 +92,6 @@ def make_optimizer(
             ),
             specs,
             updates,
-            is_leaf=lambda node: isinstance(node, ParameterSpec),
         )
 
     rules = {
@@ -111,4 +110,29 @@ def make_optimizer(
         _scale_each(rates),
         _decay_each(decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+    )
+
+
+def place_optimizer_state(
+    optimizer: optax.GradientTransformation, state: Any, parameter_shardings: Any, replicated: NamedSharding
+) -> Any:
+    """The optimizer's state as ShapeDtypeStructs that live where the parameters they belong to live.
+
+    Args:
+        state: arrays or ShapeDtypeStructs, as from jax.eval_shape(optimizer.init, parameters).
+        parameter_shardings: nested dict of NamedSharding; replicated: of what belongs to no parameter, like counts.
+    """
+
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return optax.tree.map_params(
+        optimizer,
+        place,
+        state,
+        parameter_shardings,
+        transform_non_params=lambda leaf: place(leaf, replicated),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )

@@ -15,10 +15,6 @@ from llm.models.parameters import ParameterSpec, Role
 Family = Literal['adam', 'muon', 'sgd']
 
 
-def _map_specs(function, *trees: Any) -> Any:
-    return jax.tree.map(function, *trees, is_leaf=lambda node: isinstance(node, ParameterSpec))
-
-
 def optimizer_families(specs: Any, kind: Literal['adamw', 'muon', 'sgd']) -> Any:
     """Which update rule each parameter gets: Muon is for hidden matrices, the rest of a Muon run uses Adam.
 
@@ -30,7 +26,7 @@ def optimizer_families(specs: Any, kind: Literal['adamw', 'muon', 'sgd']) -> Any
             return 'sgd'
         return 'muon' if kind == 'muon' and spec.role is Role.HIDDEN else 'adam'
 
-    return _map_specs(family, specs)
+    return jax.tree.map(family, specs)
 
 
 def learning_rate_multipliers(specs: Any, base_specs: Any, families: Any) -> Any:
@@ -58,7 +54,7 @@ def learning_rate_multipliers(specs: Any, base_specs: Any, families: Any) -> Any
                 return fan_out
         return 1.0
 
-    return _map_specs(multiplier, specs, base_specs, families)
+    return jax.tree.map(multiplier, specs, base_specs, families)
 
 
 def weight_decay_multipliers(specs: Any) -> Any:
@@ -67,4 +63,4 @@ def weight_decay_multipliers(specs: Any) -> Any:
     Decay is applied with the schedule's learning rate without muP's factor, so that what a step shrinks a weight by
     does not depend on width (Wang and Aitchison 2024, "How to set AdamW's weight decay").
     """
-    return _map_specs(lambda spec: 0.0 if spec.role is Role.VECTOR else 1.0, specs)
+    return jax.tree.map(lambda spec: 0.0 if spec.role is Role.VECTOR else 1.0, specs)

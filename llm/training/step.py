@@ -59,8 +59,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
-    *,
-    dropout: bool,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
 
@@ -73,7 +71,7 @@ def make_train_step(
     microbatches = config.gradient_accumulation
 
     def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = _apply(model, parameters, batch, key if dropout else None)
+        logits = _apply(model, parameters, batch, key)
         return summed_loss(logits, batch['targets'], batch['loss_weights'], config.z_loss)
 
     gradient_of_sum = jax.grad(summed, has_aux=True)

@@ -1,0 +1,223 @@
+"""The training loop: steps, metrics, evaluation, samples, checkpoints, and stopping in an orderly way."""
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from llm.errors import UserError
+from llm.training.checkpoints import Checkpointer
+from llm.training.metrics import MetricsWriter
+from llm.training.progress import Progress
+from llm.training.step import Batch, State
+from llm.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and what to do on the way. Intervals are in steps; 0 means only at the end.
+
+    Attributes:
+        total_steps: the run ends after this many updates.
+        log_every: metrics of every such step are written.
+        evaluate_every, sample_every: how often every evaluation set is scored, and samples are drawn.
+        profile_first_step, profile_steps: write a profiler trace of so many steps to <run>/profile; 0 steps: none.
+    """
+
+    total_steps: int
+    log_every: int = 1
+    evaluate_every: int = 0
+    sample_every: int = 0
+    profile_first_step: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        if self.total_steps < 1 or self.log_every < 1 or min(self.evaluate_every, self.sample_every) < 0:
+            raise UserError(
+                f'{self} is out of range',
+                where='LoopConfig',
+                fix='Use total_steps and log_every of at least 1, and other intervals of at least 0.',
+            )
+
+
+class Batches(Protocol):
+    """Global batches by position: `batch(i)` is the same whatever was read before."""
+
+    def batch(self, step: int) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A named evaluation set: its batches, how many there are, and the raw bytes that they encode (0: unknown)."""
+
+    batches: Batches
+    num_batches: int
+    num_bytes: int
+
+
+def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[str, float]:
+    """Loss (nats per token), perplexity and, where the bytes are known, bits per byte over the whole set.
+
+    Sums are taken in float64 on the host, batch by batch in order.
+    """
+    nll = tokens = 0.0
+    for index in range(evaluation.num_batches):
+        sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index))
+        nll += float(sums['nll'])
+        tokens += float(sums['tokens'])
+    loss = nll / tokens
+    values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
+    if evaluation.num_bytes:
+        values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes
+    return values
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in the list given, instead of dying; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class TrainingLoop:
+    """One run from its current state to its last step.
+
+    Attributes:
+        sample: given (parameters, step), draws samples and stores them; passed in by the job.
+        flops_per_token: of forward and backward, and peak_flops: of all devices together, for MFU.
+        metadata: JSON stored with every checkpoint.
+    """
+
+    trainer: Trainer
+    config: LoopConfig
+    batches: Batches
+    evaluations: Mapping[str, Evaluation]
+    checkpointer: Checkpointer
+    writer: MetricsWriter
+    run_directory: Path
+    metadata: dict[str, Any]
+    sample: Callable[[Any, int], None] | None = None
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    _tracing: bool = dataclasses.field(default=False, init=False)
+
+    def run(self, state: State) -> bool:
+        """Train `state` (donated) to `total_steps`; True if the end was reached, False if a signal stopped it.
+
+        Raises:
+            UserError: the loss is not finite. The last checkpoint is from before it.
+        """
+        total = self.config.total_steps
+        step = int(state['step'])
+        with stop_signals() as signals, Progress(total, step, enabled=jax.process_index() == 0) as progress:
+            self._progress = progress
+            clock = time.perf_counter()
+            pending: tuple[int, Any] | None = None
+            while step < total and not signals:
+                self._profile(step)
+                batch = self.batches.batch(step)
+                state, metrics = self.trainer.train_step(state, batch)
+                step += 1
+                # The previous step's metrics are read while this one runs, so the device never waits for the host.
+                if pending:
+                    clock = self._record(*pending, clock)
+                pending = (step, metrics)
+                if self._due(step):
+                    clock = self._record(*pending, clock)
+                    pending = None
+                    self._visit(step, state)
+                    clock = time.perf_counter()
+            if pending:
+                self._record(*pending, clock)
+            self._profile(math.inf)
+            if signals and step < total:
+                if self.checkpointer.latest_step() != step:
+                    self._save(step, state)
+                progress.say(f'stopped by {signal.Signals(signals[0]).name} after step {step}, which is saved')
+            self.checkpointer.wait()
+        return step >= total
+
+    def _due(self, step: int) -> bool:
+        intervals = (self.config.evaluate_every, self.config.sample_every, self.checkpointer.config.save_every)
+        return step == self.config.total_steps or any(every and step % every == 0 for every in intervals)
+
+    def _visit(self, step: int, state: State) -> None:
+        """Evaluation, samples and checkpoint after a step at which any of them is due, in this order."""
+
+        def due(every: int) -> bool:
+            return step == self.config.total_steps or bool(every and step % every == 0)
+
+        scores: dict[str, float] = {}
+        if due(self.config.evaluate_every):
+            for name, evaluation in self.evaluations.items():
+                start = time.perf_counter()
+                values = evaluate(self.trainer, state['parameters'], evaluation)
+                timing = {'seconds': time.perf_counter() - start}
+                self.writer.write(step, 'evaluation', {'set': name, **values}, timing=timing)
+                scores |= {f'{name}/{key}': value for key, value in values.items()}
+            self._progress.update(step, scores)
+        if self.sample and due(self.config.sample_every):
+            self.sample(state['parameters'], step)
+        if due(self.checkpointer.config.save_every):
+            self._save(step, state, scores)
+
+    def _save(self, step: int, state: State, scores: dict[str, float] | None = None) -> None:
+        self.writer.sync()  # a checkpoint vouches for the metrics before it
+        self.checkpointer.save(step, self.trainer.state_dict(state), self.metadata, scores or None)
+
+    def _record(self, step: int, metrics: Any, since: float) -> float:
+        """Write one step's metrics and check them; returns the time at which they were there."""
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        now = time.perf_counter()
+        if not (math.isfinite(values['loss']) and math.isfinite(values['gradient_norm'])):
+            rows = self.trainer.step_config.batch_size
+            kept = self.checkpointer.latest_step()
+            raise UserError(
+                f'the loss is {values["loss"]} and the gradient norm {values["gradient_norm"]} at step {step} '
+                f'(examples {(step - 1) * rows} to {step * rows - 1} of the data order)',
+                where=str(self.run_directory),
+                fix=f'The last good checkpoint, {"none yet" if kept is None else f"step {kept}"}, is kept. Lower the '
+                'learning rate, clip_norm or look at those examples, and start again.',
+            )
+        seconds = max(now - since, 1e-9)
+        rate = values['tokens'] / seconds
+        timing = {'seconds': seconds, 'tokens_per_second': rate}
+        if self.peak_flops:
+            timing['mfu'] = rate * self.flops_per_token / self.peak_flops
+        if step % self.config.log_every == 0 or step == self.config.total_steps:
+            self.writer.write(step, 'train', values, timing=timing)
+        self._progress.update(step, values | timing)
+        return now
+
+    def _profile(self, step: float) -> None:
+        """Start or stop the profiler's trace before `step`; infinity is after the last."""
+        first, steps = self.config.profile_first_step, self.config.profile_steps
+        if not self._tracing and first <= step < first + steps:
+            jax.profiler.start_trace(str(self.run_directory / 'profile'))
+            self._tracing = True
+        elif self._tracing and step >= first + steps:
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -1,0 +1,134 @@
+"""Model, optimizer and mesh put together: where every array of the train state lives, and the compiled steps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, serialization
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llm.errors import UserError
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.initialization import initialize
+from llm.models.parameters import parameter_specs
+from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.sharding import AxisRules, parameter_sharding, use_rules
+from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
+from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return '/'.join(str(key.key) for key in path)
+
+
+class Trainer:
+    """Everything about a run that is fixed before its first step.
+
+    Attributes:
+        mesh, rules: where things live. specs: nested dict of ParameterSpec. model: the decoder's graph definition.
+        optimizer: the optax transformation.
+        abstract_state, state_shardings: ShapeDtypeStruct and NamedSharding of every array of the train state.
+        batch_sharding: NamedSharding of each array of a batch, [B, S].
+    """
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        optimizer: OptimizerConfig,
+        step: StepConfig,
+        total_steps: int,
+        mesh: MeshConfig = MeshConfig(),
+        rules: AxisRules = AxisRules(),
+        devices: list[jax.Device] | None = None,
+    ):
+        self.model_config, self.step_config, self.rules = model, step, rules
+        self.mesh: Mesh = make_mesh(mesh, devices)
+        self._check_batch()
+        decoder = Decoder(model)
+        self.specs = parameter_specs(decoder)
+        self.model: nnx.GraphDef = nnx.split(decoder)[0]
+        base = model if model.mup_base_width is None else model.at_width(model.mup_base_width)
+        base_specs = parameter_specs(Decoder(base))
+        self.optimizer = make_optimizer(optimizer, self.specs, base_specs, total_steps)
+        self.schedule = learning_rate_schedule(optimizer, total_steps)
+
+        parameter_shardings = jax.tree_util.tree_map_with_path(
+            lambda path, spec: parameter_sharding(spec.axes, spec.shape, self.mesh, rules, _path_name(path)),
+            self.specs,
+        )
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        abstract = jax.eval_shape(self._fresh_state, 0)
+        self.abstract_state: State = {
+            'parameters': jax.tree.map(self._placed, abstract['parameters'], parameter_shardings),
+            'optimizer': place_optimizer_state(
+                self.optimizer, abstract['optimizer'], parameter_shardings, self.replicated
+            ),
+            'step': self._placed(abstract['step'], self.replicated),
+        }
+        self.state_shardings: State = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        self.batch_sharding = NamedSharding(
+            self.mesh, rules.partition(('batch', 'sequence'), self.mesh, parameters=False)
+        )
+
+    @staticmethod
+    def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def _check_batch(self) -> None:
+        rows = self.step_config.batch_size // self.step_config.gradient_accumulation
+        axes = self.rules.partition(('batch',), self.mesh, parameters=False)[0]
+        ways = functools.reduce(
+            lambda ways, axis: ways * self.mesh.shape[axis], (axes,) if isinstance(axes, str) else (axes or ()), 1
+        )
+        if rows % ways:
+            raise UserError(
+                f'{rows} rows (batch_size / gradient_accumulation) cannot be divided over {ways} devices '
+                f'(mesh axes {axes})',
+                where='StepConfig.batch_size',
+                fix=f'Make it a multiple of {ways}, or change the mesh.',
+            )
+
+    def _fresh_state(self, seed: int | jax.Array) -> State:
+        parameters = initialize(self.specs, self.model_config.initialization, seed)
+        return {
+            'parameters': parameters,
+            'optimizer': self.optimizer.init(parameters),
+            'step': jnp.zeros((), jnp.int32),
+        }
+
+    def fresh_state(self) -> State:
+        """The state before step 0, each array created where it lives."""
+        create = jax.jit(self._fresh_state, static_argnums=0, out_shardings=self.state_shardings)
+        return create(self.step_config.seed)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config)
+        return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
+
+    @functools.cached_property
+    def evaluation_step(self) -> Any:
+        """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
+        return jax.jit(self._under_rules(make_evaluation_step(self.model)), out_shardings=self.replicated)
+
+    def _under_rules(self, function):
+        @functools.wraps(function)
+        def wrapped(*arguments):
+            with use_rules(self.mesh, self.rules):
+                return function(*arguments)
+
+        return wrapped
+
+    def state_dict(self, state: State) -> State:
+        """The train state as a plain nested dict of arrays, as checkpoints hold it."""
+        return {**state, 'optimizer': serialization.to_state_dict(state['optimizer'])}
+
+    def from_state_dict(self, arrays: State) -> State:
+        """The inverse of `state_dict`."""
+        optimizer = serialization.from_state_dict(self.abstract_state['optimizer'], arrays['optimizer'])
+        return {**arrays, 'optimizer': optimizer}
+
+
+__all__ = ['Batch', 'Metrics', 'State', 'Trainer']
