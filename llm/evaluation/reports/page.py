@@ -156,7 +156,9 @@ def _measured_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     if (rate := run.median('tokens_per_second')) is not None:
         figures.append(('Tokens per second', short_number(rate), 'median step'))
     if (share := run.median('mfu')) is not None:
-        figures.append(('Model FLOPs utilization', f'{100 * share:.1f}%', 'median step'))
+        causal = run.median('mfu_causal')
+        note = 'median step' if causal is None else f'median step; {100 * causal:.1f}% with causal attention only'
+        figures.append(('Model FLOPs utilization', f'{100 * share:.1f}%', note))
     return figures
 
 
@@ -177,14 +179,18 @@ def _charts(run: RunRecord) -> str:
     ]
     losses = [Line('training', run.series('loss'), 0)]
     losses += [Line(name, run.evaluation_series(name, 'loss'), colour) for name, colour in sets.items()]
-    utilization = [(step, 100 * share) for step, share in run.series('mfu')]
+    conventions = (('mfu', 'all of attention counted'), ('mfu_causal', 'causal half only'))
+    utilization = [
+        Line(words, [(step, 100 * share) for step, share in run.series(name)], colour)
+        for colour, (name, words) in enumerate(conventions)
+    ]
     drawn = [
         chart('Bits per byte, held out', scores, levels=levels, wide=True),
         chart('Loss, nats per token', losses, wide=True),
         chart('Learning rate', [Line('learning rate', run.series('learning_rate'))], from_zero=True),
         chart('Gradient norm', [Line('before clipping', run.series('gradient_norm'))], from_zero=True),
         chart('Tokens per second', [Line('by step', run.series('tokens_per_second'))], from_zero=True),
-        chart('Model FLOPs utilization, %', [Line('by step', utilization)], from_zero=True),
+        chart('Model FLOPs utilization, %', utilization, from_zero=True),
     ]
     if not any(drawn):
         return '<p class="soft">No step has been logged yet.</p>'

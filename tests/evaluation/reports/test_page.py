@@ -53,7 +53,7 @@ def train(directory: Path, first: int, last: int, total: int) -> None:
     with MetricsWriter(directory, first) as writer:
         for step in range(first + 1, last + 1):
             values = {'loss': 2 + 3 / step, 'gradient_norm': 1.0, 'learning_rate': 1e-3, 'tokens': 4096.0}
-            writer.write(step, 'train', values, timing={'tokens_per_second': 8000.0, 'mfu': 0.4})
+            writer.write(step, 'train', values, timing={'tokens_per_second': 8000.0, 'mfu': 0.4, 'mfu_causal': 0.35})
             if step % 10 == 0:
                 scores = {'loss': 2 + 3 / step, 'perplexity': math.exp(2 + 3 / step), 'bits_per_byte': 1.5 + 1 / step}
                 writer.write(step, 'evaluation', {'set': 'held_out', **scores})
@@ -97,7 +97,7 @@ def test_complete_run_shows_its_figures(tmp_path):
         'Tokens trained on164k4.10k a step',
         'resumed 1 time',
         'Tokens per second8.00kmedian step',
-        'Model FLOPs utilization40.0%median step',
+        'Model FLOPs utilization40.0%median step; 35.0% with causal attention only',
         'Parameters4.21M',
         'a long description of the corpus',
         '2 warnings',
