@@ -189,6 +189,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 def _gin_statements(text: str, locate: Callable[[int], Location]) -> list[Any]:
     """The statements of gin's parser, every way it has of failing turned into a UserError."""
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
     lines = text.split('\n')
     line, statements = _next_statement(lines, 1), []
     try:
@@ -212,6 +213,8 @@ def _gin_statements(text: str, locate: Callable[[int], Location]) -> list[Any]:
         raise UserError(
             'a list or dict cannot be the key of a dict', where=str(locate(line)), fix='Use a string or number.'
         ) from None
+    except UnicodeError:
+        raise UserError('a character here is not valid Unicode', where=str(locate(line))) from None
     except (StopIteration, RecursionError):
         raise UserError('the statement cannot be read to its end', where=str(locate(line))) from None
     return statements
