@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from llm.errors import UserError
 
@@ -123,6 +123,7 @@ class Shard(Protocol):
         ...
 
 
+@runtime_checkable  # so that a config's field can be annotated with it
 class Source(Protocol):
     """Where documents come from: a frozen dataclass that gin configures."""
 

@@ -47,8 +47,8 @@ def _adapter_class() -> type:
             return self.vocabulary.decode(ids)
 
         def _encode_tf(self, s: Any) -> Any:
-            def encode(text: bytes) -> Any:
-                return np.array(self.vocabulary.encode(text.decode()), np.int32)
+            def encode(text: Any) -> Any:  # bytes, or an array of no dimensions that holds them
+                return np.array(self.vocabulary.encode(np.asarray(text).item().decode()), np.int32)
 
             ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
             ids.set_shape([None])
