@@ -35,7 +35,7 @@ def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offse
     """
     new = new.astype(cache.dtype)
     if jnp.ndim(offset) == 0:
-        start = (repeat, 0, offset, *(0,) * (new.ndim - 2))
+        start = [jnp.asarray(index, jnp.int32) for index in (repeat, 0, offset, *(0,) * (new.ndim - 2))]
         return jax.lax.dynamic_update_slice(cache, new[None], start)
     batch, length = new.shape[:2]
     columns = jnp.asarray(offset)[:, None] + jnp.arange(length)

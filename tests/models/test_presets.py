@@ -1,0 +1,76 @@
+"""The presets of gin_configs/models: published sizes, and what holds for every parameter of every one."""
+
+import dataclasses
+from pathlib import Path
+
+import gin
+import pytest
+
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.parameters import Role, count_parameters, named_specs, parameter_specs
+
+FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
+PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
+AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions', 'norm'}
+
+# As published, or as the weights that the authors released add up to.
+PUBLISHED = {
+    'gpt2_124m': 124_439_808,
+    'llama2_7b': 6_738_415_616,
+    'llama3_8b': 8_030_261_248,
+    'llama3_70b': 70_553_706_496,
+    'mistral_7b': 7_241_732_096,
+    'gemma2_9b': 9_241_705_984,
+}
+
+
+@pytest.fixture(scope='module')
+def presets() -> dict[str, DecoderConfig]:
+    configs = {}
+    for name in PRESETS:
+        gin.clear_config()
+        gin.parse_config_file(str(FOLDER / f'{name}.gin'))
+        gin.finalize()
+        configs[name] = gin.get_configurable('llm.models.decoder.DecoderConfig')()
+    with gin.unlock_config():
+        gin.clear_config()
+    return configs
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameters_are_as_many_as_published(presets, name):
+    assert count_parameters(parameter_specs(Decoder(presets[name]))) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_every_parameter_is_fully_declared(presets, name):
+    for path, spec in named_specs(parameter_specs(Decoder(presets[name]))):
+        assert len(spec.axes) == len(spec.shape), path
+        assert set(spec.axes) <= AXES, path
+        assert not set(spec.inputs) & set(spec.outputs), path
+        batch = set(range(len(spec.shape))) - set(spec.inputs) - set(spec.outputs)
+        assert batch == ({0} if spec.axes[0] in ('layers', 'remainder') else set()), path
+        assert bool(spec.inputs) == (spec.role is not Role.VECTOR), path
+        assert (spec.constant is None) == (spec.role is not Role.VECTOR), path
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_base_shapes_of_mup_have_the_same_parameters(presets, name):
+    config = presets[name]
+    specs = named_specs(parameter_specs(Decoder(config)))
+    base = dict(named_specs(parameter_specs(Decoder(config.at_width(config.d_model // 4)))))
+    assert [path for path, _ in specs] == list(base)
+    for path, spec in specs:
+        if spec.role in (Role.HIDDEN, Role.OUTPUT):
+            assert spec.fan_in == 4 * base[path].fan_in, path
+        elif spec.role is Role.EMBEDDING:
+            assert spec.fan_in == base[path].fan_in, path
+
+
+def test_presets_differ_from_each_other_as_the_papers_say(presets):
+    llama2, llama3, mistral = (presets[name] for name in ('llama2_7b', 'llama3_8b', 'mistral_7b'))
+    assert llama3.pattern[0].mixer.rotary_base == 500_000 and llama2.pattern[0].mixer.rotary_base == 10_000
+    assert dataclasses.replace(llama3.pattern[0].mixer, window=4096, rotary_base=10_000.0) == mistral.pattern[0].mixer
+    gemma = presets['gemma2_9b']
+    assert [layer.mixer.window for layer in gemma.pattern] == [4096, None]
+    assert gemma.repeats == 21 and not gemma.remainder
