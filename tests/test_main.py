@@ -73,7 +73,7 @@ def test_runs_the_job_with_its_invocation(llm, tmp_path):
         (('--gin_file=rum.gin',), "the gin file 'rum.gin' does not exist. Did you mean run.gin?"),
         (
             ('--gin_file=run.gin',),
-            """run.gin:6: NAME must be set (of the model). set NAME: --gin_bindings='NAME="..."'""",
+            """run.gin:6: NAME must be set (of the model). Set NAME: --gin_bindings='NAME="..."'""",
         ),
         (
             ('--gin_file=run.gin', '--gin_bindings=NAME=a b'),

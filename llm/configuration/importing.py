@@ -115,7 +115,8 @@ class Symbols:
             fix = f'Add an import of {next(iter(everywhere))} to it.'
         else:
             fix = suggesting.nearest(selector, same_class or names)
-        raise UserError(f'{name} is not imported in this file', where=str(location), fix=fix)
+        importer = 'by any gin file' if location.file == COMMAND_LINE else 'in this file'
+        raise UserError(f'{name} is not imported {importer}', where=str(location), fix=fix)
 
 
 def is_config(value: object) -> TypeGuard[type]:

@@ -262,7 +262,7 @@ def check_required(tree: Value) -> None:
     )
     meaning = f' ({shorten(first.comment)})' if first.comment else ''
     what = f'{" and ".join(names)} must be set{meaning}'
-    raise UserError(what, where=str(first.location), fix=f'set {" and ".join(names)}: {example}')
+    raise UserError(what, where=str(first.location), fix=f'Set {" and ".join(names)}: {example}')
 
 
 def _find_required(value: Value, annotation: Any, missing: dict[Setting, bool]) -> None:

@@ -165,7 +165,7 @@ def test_command_line_names():
         "--gin_bindings='models.Decoder.num_layer=1': models.Decoder has no num_layer. Did you mean num_layers?"
     )
     assert message('', 'Decoder.num_layers=1') == (
-        "--gin_bindings='Decoder.num_layers=1': Decoder is not imported in this file. Did you mean models.Decoder?"
+        "--gin_bindings='Decoder.num_layers=1': Decoder is not imported by any gin file. Did you mean models.Decoder?"
     )
     imports = 'from __gin__ import dynamic_registration\nfrom gin_samples.other import models\n'
     assert message('', "models.Decoder.name='x'", imports=imports).startswith(
@@ -224,13 +224,13 @@ def test_required():
         jobs.Train.steps = %gin.REQUIRED
         """
     assert message(text, 'jobs.Train.steps=3') == (
-        'case.gin:4: FILES must be set (glob of text files). set FILES: --gin_bindings=\'FILES="..."\''
+        'case.gin:4: FILES must be set (glob of text files). Set FILES: --gin_bindings=\'FILES="..."\''
     )
     assert message(text, 'FILES="x"') == (
-        "case.gin:6: jobs.Train.steps must be set. set jobs.Train.steps: --gin_bindings='jobs.Train.steps=...'"
+        "case.gin:6: jobs.Train.steps must be set. Set jobs.Train.steps: --gin_bindings='jobs.Train.steps=...'"
     )
     assert message(text) == (
-        'case.gin:6: jobs.Train.steps and FILES must be set. set jobs.Train.steps and FILES: '
+        'case.gin:6: jobs.Train.steps and FILES must be set. Set jobs.Train.steps and FILES: '
         "--gin_bindings='jobs.Train.steps=...' --gin_bindings='FILES=\"...\"'"
     )
 
