@@ -60,7 +60,7 @@ class ShuffledExamples(Examples):
         self.records, self.post_cache = records, tuple(post_cache)
         self._shuffle = EpochShuffle(records.num_rows, derive_key(seed, 'shuffle', name))
         self._record_seed = derive_key(seed, 'record', name)
-        functions = [f'{function.__module__}.{function.__qualname__}' for function in post_cache]
+        functions = [getattr(function, '__qualname__', repr(function)) for function in post_cache]
         self.digest = _digest(records.digest, self._shuffle.key, functions)
 
     def rows(self, indices: npt.ArrayLike) -> Example:
@@ -82,8 +82,8 @@ class ShuffledExamples(Examples):
 class MixedExamples(Examples):
     """Several examples interleaved at fixed rates; each source goes on through its own epochs."""
 
-    def __init__(self, sources: Sequence[Examples], schedule: MixtureSchedule):
-        self.sources, self.schedule = tuple(sources), schedule
+    def __init__(self, sources: Sequence[ShuffledExamples], schedule: MixtureSchedule, names: Sequence[str] = ()):
+        self.sources, self.schedule, self.names = tuple(sources), schedule, tuple(names)
         self.num_examples = schedule.length
         self.digest = _digest([source.digest for source in sources], schedule.weights, schedule.limits)
 

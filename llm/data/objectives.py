@@ -5,6 +5,7 @@ generator seeded by (seed, epoch, index), so the result does not depend on what 
 threads. The same function serves as a SeqIO preprocessor through `llm.data.tasks.as_seqio_preprocessor`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,23 +28,29 @@ def apply_post_cache(functions: Sequence[PostCache], example: Example, generator
     return example
 
 
-def language_modelling(example: Example, generator: np.random.Generator) -> Example:
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
     """Predict every token from those before it in its document.
 
-    Args:
-        example: `targets` [n], the stored tokens of one document or of a piece of one, the end boundary included where
-            the document ends, and `context` [1], what is read before the first: the start boundary or, for a piece,
-            the token before it.
+    `llm.data.packing.PackedRows` makes the same for rows of many documents at once; this is the definition.
 
-    Returns:
-        inputs, targets, loss_weights, segment_ids, positions, each [n]. `llm.data.packing.PackedRows` makes the same
-        for rows of many documents at once.
+    Args:
+        start: what is read before the first token of a document.
     """
-    targets = example['targets']
-    return {
-        'inputs': np.concatenate([example['context'], targets[:-1]]).astype(np.int32),
-        'targets': targets.astype(np.int32),
-        'loss_weights': np.ones(len(targets), np.float32),
-        'segment_ids': np.ones(len(targets), np.int32),
-        'positions': np.arange(len(targets), dtype=np.int32),
-    }
+
+    start: int
+
+    def __call__(self, example: Example, generator: np.random.Generator) -> Example:
+        """From `targets` [n], the tokens of a document with the end boundary last, to a row of n.
+
+        Returns:
+            inputs, targets, loss_weights, segment_ids, positions, each [n].
+        """
+        targets = example['targets'].astype(np.int32)
+        return {
+            'inputs': np.concatenate([[self.start], targets[:-1]]).astype(np.int32),
+            'targets': targets,
+            'loss_weights': np.ones(len(targets), np.float32),
+            'segment_ids': np.ones(len(targets), np.int32),
+            'positions': np.arange(len(targets), dtype=np.int32),
+        }

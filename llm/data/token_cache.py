@@ -44,8 +44,8 @@ class Tokenizer(Protocol):
     eos_id: int | None
     digest: str
 
-    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[Any]]:
-        """Token ids of each text, without boundary tokens."""
+    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[npt.NDArray[Any]]:
+        """Token ids of each text, without boundary tokens; None takes as many threads as there are processors."""
         ...
 
 

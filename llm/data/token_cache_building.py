@@ -185,7 +185,7 @@ def _write_here(
     jobs: Sequence[_Job], vocabulary: Tokenizer, workers: int, tally: _Tally
 ) -> Iterator[tuple[ShardRecord, int]]:
     for job in jobs:
-        yield _write_shard(job, vocabulary, tally.add_bytes), job.index
+        yield _write_shard(job, vocabulary, None, tally.add_bytes), job.index
         tally.add_shard()
 
 
@@ -195,8 +195,9 @@ def _write_in_processes(
     # Spawned, because a fork of a process in which JAX runs threads may hang.
     context = multiprocessing.get_context('spawn')
     reports, stop = context.SimpleQueue(), context.Event()
+    threads = max(1, processors() // workers)
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(vocabulary, reports, stop)
+        workers, mp_context=context, initializer=_start_worker, initargs=(vocabulary, threads, reports, stop)
     )
     try:
         pending = {pool.submit(_write_in_worker, job): job for job in jobs}
@@ -220,9 +221,9 @@ def _write_in_processes(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(vocabulary: Tokenizer, reports: Any, stop: Any) -> None:
+def _start_worker(vocabulary: Tokenizer, threads: int, reports: Any, stop: Any) -> None:
     """Keep what all jobs of this process need, and see to it that it does not outlive the one that started it."""
-    _worker.update(vocabulary=vocabulary, reports=reports, stop=stop)
+    _worker.update(vocabulary=vocabulary, threads=threads, reports=reports, stop=stop)
 
     def die_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -239,10 +240,10 @@ def _write_in_worker(job: _Job) -> ShardRecord:
             raise InterruptedError('another shard failed')
         _worker['reports'].put(num_bytes)
 
-    return _write_shard(job, _worker['vocabulary'], report)
+    return _write_shard(job, _worker['vocabulary'], _worker['threads'], report)
 
 
-def _write_shard(job: _Job, vocabulary: Tokenizer, report: Callable[[int], None]) -> ShardRecord:
+def _write_shard(job: _Job, vocabulary: Tokenizer, threads: int | None, report: Callable[[int], None]) -> ShardRecord:
     """Write the files of one shard and commit them; `report` is told the bytes of each batch of documents."""
     counts = ReadCounts()
     end, dtype = Boundaries.of(vocabulary).end, token_dtype(vocabulary.size)
@@ -252,7 +253,7 @@ def _write_shard(job: _Job, vocabulary: Tokenizer, report: Callable[[int], None]
             part: stack.enter_context(_CommittedFile(job.directory / shard_file(job.index, part))) for part in PARTS
         }
         for texts in _batches(job.shard.documents(counts)):
-            ids = vocabulary.encode_batch(texts)
+            ids = vocabulary.encode_batch(texts, threads)
             pieces = itertools.chain.from_iterable((document, [end]) for document in ids)
             tokens = np.concatenate(list(pieces), dtype=np.int64, casting='unsafe')
             if tokens.min() < 0 or tokens.max() >= vocabulary.size:

@@ -19,7 +19,7 @@ class ByteTokens:
     def digest(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=None):
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
 
     def decode(self, ids) -> str:
@@ -39,5 +39,5 @@ class CharacterTokens:
     def digest(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=None):
         return [np.asarray([ord(character) for character in text], np.int32) for text in texts]

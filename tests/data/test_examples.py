@@ -11,7 +11,7 @@ from byte_tokens import ByteTokens, CharacterTokens
 from llm.data.examples import MixedExamples, ShuffledExamples
 from llm.data.index_maps import MixtureSchedule, Permutation, derive_key
 from llm.data.loader import host_rows, local_batch
-from llm.data.objectives import language_modelling, record_generator
+from llm.data.objectives import LanguageModelling, record_generator
 from llm.data.packing import PackedRows, training_plan
 from llm.data.sources import TextFiles
 from llm.data.token_cache_building import open_token_cache
@@ -118,7 +118,7 @@ def test_a_digest_stands_for_content_and_order(parts, tmp_path):
         digest(name='x'),
         digest(rates=(0.4, 0.4, 0.2)),
         digest(rows=other_vocabulary),
-        digest(post_cache=(language_modelling,)),
+        digest(post_cache=(LanguageModelling(1),)),
     ]
     assert len(set(digests)) == len(digests) and digest() == digests[0]
 
@@ -156,8 +156,7 @@ def test_packed_rows_equal_the_objective_record_by_record(parts):
     for document in range(cache.num_documents):
         segment = row['segment_ids'] == document + 1
         stored = row['targets'][segment]
-        context = np.asarray([cache.boundaries.start])
-        expected = language_modelling({'targets': stored, 'context': context}, record_generator(0, 0, 0))
+        expected = LanguageModelling(cache.boundaries.start)({'targets': stored}, record_generator(0, 0, 0))
         for name in ('inputs', 'targets', 'loss_weights', 'positions'):
             assert np.array_equal(row[name][segment], expected[name]), name
         column += len(stored)

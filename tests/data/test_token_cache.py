@@ -102,9 +102,9 @@ class SlowTokens(ByteTokens):
 
     digest = ByteTokens().digest
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=None):
         time.sleep(0.1)
-        return super().encode_batch(texts)
+        return super().encode_batch(texts, num_threads)
 
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -256,7 +256,7 @@ def test_no_space_is_a_user_error_and_leaves_nothing_half_written(corpus, tmp_pa
 class DeadlyTokens(ByteTokens):
     """Dies as a process does when memory runs out."""
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -31,7 +31,7 @@ class RandomTokens:
 
     size, pad_id, bos_id, eos_id, digest = 50_257, 0, None, 1, 'random tokens'
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         numbers = [tuple(map(int, text.split())) for text in texts]
         return [np.random.default_rng(seed).integers(2, self.size, length) for seed, length in numbers]
 

@@ -1,0 +1,217 @@
+"""What gin configures of the data: which sources, mixed how, packed how, evaluated on what."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from llm.data import tasks
+from llm.data.examples import MixedExamples, ShuffledExamples
+from llm.data.index_maps import MixtureSchedule, temperature_rates
+from llm.data.packing import PackedRows, PackingMode, evaluation_plan, training_plan
+from llm.data.sources import Source, Split
+from llm.data.token_cache import TokenCache, Tokenizer
+from llm.data.token_cache_building import open_token_cache
+from llm.errors import UserError
+
+
+def default_cache_directory() -> Path:
+    """$LLM_CACHE, or ~/.cache/llm-jax/tokens."""
+    return Path(os.environ.get('LLM_CACHE') or '~/.cache/llm-jax/tokens').expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One source of a mixture.
+
+    Args:
+        name: for metrics and reports. It also keys the order of rows: sources of one mixture are shuffled apart.
+        source: where the documents come from.
+        rate: relative number of rows taken from it; None takes the number that it has (see `DataConfig.temperature`).
+        max_epochs: the source is left out once each of its rows was read so many times; None repeats without end.
+    """
+
+    name: str
+    source: Source
+    rate: float | None = None
+    max_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and not (self.rate > 0 and math.isfinite(self.rate)):
+            raise UserError(f'rate = {self.rate} is not positive', where=self.name, fix='Leave the component out.')
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise UserError(f'max_epochs = {self.max_epochs} is not positive', where=self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioMixture:
+    """The tasks of a registered SeqIO mixture as components, with its rates; see `llm.data.tasks.SeqioTask`."""
+
+    mixture: str
+    modules: tuple[str, ...] = ()
+    data_directory: str | None = None
+    feature: str = 'targets'
+
+    def components(self) -> tuple[Component, ...]:
+        """One component a task. Imports SeqIO."""
+        return tuple(
+            Component(name, tasks.SeqioTask(name, self.data_directory, None, self.modules, self.feature), rate)
+            for name, rate in tasks.mixture_rates(self.mixture, self.modules)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    """A named evaluation set, every token of it scored once.
+
+    Attributes:
+        examples: its rows, for `llm.data.loader.Loader`; rows from `num_rows` on are padding.
+        num_rows: how many rows hold it.
+        num_tokens: targets that carry loss, one end of document for each document among them.
+        num_bytes: UTF-8 bytes of its text: bits per byte is the summed loss / ln 2 / num_bytes.
+    """
+
+    examples: PackedRows
+    num_rows: int
+    num_tokens: int
+    num_bytes: int
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches hold all rows; the last is filled up with padding."""
+        return -(-self.num_rows // batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data of a run.
+
+    Args:
+        components: the sources of the training mixture, or a SeqIO mixture.
+        temperature: where components have no rates, they get min(rows, maximum_rows) ** (1 / temperature), as
+            `seqio.mixing_rate_num_examples` has it with examples for rows. 1 is in proportion to size.
+        maximum_rows: see temperature.
+        packing: 'best_fit' cuts only documents longer than a row; 'concatenate' cuts the stream anywhere.
+        attend_across_documents: let attention and positions run through the documents of a row.
+        seed: of all orders. Another seed is another order of the same rows, and other rows.
+        evaluation: sources whose validation split is evaluated; None takes those of `components`.
+        evaluation_stride: by how much the window moves over documents longer than a row, None by a whole row without
+            context from before. Fewer give more context and more work.
+        evaluation_documents: evaluate only so many documents of each set, chosen at random once and for all.
+        cache_directory: of token caches; None takes $LLM_CACHE, or ~/.cache/llm-jax/tokens.
+        workers: processes that tokenise; 0 takes one a processor.
+    """
+
+    components: tuple[Component, ...] | SeqioMixture
+    temperature: float = 1.0
+    maximum_rows: int | None = None
+    packing: PackingMode = 'best_fit'
+    attend_across_documents: bool = False
+    seed: int = 0
+    evaluation: tuple[Component, ...] | None = None
+    evaluation_stride: int | None = None
+    evaluation_documents: int | None = None
+    cache_directory: str | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ('components', 'evaluation'):
+            value = getattr(self, field)
+            if isinstance(value, tuple):
+                names = [component.name for component in value]
+                if field == 'components' and not names:
+                    raise UserError('components is empty', fix='Name at least one.')
+                if len(set(names)) < len(names):
+                    raise UserError(f'{field} has two of one name: {", ".join(sorted(names))}')
+        if self.temperature <= 0:
+            raise UserError(f'temperature = {self.temperature} is not positive')
+        for field in ('maximum_rows', 'evaluation_stride', 'evaluation_documents'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f'{field} = {getattr(self, field)} is less than 1')
+        if self.workers < 0:
+            raise UserError(f'workers = {self.workers} is negative')
+
+    def open_training(self, vocabulary: Tokenizer, sequence_length: int, *, progress: bool = True) -> MixedExamples:
+        """The training examples, endless unless every component has max_epochs; caches and plans are made first.
+
+        Args:
+            sequence_length: S, tokens in a row.
+            progress: show bars while tokenising.
+
+        Raises:
+            UserError: as `open_token_cache`; or rates are given for some components only.
+        """
+        components = self._components()
+        examples = []
+        for component in components:
+            cache = self._cache(component, 'train', vocabulary, progress)
+            plan = training_plan(cache, sequence_length, self.packing, self.seed)
+            rows = PackedRows(cache, plan, sequence_length, attend_across_documents=self.attend_across_documents)
+            examples.append(ShuffledExamples(rows, self.seed, component.name))
+        sizes = [example.records.num_rows for example in examples]
+        limits = [
+            None if component.max_epochs is None else max(1, math.floor(component.max_epochs * size))
+            for component, size in zip(components, sizes, strict=True)
+        ]
+        names = [component.name for component in components]
+        return MixedExamples(examples, MixtureSchedule(self._rates(components, sizes), limits, names), names)
+
+    def open_evaluation(
+        self, vocabulary: Tokenizer, sequence_length: int, *, progress: bool = True
+    ) -> dict[str, EvaluationSet]:
+        """The evaluation sets by name. Documents are always apart in them, whatever training does.
+
+        Raises:
+            UserError: as `open_token_cache`; or the stride is longer than a row.
+        """
+        sets = {}
+        for component in self._components() if self.evaluation is None else self.evaluation:
+            cache = self._cache(component, 'validation', vocabulary, progress)
+            plan, num_bytes = evaluation_plan(cache, sequence_length, self.evaluation_stride, self.evaluation_documents)
+            spans = plan.spans
+            num_tokens = int(spans['length'].sum(dtype=int) - spans['context'].sum(dtype=int))
+            rows = PackedRows(cache, plan, sequence_length)
+            sets[component.name] = EvaluationSet(rows, plan.num_rows, num_tokens, num_bytes)
+        return sets
+
+    def _components(self) -> tuple[Component, ...]:
+        return self.components if isinstance(self.components, tuple) else self.components.components()
+
+    def _cache(self, component: Component, split: Split, vocabulary: Tokenizer, progress: bool) -> TokenCache:
+        directory = self.cache_directory or default_cache_directory()
+        return open_token_cache(component.source, split, vocabulary, directory, workers=self.workers, progress=progress)
+
+    def _rates(self, components: tuple[Component, ...], sizes: list[int]) -> list[float]:
+        rates = [component.rate for component in components if component.rate is not None]
+        if not rates:
+            return list(temperature_rates(sizes, temperature=self.temperature, maximum=self.maximum_rows))
+        if len(rates) < len(components):
+            missing = ', '.join(component.name for component in components if component.rate is None)
+            raise UserError(f'there are rates for some components and none for {missing}', fix='Give all or none.')
+        if self.temperature != 1 or self.maximum_rows is not None:
+            raise UserError(
+                'temperature and maximum_rows are for components without rates', fix='Leave them or the rates out.'
+            )
+        return rates
+
+
+def describe(examples: MixedExamples) -> list[dict[str, Any]]:
+    """A row of facts about each component, for logs and reports: what was read, and its share of the training rows."""
+    total = sum(examples.schedule.weights)
+    facts = []
+    for name, source, weight in zip(examples.names, examples.sources, examples.schedule.weights, strict=True):
+        cache: TokenCache = source.records.cache
+        facts.append(
+            {
+                'name': name,
+                'share': weight / total,
+                'documents': cache.num_documents,
+                'tokens': cache.num_tokens,
+                'bytes': cache.num_bytes,
+                'rows': source.records.num_rows,
+                'filled': cache.num_tokens / (source.records.num_rows * source.records.sequence_length),
+                'cache': str(cache.directory),
+                'counts': cache.counts.as_dict(),
+            }
+        )
+    return facts
