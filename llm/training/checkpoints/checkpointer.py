@@ -223,6 +223,7 @@ class Checkpointer:
             if primary and error is None:
                 try:
                     self._commit(step, partial)
+                    self._delete_expired(step)
                 except Exception as caught:
                     error = caught
             self._barrier(f'{step} committed')
@@ -234,12 +235,7 @@ class Checkpointer:
             self._fail(step, caught)
             return
         self._current = step
-        damaged, self._rejected = self._rejected, set()
-        if primary:
-            try:
-                self._delete_expired(step, damaged)
-            except OSError as caught:
-                warn(str(as_user_error(caught, 'old checkpoints were not deleted', self.directory)))
+        self._rejected.clear()
 
     def _commit(self, step: int, partial: Path) -> None:
         missing = missing_manifests(partial, jax.process_count())
@@ -248,16 +244,19 @@ class Checkpointer:
         write_marker(partial, step)
         directories.publish(self.directory, step)
 
-    def _delete_expired(self, newest: int, damaged: set[int]) -> None:
+    def _delete_expired(self, newest: int) -> None:
         """Let go of what no rule keeps and of damaged checkpoints, now that `newest` is committed."""
-        damaged = damaged - {newest}
-        steps = set(directories.committed_steps(self.directory)) - damaged
-        expired = self.config.expired({step: self._metrics(step) for step in steps})
-        for step in sorted(damaged.union(expired)):
-            if directories.step_path(self.directory, step).is_dir():
-                directories.delete(self.directory, step)
-        # A damaged checkpoint of the same step, which `publish` has put aside.
-        directories.remove_leftovers(self.directory)
+        damaged = self._rejected - {newest}
+        try:
+            steps = set(directories.committed_steps(self.directory)) - damaged
+            expired = self.config.expired({step: self._metrics(step) for step in steps})
+            for step in sorted(damaged.union(expired)):
+                if directories.step_path(self.directory, step).is_dir():
+                    directories.delete(self.directory, step)
+            # A damaged checkpoint of the same step, which `publish` has put aside.
+            directories.remove_leftovers(self.directory)
+        except OSError as error:
+            warn(str(as_user_error(error, 'old checkpoints were not deleted', self.directory)))
 
     def _metrics(self, step: int) -> dict[str, float]:
         try:

@@ -75,11 +75,13 @@ def _rename_for_deletion(path: Path) -> Path:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Create `path` with this content, on the disk itself when this returns."""
-    with open(path, 'xb') as file:
+    """Create `path` with this content, on the disk itself when this returns; where it exists, it is complete."""
+    unfinished = path.with_name(path.name + '.unfinished')
+    with open(unfinished, 'wb') as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    os.rename(unfinished, path)
 
 
 def sync_directory(path: Path) -> None:

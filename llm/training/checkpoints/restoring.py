@@ -140,14 +140,20 @@ def warn(message: str) -> None:
 
 
 def _damage_found_by_any(path: Path, step: int) -> list[str]:
-    """The damage this process finds in its share of the files, or else the fact that another process found some."""
-    process, count = jax.process_index(), jax.process_count()
-    problems = find_damage(path, step, process, count)
-    if count > 1:
-        from jax.experimental import multihost_utils
+    """The damage that the processes find in their shares of the files; every process gets all of it."""
+    count = jax.process_count()
+    problems = find_damage(path, step, jax.process_index(), count)
+    if count == 1:
+        return problems
+    from jax.experimental import multihost_utils
 
-        found = multihost_utils.process_allgather(np.int32(bool(problems)))
-        if problems and process:
-            print(f'warning: process {process}: {path}: {"; ".join(problems)}', file=sys.stderr, flush=True)
-        problems = problems or [f'damage found by process {other}' for other in np.flatnonzero(found)]
-    return problems
+    text = np.frombuffer('\n'.join(problems).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    if not longest:
+        return []
+    padded = np.zeros(longest, np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded).reshape(count, longest)
+    # What all processes check, all have found: said once.
+    lines = [line for row in texts for line in row.tobytes().rstrip(b'\0').decode().split('\n') if line]
+    return sorted(set(lines))
