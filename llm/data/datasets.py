@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from llm.data import tasks
 from llm.data.examples import MixedExamples, ShuffledExamples
 from llm.data.index_maps import MixtureSchedule, temperature_rates
 from llm.data.packing import PackedRows, PackingMode, evaluation_plan, training_plan
-from llm.data.sources import Source, Split
+from llm.data.sources import ReadCounts, Source, Split
 from llm.data.token_cache import TokenCache, Tokenizer
 from llm.data.token_cache_building import open_token_cache
 from llm.errors import UserError
@@ -130,6 +131,7 @@ class DataConfig:
                 raise UserError(f'{field} = {getattr(self, field)} is less than 1')
         if self.workers < 0:
             raise UserError(f'workers = {self.workers} is negative')
+        self._check_rates()
 
     def open_training(self, vocabulary: Tokenizer, sequence_length: int, *, progress: bool = True) -> MixedExamples:
         """The training examples, endless unless every component has max_epochs; caches and plans are made first.
@@ -139,9 +141,9 @@ class DataConfig:
             progress: show bars while tokenising.
 
         Raises:
-            UserError: as `open_token_cache`; or rates are given for some components only.
+            UserError: as `open_token_cache`; or a component has so few rows beside the others that its share is lost.
         """
-        components = self._components()
+        components = self.training_components()
         examples = []
         for component in components:
             cache = self._cache(component, 'train', vocabulary, progress)
@@ -165,7 +167,7 @@ class DataConfig:
             UserError: as `open_token_cache`; or the stride is longer than a row.
         """
         sets = {}
-        for component in self._components() if self.evaluation is None else self.evaluation:
+        for component in self.evaluation_components():
             cache = self._cache(component, 'validation', vocabulary, progress)
             plan, num_bytes = evaluation_plan(cache, sequence_length, self.evaluation_stride, self.evaluation_documents)
             spans = plan.spans
@@ -174,8 +176,13 @@ class DataConfig:
             sets[component.name] = EvaluationSet(rows, plan.num_rows, num_tokens, num_bytes)
         return sets
 
-    def _components(self) -> tuple[Component, ...]:
+    def training_components(self) -> tuple[Component, ...]:
+        """The sources of the training mixture. Imports SeqIO if it is one of SeqIO's."""
         return self.components if isinstance(self.components, tuple) else self.components.components()
+
+    def evaluation_components(self) -> tuple[Component, ...]:
+        """The sources whose validation split is evaluated."""
+        return self.training_components() if self.evaluation is None else self.evaluation
 
     def _cache(self, component: Component, split: Split, vocabulary: Tokenizer, progress: bool) -> TokenCache:
         directory = self.cache_directory or default_cache_directory()
@@ -183,35 +190,54 @@ class DataConfig:
 
     def _rates(self, components: tuple[Component, ...], sizes: list[int]) -> list[float]:
         rates = [component.rate for component in components if component.rate is not None]
-        if not rates:
-            return list(temperature_rates(sizes, temperature=self.temperature, maximum=self.maximum_rows))
-        if len(rates) < len(components):
-            missing = ', '.join(component.name for component in components if component.rate is None)
-            raise UserError(f'there are rates for some components and none for {missing}', fix='Give all or none.')
+        return rates or list(temperature_rates(sizes, temperature=self.temperature, maximum=self.maximum_rows))
+
+    def _check_rates(self) -> None:
+        if isinstance(self.components, tuple):
+            missing = [component.name for component in self.components if component.rate is None]
+            if len(missing) == len(self.components):
+                return
+            if missing:
+                raise UserError(
+                    f'components have rates, but not {", ".join(missing)}',
+                    fix='Give a rate to all of them, or to none.',
+                )
         if self.temperature != 1 or self.maximum_rows is not None:
             raise UserError(
-                'temperature and maximum_rows are for components without rates', fix='Leave them or the rates out.'
+                'temperature and maximum_rows are for components without rates', fix='Leave them out, or the rates.'
             )
-        return rates
 
 
-def describe(examples: MixedExamples) -> list[dict[str, Any]]:
-    """A row of facts about each component, for logs and reports: what was read, and its share of the training rows."""
+def facts(examples: MixedExamples) -> dict[str, int | float | str]:
+    """What the training data is, in figures by label, for logs and the run's report."""
     total = sum(examples.schedule.weights)
-    facts = []
+    result: dict[str, int | float | str] = {}
     for name, source, weight in zip(examples.names, examples.sources, examples.schedule.weights, strict=True):
-        cache: TokenCache = source.records.cache
-        facts.append(
-            {
-                'name': name,
-                'share': weight / total,
-                'documents': cache.num_documents,
-                'tokens': cache.num_tokens,
-                'bytes': cache.num_bytes,
-                'rows': source.records.num_rows,
-                'filled': cache.num_tokens / (source.records.num_rows * source.records.sequence_length),
-                'cache': str(cache.directory),
-                'counts': cache.counts.as_dict(),
-            }
-        )
-    return facts
+        records: PackedRows = source.records
+        cache = records.cache
+        result |= {
+            f'{name}: documents': cache.num_documents,
+            f'{name}: bytes': cache.num_bytes,
+            f'{name}: tokens': cache.num_tokens,
+            f'{name}: bytes per token': cache.num_bytes / max(1, cache.num_tokens - cache.num_documents),
+            f'{name}: rows': records.num_rows,
+            f'{name}: part of a row that is not padding': cache.num_tokens
+            / (records.num_rows * records.sequence_length),
+            f'{name}: share of training rows': weight / total,
+            f'{name}: token cache': str(cache.directory),
+        }
+    return result
+
+
+def bad_records(caches: Iterable[TokenCache]) -> dict[str, Any]:
+    """What reading met that was left out or mended: `bad_records` and `bad_examples` of the run's report."""
+    counts = ReadCounts()
+    for cache in caches:
+        counts.merge(cache.counts)
+    reasons = {'empty': counts.empty, 'invalid UTF-8': counts.invalid_utf8, 'left out': counts.skipped}
+    return {
+        'bad_records': {reason: number for reason, number in reasons.items() if number},
+        'bad_examples': [
+            {'where': f'{sample.file}:{sample.record}', 'reason': sample.reason} for sample in counts.samples
+        ],
+    }
