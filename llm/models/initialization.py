@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llm.errors import UserError
 from llm.models.parameters import ParameterSpec, Role, named_specs
 
-
+Scheme = Literal['gpt2', 'fan_in', 't_fixup', 'mup']
 MAXIMUM_FLAT_DRAW = 2**26  # elements; a quarter of a gigabyte in float32
 
 
@@ -35,12 +35,18 @@ class Initialization:
         truncated: cut normal draws at two standard deviations, keeping the standard deviation as asked.
     """
 
-    scheme: Literal['gpt2', 'fan_in', 't_fixup', 'mup'] = 'gpt2'
+    scheme: Scheme = 'gpt2'
     std: float = 0.02
     output_std: float = 0.0
     truncated: bool = False
 
     def __post_init__(self) -> None:
+        if self.scheme not in get_args(Scheme):
+            raise UserError(
+                f'scheme {self.scheme!r} does not exist',
+                where='Initialization',
+                fix=f'Use one of {", ".join(get_args(Scheme))}.',
+            )
         if self.std < 0 or self.output_std < 0:
             raise UserError(
                 f'std is {self.std}, output_std {self.output_std}', where='Initialization', fix='Use at least 0.'
@@ -65,14 +71,8 @@ class Initialization:
                 xavier = math.sqrt(2 / (spec.fan_in + spec.fan_out))
                 return xavier * (0.67 * layers**-0.25 if spec.residual or spec.branch else 1.0)
             case 'mup':
-                if spec.role is Role.OUTPUT:
-                    return self.output_std
-                return self.std if embedding else 1 / math.sqrt(spec.fan_in)
-        raise UserError(
-            f'scheme {self.scheme!r} does not exist',
-            where='Initialization',
-            fix='Use gpt2, fan_in, t_fixup or mup.',
-        )
+                outside = {Role.EMBEDDING: self.std, Role.OUTPUT: self.output_std}
+                return outside.get(spec.role, 1 / math.sqrt(spec.fan_in))
 
 
 def residual_branches(specs: dict[str, Any]) -> int:

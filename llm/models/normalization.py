@@ -29,6 +29,8 @@ class NormConfig:
     unit_offset: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in ('rms', 'layer'):
+            raise UserError(f'kind is {self.kind!r}', where='NormConfig.kind', fix="Use 'rms' or 'layer'.")
         if self.epsilon <= 0:
             raise UserError(
                 f'epsilon is {self.epsilon}', where='NormConfig.epsilon', fix='Use a small positive number.'
