@@ -34,6 +34,7 @@ def environment(mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
         meshes, mesh, XLA flags, x64 mode and matmul precision, commit of the code and whether it was changed since.
     """
     device = jax.devices()[0]
+    settings: Any = jax.config  # its attributes are made at run time
     return {
         'python': platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -44,11 +45,11 @@ def environment(mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
         'cpu_model': cpu_model(),
         'threads': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
         'thread_variables': {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
-        'collectives': _collectives(),
+        'collectives': _collectives(settings),
         'mesh': dict(mesh or {}),
         'xla_flags': sorted(os.environ.get('XLA_FLAGS', '').split()),
-        'x64': bool(jax.config.jax_enable_x64),
-        'matmul_precision': jax.config.jax_default_matmul_precision,
+        'x64': bool(settings.jax_enable_x64),
+        'matmul_precision': settings.jax_default_matmul_precision,
         **dict(zip(('git_commit', 'git_dirty'), _git(Path(__file__).resolve().parents[1]), strict=True)),
     }
 
@@ -90,11 +91,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _collectives() -> str:
+def _collectives(settings: Any) -> str:
     if jax.default_backend() != 'cpu':
         return jax.default_backend()
     # Within one process CPU devices exchange through memory; across processes through this library.
-    return str(jax.config.jax_cpu_collectives_implementation) if jax.process_count() > 1 else 'in-process'
+    return str(settings.jax_cpu_collectives_implementation) if jax.process_count() > 1 else 'in-process'
 
 
 @functools.cache

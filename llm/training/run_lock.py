@@ -36,10 +36,12 @@ class RunLock:
         """
         if self._descriptor is not None:
             raise RuntimeError(f'{self.path} is already locked by this object')
-        descriptor = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             holder = {'pid': os.getpid(), 'host': socket.gethostname(), 'started': time.strftime('%Y-%m-%d %H:%M:%S%z')}
             os.ftruncate(descriptor, 0)
@@ -53,13 +55,8 @@ class RunLock:
                 fix='Wait until it ends, stop it, or use another run directory.',
             ) from None
         except OSError as error:
-            if descriptor is not None:
-                os.close(descriptor)
-            raise UserError(
-                f'cannot lock: {error.strerror}',
-                where=str(self.path),
-                fix='Check permissions, free space, and that the file system supports flock.',
-            ) from error
+            os.close(descriptor)
+            raise self._failed(error) from error
         self._descriptor = descriptor
         _held.add(self)
         return self
@@ -78,6 +75,13 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(
+            f'cannot lock: {error.strerror}',
+            where=str(self.path),
+            fix='Check permissions, free space, and that the file system supports flock.',
+        )
 
     @staticmethod
     def _holder(descriptor: int) -> str:

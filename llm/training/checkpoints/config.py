@@ -36,7 +36,7 @@ class CheckpointConfig:
     asynchronous: bool = True
     on_full_disk: Literal['stop', 'continue'] = 'stop'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (('save_every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
             value = getattr(self, name)
             if value is not None and value < least:
