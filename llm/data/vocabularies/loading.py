@@ -16,15 +16,17 @@ _KINDS: dict[str, type[Vocabulary]] = {
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
-    """The vocabulary at a path: a directory that `Vocabulary.save` wrote, one with GPT-2's files, or a .model file.
+    """The vocabulary at a path: a directory that `Vocabulary.save` wrote, a run directory that has it as vocabulary/,
+    a directory with GPT-2's files, or a SentencePiece .model file.
 
     Raises UserError where there is none, and where a file is damaged or does not fit the others.
     """
     path = Path(path).expanduser()
     if path.is_file():
         return SentencePieceVocabulary.from_file(path)
-    if (path / storage.DESCRIPTION).exists():
-        return _load_saved(path)
+    for directory in (path, path / 'vocabulary'):
+        if (directory / storage.DESCRIPTION).exists():
+            return _load_saved(directory)
     if (path / 'encoder.json').exists() or (path / 'vocab.json').exists():
         return ByteLevelBPE.from_gpt2_files(path)
     raise UserError(

@@ -94,6 +94,11 @@ def test_files_of_two_vocabularies_do_not_mix(trained, tmp_path):
         load_vocabulary(tmp_path / 'one')
 
 
+def test_a_run_directory_stands_for_its_vocabulary(tmp_path):
+    ByteVocabulary().save(tmp_path / 'vocabulary')
+    assert load_vocabulary(tmp_path) == ByteVocabulary()
+
+
 def test_a_place_without_a_vocabulary_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / 'nowhere'):
         with pytest.raises(UserError, match='no vocabulary is here'):
