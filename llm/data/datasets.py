@@ -213,7 +213,8 @@ def facts(examples: MixedExamples) -> dict[str, int | float | str]:
     total = sum(examples.schedule.weights)
     result: dict[str, int | float | str] = {}
     for name, source, weight in zip(examples.names, examples.sources, examples.schedule.weights, strict=True):
-        records: PackedRows = source.records
+        records = source.records
+        assert isinstance(records, PackedRows)
         cache = records.cache
         result |= {
             f'{name}: documents': cache.num_documents,

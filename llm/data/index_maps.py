@@ -47,7 +47,7 @@ class Permutation:
     size: int
     key: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f'a permutation of {self.size} elements does not exist')
 
@@ -231,23 +231,21 @@ class MixtureSchedule:
         limits = [None] * len(self.weights) if limits is None else list(limits)
         self.limits = tuple(limits)
         served = [0] * len(self.weights)
-        self.length: int | None = 0
+        length, endless = 0, False
         self._phases: list[_Phase] = []
         while live := tuple(j for j, limit in enumerate(limits) if limit is None or served[j] < limit):
             divisor = math.gcd(*(self.weights[j] for j in live))
             interleaving = Interleaving.of(tuple(self.weights[j] // divisor for j in live))
-            self._phases.append(_Phase(self.length, live, tuple(served), interleaving))
-            ends = [
-                interleaving.position(i, limits[j] - served[j] - 1) + 1
-                for i, j in enumerate(live)
-                if limits[j] is not None
-            ]
-            if not ends:
-                self.length = None
+            self._phases.append(_Phase(length, live, tuple(served), interleaving))
+            left = {i: limit - served[j] for i, j in enumerate(live) if (limit := limits[j]) is not None}
+            if not left:
+                endless = True
                 break
-            for j, count in zip(live, interleaving.counts(min(ends)), strict=True):
+            end = min(interleaving.position(i, records - 1) + 1 for i, records in left.items())
+            for j, count in zip(live, interleaving.counts(end), strict=True):
                 served[j] += count
-            self.length += min(ends)
+            length += end
+        self.length: int | None = None if endless else length
         self._starts = np.asarray([phase.first for phase in self._phases], np.int64)
 
     def locate(self, indices: npt.ArrayLike) -> tuple[IndexArray, IndexArray]:

@@ -116,7 +116,8 @@ class Loader:
 
         # By index and not by process, because a mesh may give a host rows that another has too (tensor or pipeline
         # axis across hosts).
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first, last, _ = index[0].indices(self.batch_size)
             return local[(slice(first - self.local_rows.start, last - self.local_rows.start), *index[1:])]
 

@@ -145,8 +145,8 @@ def _best_fit(spans: npt.NDArray[Any], size: int) -> tuple[npt.NDArray[Any], Ind
     """Put spans into rows of `size`, longest first, each into the row with the least room that is enough.
 
     Rows with equal room are interchangeable, and so are spans of equal length. So all spans of one length are placed
-    together: the fullest rows that fit take as many as they can, then the next fullest. The outcome is that of placing
-    one by one, at a cost of a few array operations for each length.
+    together: the fullest rows that fit take as many as they can, then the next fullest. Rows become as full as when
+    spans are placed one by one, at a cost of a few array operations for each length.
     """
     order = np.argsort(-spans['length'], kind='stable')
     lengths = spans['length'][order]

@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def as_seqio_task(
     def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None) -> 'tf.data.Dataset':
         del shuffle_files, seed  # documents come in the source's order
         return tf.data.Dataset.from_generator(
-            lambda: ({'text': text} for text in read_documents(source, split)),
+            lambda: ({'text': text} for text in read_documents(source, cast(Split, split))),
             output_signature={'text': tf.TensorSpec((), tf.string)},
         )
 

@@ -38,11 +38,16 @@ IndexArray = npt.NDArray[np.int64]
 class Tokenizer(Protocol):
     """What the cache needs of a vocabulary of `llm.data.vocabularies`. Picklable."""
 
-    size: int
-    pad_id: int
-    bos_id: int | None
-    eos_id: int | None
-    digest: str
+    @property
+    def size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def digest(self) -> str: ...
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[npt.NDArray[Any]]:
         """Token ids of each text, without boundary tokens; None takes as many threads as there are processors."""
@@ -169,7 +174,7 @@ class TokenCache:
         self._first_tokens = np.cumsum([0] + [shard.num_tokens for shard in self.shards], dtype=np.int64)
         self._tokens: dict[int, npt.NDArray[Any]] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return TokenCache, (self.directory,)
 
     def document_ends(self) -> IndexArray:

@@ -116,10 +116,12 @@ def _build(
     (directory / MANIFEST).unlink(missing_ok=True)
     for left_over in directory.glob('*.tmp'):
         left_over.unlink(missing_ok=True)
-    records = [
-        _committed(directory, index, fingerprint, dtype.itemsize) for index, fingerprint in enumerate(fingerprints)
-    ]
-    missing = [index for index, record in enumerate(records) if record is None]
+    records = {
+        index: record
+        for index, fingerprint in enumerate(fingerprints)
+        if (record := _committed(directory, index, fingerprint, dtype.itemsize)) is not None
+    }
+    missing = [index for index in range(len(shards)) if index not in records]
     jobs = [_Job(directory, index, shards[index], fingerprints[index]) for index in missing]
     wanted = workers or processors()
     with tqdm(
@@ -127,10 +129,10 @@ def _build(
     ) as bar:
         tally = _Tally(bar, done=len(shards) - len(jobs), total=len(shards))
         write = _write_here if min(wanted, len(jobs)) <= 1 else _write_in_processes
-        for record, index in write(jobs, vocabulary, min(wanted, len(jobs)), tally):
-            records[index] = record
+        records.update(write(jobs, vocabulary, min(wanted, len(jobs)), tally))
     counts = ReadCounts()
-    for record in records:
+    ordered = [records[index] for index in range(len(shards))]
+    for record in ordered:
         counts.merge(ReadCounts.from_dict(record.counts))
     manifest = {
         'digest': digest,
@@ -139,7 +141,7 @@ def _build(
         'boundaries': dataclasses.asdict(Boundaries.of(vocabulary)),
         'dtype': dtype.str,
         'counts': counts.as_dict(),
-        'shards': [dataclasses.asdict(record) for record in records],
+        'shards': [dataclasses.asdict(record) for record in ordered],
     }
     write_json(directory / MANIFEST, manifest)
 
@@ -183,15 +185,15 @@ class _Tally:
 
 def _write_here(
     jobs: Sequence[_Job], vocabulary: Tokenizer, workers: int, tally: _Tally
-) -> Iterator[tuple[ShardRecord, int]]:
+) -> Iterator[tuple[int, ShardRecord]]:
     for job in jobs:
-        yield _write_shard(job, vocabulary, None, tally.add_bytes), job.index
+        yield job.index, _write_shard(job, vocabulary, None, tally.add_bytes)
         tally.add_shard()
 
 
 def _write_in_processes(
     jobs: Sequence[_Job], vocabulary: Tokenizer, workers: int, tally: _Tally
-) -> Iterator[tuple[ShardRecord, int]]:
+) -> Iterator[tuple[int, ShardRecord]]:
     # Spawned, because a fork of a process in which JAX runs threads may hang.
     context = multiprocessing.get_context('spawn')
     reports, stop = context.SimpleQueue(), context.Event()
@@ -206,7 +208,8 @@ def _write_in_processes(
             while not reports.empty():
                 tally.add_bytes(reports.get())
             for future in done:
-                yield future.result(), pending.pop(future).index
+                yield pending[future].index, future.result()
+                del pending[future]
                 tally.add_shard()
     except BrokenProcessPool as error:
         raise UserError(
@@ -246,7 +249,7 @@ def _write_in_worker(job: _Job) -> ShardRecord:
 def _write_shard(job: _Job, vocabulary: Tokenizer, threads: int | None, report: Callable[[int], None]) -> ShardRecord:
     """Write the files of one shard and commit them; `report` is told the bytes of each batch of documents."""
     counts = ReadCounts()
-    end, dtype = Boundaries.of(vocabulary).end, token_dtype(vocabulary.size)
+    boundary, dtype = np.asarray([Boundaries.of(vocabulary).end]), token_dtype(vocabulary.size)
     num_tokens = num_bytes = num_documents = 0
     with contextlib.ExitStack() as stack:
         files = {
@@ -254,8 +257,8 @@ def _write_shard(job: _Job, vocabulary: Tokenizer, threads: int | None, report: 
         }
         for texts in _batches(job.shard.documents(counts)):
             ids = vocabulary.encode_batch(texts, threads)
-            pieces = itertools.chain.from_iterable((document, [end]) for document in ids)
-            tokens = np.concatenate(list(pieces), dtype=np.int64, casting='unsafe')
+            pieces = itertools.chain.from_iterable((np.asarray(document, np.int64), boundary) for document in ids)
+            tokens = np.concatenate(list(pieces))
             if tokens.min() < 0 or tokens.max() >= vocabulary.size:
                 raise ValueError(f'{type(vocabulary).__name__} gave an id outside [0, {vocabulary.size})')
             lengths = np.asarray([len(document) + 1 for document in ids], np.int64)

@@ -29,7 +29,11 @@ from llm.parallel.mesh import MeshConfig, make_mesh
 class RandomTokens:
     """Turns the text 'seed length' into so many random tokens."""
 
-    size, pad_id, bos_id, eos_id, digest = 50_257, 0, None, 1, 'random tokens'
+    size = 50_257
+    pad_id = 0
+    bos_id: int | None = None
+    eos_id: int | None = 1
+    digest = 'random tokens'
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[np.ndarray]:
         numbers = [tuple(map(int, text.split())) for text in texts]
