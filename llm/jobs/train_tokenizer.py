@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm.configuration import Invocation
-from llm.data.sources import ReadCounts, Source, Split, read_documents
+from llm.data.sources import ReadCounts, Source, read_documents
 from llm.data.vocabularies import Vocabulary, VocabularyConfig
 from llm.data.vocabularies.measuring import measure_fit
 from llm.data.vocabularies.training import sample_documents, train_on_sample
@@ -109,15 +109,10 @@ class _Reading:
     @classmethod
     def of(cls, named: NamedSource, share: int, held_out_bytes: int, seed: int) -> '_Reading':
         train, validation = ReadCounts(), ReadCounts()
-        sizes: tuple[tuple[Split, int, ReadCounts], ...] = (
-            ('train', share, train),
-            ('validation', held_out_bytes, validation),
-        )
-        samples = [
-            sample_documents(read_documents(named.source, split, counts), size, seed) for split, size, counts in sizes
-        ]
+        sample = sample_documents(read_documents(named.source, 'train', train), share, seed)
+        held_out = sample_documents(read_documents(named.source, 'validation', validation), held_out_bytes, seed)
         print(f'read {named.name}: {train.documents:,} documents, {train.bytes:,} bytes to learn from', flush=True)
-        return cls(named.name, *samples, train, validation)
+        return cls(named.name, sample, held_out, train, validation)
 
 
 def _report(config: VocabularyConfig, vocabulary: Vocabulary, readings: list[_Reading], share: int) -> dict[str, Any]:

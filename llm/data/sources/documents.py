@@ -1,7 +1,7 @@
 """What a source of documents is: a `Source` gives `Shard`s; a shard reads documents and counts what it met."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from llm.errors import UserError
@@ -103,13 +103,12 @@ class ReadCounts:
 
 
 class Shard(Protocol):
-    """One unit of parallel work, usually a file. Picklable: it holds where and how to read, never the content.
+    """One unit of parallel work, usually a file. Picklable: it holds where and how to read, never the content."""
 
-    Attributes:
-        name: for logs and progress; unique within its source and split.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """For logs and progress; unique within its source and split."""
+        ...
 
     def fingerprint(self) -> str:
         """SHA-256 in hex. Changes when the documents that the shard gives could change: the content or the settings."""
@@ -127,7 +126,7 @@ class Shard(Protocol):
 class Source(Protocol):
     """Where documents come from: a frozen dataclass that gin configures."""
 
-    def shards(self, split: Split) -> list[Shard]:
+    def shards(self, split: Split) -> Sequence[Shard]:
         """The shards of a split in a fixed order. Raises UserError where there is nothing to read."""
         ...
 

@@ -95,8 +95,11 @@ def stream_bytes(path: str) -> Iterator[bytes]:
 class _Decompressor(Protocol):
     """What zlib's and zstandard's decompression objects have in common."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, /) -> bytes: ...
 

@@ -157,7 +157,7 @@ class TextFileShard:
             if not data.isascii():
                 data.encode()  # JSON can spell a lone surrogate, "\\ud800", which no UTF-8 can
             return data
-        except UnicodeError as error:
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             if self.source.invalid_utf8 == 'stop':
                 raise UserError(
                     f'invalid UTF-8 ({error.reason})',

@@ -180,7 +180,7 @@ def _parse(model: bytes) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = vars(sentencepiece_model_pb2)['ModelProto']()  # a class that protobuf makes, unknown to type checkers
     try:
         proto.ParseFromString(model)
     except DecodeError as error:

@@ -67,8 +67,9 @@ def train_on_sample(config: VocabularyConfig, texts: list[str]) -> Vocabulary:
     assert config.size is not None
     if config.kind == 'byte_level_bpe':
         return ByteLevelBPE.train(texts, config.size, config.special_tokens)
-    algorithm = 'bpe' if config.kind == 'sentencepiece_bpe' else 'unigram'
-    return SentencePieceVocabulary.train(texts, config.size, algorithm, config.special_tokens)
+    return SentencePieceVocabulary.train(
+        texts, config.size, 'bpe' if config.kind == 'sentencepiece_bpe' else 'unigram', config.special_tokens
+    )
 
 
 def sample_documents(documents: Iterable[str], num_bytes: int, seed: int) -> list[str]:
