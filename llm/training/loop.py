@@ -107,7 +107,8 @@ class TrainingLoop:
 
     Attributes:
         sample: given (parameters, step), draws samples and stores them; passed in by the job.
-        flops_per_token: of forward and backward, and peak_flops: of all devices together, for MFU.
+        flops_per_token, causal_flops_per_token: of forward and backward in both conventions for causal attention, and
+            peak_flops: of all devices together, for MFU.
         metadata: JSON stored with every checkpoint.
     """
 
@@ -121,6 +122,7 @@ class TrainingLoop:
     metadata: dict[str, Any]
     sample: Callable[[Any, int], None] | None = None
     flops_per_token: float = 0.0
+    causal_flops_per_token: float = 0.0
     peak_flops: float = 0.0
     _tracing: bool = dataclasses.field(default=False, init=False)
 
@@ -207,6 +209,7 @@ class TrainingLoop:
         timing = {'seconds': seconds, 'tokens_per_second': rate}
         if self.peak_flops:
             timing['mfu'] = rate * self.flops_per_token / self.peak_flops
+            timing['mfu_causal'] = rate * self.causal_flops_per_token / self.peak_flops
         if step % self.config.log_every == 0 or step == self.config.total_steps:
             self.writer.write(step, 'train', values, timing=timing)
         self._progress.update(step, values | timing)

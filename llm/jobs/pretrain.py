@@ -1,0 +1,224 @@
+"""The pretrain job: text to tokens to a trained decoder, in a run directory that says everything about it."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from llm.configuration import Invocation
+from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
+from llm.data.examples import MixedExamples
+from llm.data.loader import Loader
+from llm.data.sources import ReadCounts, read_documents
+from llm.data.sources.standard_library import StandardLibrary
+from llm.data.vocabularies import Vocabulary, VocabularyConfig, load_vocabulary
+from llm.data.vocabularies.training import sample_documents, train_on_sample
+from llm.errors import UserError
+from llm.evaluation.reports import update_summary, write_report
+from llm.jobs.baselines import Baselines, result_lines
+from llm.jobs.compilation_cache import enable_compilation_cache
+from llm.jobs.describe import describe
+from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
+from llm.models.decoder import DecoderConfig
+from llm.parallel.mesh import MeshConfig
+from llm.parallel.sharding import AxisRules
+from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
+from llm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
+from llm.training.environment import environment
+from llm.training.loop import Evaluation, LoopConfig, TrainingLoop
+from llm.training.metrics import MetricsWriter
+from llm.training.optimizers import OptimizerConfig
+from llm.training.run_directory import claim, write_atomically
+from llm.training.run_lock import RunLock
+from llm.training.step import State, StepConfig
+from llm.training.trainer import Trainer
+
+# What may differ when a run goes on: where it runs and what it keeps, not what it computes.
+_COMPLETE = 'complete'
+_CHANGEABLE = ('run_directory', 'mesh', 'rules', 'checkpoint', 'data.cache_directory', 'data.workers')
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train a decoder from scratch, or from the parameters of another run, on tokenized text.
+
+    Attributes:
+        run_directory: where everything about the run is kept; run again, it resumes.
+        vocabulary: what to train on the training text, or the directory of a saved vocabulary.
+        samples: what to draw from the model on the way; None for nothing.
+        initial_parameters: a run directory or checkpoint whose parameters to start from; None to initialise.
+        xz_baselines: whether to report what xz makes of the evaluation sets (reads all text into memory).
+    """
+
+    run_directory: str
+    model: DecoderConfig
+    data: DataConfig
+    vocabulary: VocabularyConfig | str
+    optimizer: OptimizerConfig
+    step: StepConfig
+    loop: LoopConfig
+    mesh: MeshConfig = MeshConfig()
+    rules: AxisRules = AxisRules()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig | None = None
+    initial_parameters: str | None = None
+    xz_baselines: bool = False
+
+    def __call__(self, invocation: Invocation) -> None:
+        """Run it: a fresh run starts, a stopped one resumes, a finished one says so."""
+        if invocation.dry_run:
+            print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
+            return
+        directory = Path(self.run_directory)
+        trainer = Trainer(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules)
+        with RunLock(directory), contextlib.ExitStack() as stack:
+            resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
+            checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
+            if checkpointer.latest_step() == self.loop.total_steps and (directory / _COMPLETE).exists():
+                print(f'{directory}: already complete; see {write_report(directory)}')
+                return
+            enable_compilation_cache()
+            _say(f'{"resuming" if resumed else "starting"} {directory}')
+            vocabulary = self._open_vocabulary(directory)
+            examples = self.data.open_training(vocabulary, self.step.sequence_length)
+            batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
+            data = {'data': examples.digest, 'vocabulary': vocabulary.digest}
+            state, rejected = self._state(trainer, checkpointer, data)
+            start = int(state['step'])
+            evaluation_sets = self.data.open_evaluation(vocabulary, self.step.sequence_length)
+            evaluations = {
+                name: Evaluation(
+                    stack.enter_context(Loader(each.examples, self.step.batch_size, trainer.batch_sharding)),
+                    each.num_batches(self.step.batch_size),
+                    each.num_bytes,
+                )
+                for name, each in evaluation_sets.items()
+            }
+            flops = self._record_facts(directory, trainer, vocabulary, examples, evaluation_sets, rejected)
+            baselines = stack.enter_context(Baselines(self.data if self.xz_baselines else None, directory))
+            sample = None
+            if self.samples is not None:
+                path = directory / 'samples.jsonl'
+                sample = stack.enter_context(
+                    contextlib.closing(sample_to_file(self.samples, trainer, vocabulary, path, start))
+                )
+            loop = TrainingLoop(
+                trainer=trainer,
+                config=self.loop,
+                batches=batches,
+                evaluations=evaluations,
+                checkpointer=checkpointer,
+                writer=stack.enter_context(MetricsWriter(directory, start)),
+                run_directory=directory,
+                metadata=data,
+                sample=sample,
+                flops_per_token=flops.training(causal=False),
+                causal_flops_per_token=flops.training(causal=True),
+                peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
+            )
+            complete = loop.run(state)
+            if complete:
+                baselines.finish()
+                if sample is not None and sample.last:
+                    print(format_samples(sample.last))
+                write_atomically(directory / _COMPLETE, f'{self.loop.total_steps}\n')
+            report = write_report(directory)
+            print(result_lines(directory), end='')
+        print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
+
+    def _open_vocabulary(self, directory: Path) -> Vocabulary:
+        """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
+        kept = directory / 'vocabulary'
+        if kept.exists():
+            vocabulary = load_vocabulary(kept)
+        else:
+            if isinstance(self.vocabulary, str):
+                vocabulary = load_vocabulary(Path(self.vocabulary))
+            else:
+                vocabulary = self._train_vocabulary(self.vocabulary)
+            partial = kept.with_name('vocabulary.partial')
+            shutil.rmtree(partial, ignore_errors=True)
+            vocabulary.save(partial)
+            partial.rename(kept)
+        if vocabulary.size > self.model.vocab_size:
+            raise UserError(
+                f'the vocabulary has {vocabulary.size} tokens and the model {self.model.vocab_size}',
+                where=str(kept),
+                fix=f'Set DecoderConfig.vocab_size to {vocabulary.size} or more, or use a smaller vocabulary.',
+            )
+        return vocabulary
+
+    def _train_vocabulary(self, config: VocabularyConfig) -> Vocabulary:
+        """A vocabulary from equal bytes of the training text of every component."""
+        _say(f'training a {config.kind} vocabulary')
+        components = self.data.training_components()
+        share = config.sample_bytes // len(components)
+        documents = (read_documents(component.source, 'train', ReadCounts()) for component in components)
+        samples = (sample_documents(each, share, config.seed) for each in documents)
+        return train_on_sample(config, list(itertools.chain.from_iterable(samples)))
+
+    def _state(self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str]) -> tuple[State, list[str]]:
+        """The train state to go on from, and what was wrong with newer checkpoints."""
+        if checkpointer.latest_step() is not None:
+            abstract = trainer.state_dict(trainer.abstract_state)
+            restored = checkpointer.restore(abstract)
+            for name, digest in data.items():
+                if restored.metadata.get(name) != digest:
+                    raise UserError(
+                        f'the {name} is not what this checkpoint was trained with',
+                        where=str(restored.path),
+                        fix='Bring back the files as they were, or start another run directory; its parameters can be '
+                        'a start: Pretrain.initial_parameters.',
+                    )
+            _say(f'restored the checkpoint of step {restored.step}')
+            return trainer.from_state_dict(restored.state), restored.rejected
+        state = trainer.fresh_state()
+        if self.initial_parameters is not None:
+            found = restore_parameters(self.initial_parameters, trainer.abstract_state['parameters'])
+            _say(f'starting from the parameters of {found.path}')
+            state['parameters'] = found.state
+        return state, []
+
+    def _record_facts(
+        self,
+        directory: Path,
+        trainer: Trainer,
+        vocabulary: Vocabulary,
+        examples: MixedExamples,
+        evaluation_sets: dict[str, EvaluationSet],
+        rejected: list[str],
+    ) -> TokenFlops:
+        """Write what is known before the first step: environment.json and summary.json."""
+        here = environment(dict(trainer.mesh.shape))
+        write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
+        flops = flops_per_token(self.model, trainer.specs, self.step.sequence_length)
+        caches = [source.records.cache for source in examples.sources]
+        caches += [each.examples.cache for each in evaluation_sets.values()]
+        update_summary(
+            directory,
+            {
+                'total_steps': self.loop.total_steps,
+                'facts': {
+                    'parameters': count(self.model, trainer.specs).total,
+                    'vocabulary size': vocabulary.size,
+                    'tokens per step': self.step.batch_size * self.step.sequence_length,
+                    'FLOPs per token': flops.training(causal=False),
+                    **facts(examples),
+                    **{
+                        f'{component.name}: SHA-256': component.source.corpus_digest()
+                        for component in self.data.training_components()
+                        if isinstance(component.source, StandardLibrary)
+                    },
+                },
+                'warnings': rejected,
+                **bad_records(caches),
+            },
+        )
+        return flops

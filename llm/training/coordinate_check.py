@@ -1,0 +1,99 @@
+"""Coordinate check: how far activations move in a few steps, by width. Flat under muP; growing otherwise.
+
+Yang et al. 2022, "Tensor Programs V", appendix D.1: if a parametrization is right, the typical size of the change of
+every activation after t steps depends on t but not on width, as width grows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.training.optimizers import OptimizerConfig
+from llm.training.step import Batch, StepConfig
+from llm.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinate:
+    """Root mean square of the change of one activation since initialisation.
+
+    Attributes:
+        width: d_model. step: updates done. activation: 'embedding', 'layer 1', ... or 'logits'.
+    """
+
+    width: int
+    step: int
+    activation: str
+    change: float
+
+
+def check_coordinates(
+    model: DecoderConfig, optimizer: OptimizerConfig, step: StepConfig, widths: Sequence[int], steps: int
+) -> list[Coordinate]:
+    """Train `model` at each width for `steps` steps on one random batch and measure every activation's change.
+
+    Args:
+        model: with a pattern of one layer; its own width is of no matter, except that mup_base_width is kept.
+        step: batch size, sequence length and seed.
+    """
+    tokens = np.random.default_rng(step.seed).integers(
+        0, model.vocab_size, (step.batch_size, step.sequence_length + 1), dtype=np.int32
+    )
+    ones = np.ones((step.batch_size, step.sequence_length), np.int32)
+    positions = np.tile(np.arange(step.sequence_length, dtype=np.int32), (step.batch_size, 1))
+    batch = {
+        'inputs': tokens[:, :-1],
+        'targets': tokens[:, 1:],
+        'loss_weights': ones.astype(np.float32),
+        'segment_ids': ones,
+        'positions': positions,
+    }
+    coordinates = []
+    for width in widths:
+        trainer = Trainer(model.at_width(width), optimizer, step, steps, devices=jax.devices()[:1])
+        state = trainer.fresh_state()
+        activations = jax.jit(lambda parameters, config=trainer.model_config: _activations(config, parameters, batch))
+        before = activations(state['parameters'])
+        for number in range(1, steps + 1):
+            state, _ = trainer.train_step(state, batch)
+            for name, value in activations(state['parameters']).items():
+                change = float(jnp.sqrt(jnp.mean(jnp.square(value - before[name]))))
+                coordinates.append(Coordinate(width, number, name, change))
+    return coordinates
+
+
+def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[str, jax.Array]:
+    """The residual stream after the embedding and after each layer, from decoders cut off there, and the logits."""
+    activations = {}
+    for depth in range(config.num_layers + 1):
+        cut = dataclasses.replace(config, num_layers=max(depth, 1), final_norm=None, tied_embeddings=True)
+        some = {'embedding': parameters['embedding'], 'layers': jax.tree.map(lambda x: x[:depth], parameters['layers'])}
+        if 'positions' in parameters:
+            some['positions'] = parameters['positions']
+        if depth == 0:
+            activations['embedding'] = parameters['embedding']['table'][batch['inputs']]
+            continue
+        decoder = nnx.merge(nnx.split(Decoder(cut))[0], some)
+        activations[f'layer {depth}'] = decoder.hidden(batch['inputs'], positions=batch['positions'])
+    whole = nnx.merge(nnx.split(Decoder(config))[0], parameters)
+    return activations | {'logits': whole(batch['inputs'], positions=batch['positions'])}
+
+
+def slopes(coordinates: Sequence[Coordinate], step: int) -> dict[str, float]:
+    """Per activation, the least-squares slope of log2(change) over log2(width) after `step` steps.
+
+    0 is a size of change that does not depend on width; 1 doubles it with the width.
+    """
+    found = {}
+    for name in dict.fromkeys(coordinate.activation for coordinate in coordinates):
+        points = [(c.width, c.change) for c in coordinates if c.activation == name and c.step == step]
+        x, y = (np.log2([point[i] for point in points]) for i in (0, 1))
+        found[name] = float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else math.nan
+    return found
