@@ -85,7 +85,6 @@ setup(
     license_files=['LICENSE'],
     python_requires='>=3.11',
     packages=find_packages(include=['llm', 'llm.*']),
-    package_data={'llm': ['py.typed']},
     cmdclass={'build_py': BuildWithConfigs},
     install_requires=CORE,
     extras_require={
