@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm.errors import UserError
-from tests.models.small_decoders import DECODER, build, decoder_config, layer, parameters, run, tokens
+from tests.models.small_decoders import DECODER, build, compiled, decoder_config, layer, parameters, run, tokens
 
 LENGTH = 12
 HYBRID = decoder_config(
@@ -39,7 +39,7 @@ def test_prompts_of_any_length_then_token_by_token(position):
     model = build(config, params)
     lengths = np.array([4, 1, 7])
     prompts = np.where(np.arange(7) < lengths[:, None], inputs[:, :7], 30)
-    decode = jax.jit(lambda model, *arguments: model.decode(*arguments))
+    decode = compiled(lambda model, *arguments: model.decode(*arguments))
     logits, cache = decode(model, prompts, model.init_cache(3, LENGTH), 0)
     for row, length in enumerate(lengths):
         assert_equal(logits[row, :length], expected[row, :length])
@@ -59,7 +59,7 @@ def test_chunked_prefill(scan):
     params, inputs = parameters(config), tokens(2, LENGTH)
     expected = run(config, params, inputs)
     model = build(config, params)
-    decode = jax.jit(lambda model, *arguments: model.decode(*arguments))
+    decode = compiled(lambda model, *arguments: model.decode(*arguments))
     cache = model.init_cache(2, LENGTH)
     for start in range(0, LENGTH, 4):
         logits, cache = decode(model, inputs[:, start : start + 4], cache, jnp.int32(start))
@@ -71,7 +71,7 @@ def test_going_back_writes_over_the_cache():
     params, inputs = parameters(HYBRID), tokens(2, LENGTH)
     expected = run(HYBRID, params, inputs)
     model = build(HYBRID, params)
-    decode = jax.jit(lambda model, *arguments: model.decode(*arguments))
+    decode = compiled(lambda model, *arguments: model.decode(*arguments))
     cache = model.init_cache(2, LENGTH)
     _, cache = decode(model, np.flip(inputs, axis=1), cache, 0)
     logits, cache = decode(model, inputs, cache, 0)
@@ -79,11 +79,14 @@ def test_going_back_writes_over_the_cache():
 
 
 def test_hidden_states_are_those_of_the_full_pass():
-    config = dataclasses.replace(HYBRID, num_layers=1)
-    model = build(config)
+    model = build(dataclasses.replace(HYBRID, num_layers=1))
     inputs = tokens(2, 6)
-    hidden, _ = model.decode_hidden(inputs, model.init_cache(2, 6), 0)
-    assert_equal(hidden, model.hidden(inputs))
+
+    @compiled
+    def both(model):
+        return model.hidden(inputs), model.decode_hidden(inputs, model.init_cache(2, 6), 0)[0]
+
+    assert_equal(*both(model))
 
 
 def test_the_cache_mirrors_the_layers():

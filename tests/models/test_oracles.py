@@ -17,7 +17,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.normalization import NormConfig
-from tests.models.small_decoders import run
+from tests.models.small_decoders import compiled, run
 
 pytestmark = pytest.mark.oracle
 
@@ -153,7 +153,7 @@ def test_gpt2_logits_loss_and_gradients():
         likelihoods = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), inputs[:, 1:, None], axis=-1)
         return -likelihoods.mean(), logits
 
-    (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, logits), gradients = compiled(jax.value_and_grad(loss, has_aux=True))(params)
     assert np.abs(logits - reference['logits']).max() <= 1e-4 * np.abs(reference['logits']).max()
     assert float(value) == pytest.approx(expected['loss'], rel=1e-5)
     assert gpt2_gradient_norms(gradients, layers) == pytest.approx(expected['grad_norms'], rel=1e-4)

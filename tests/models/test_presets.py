@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import gin
 import pytest
 
+from llm.configuration import load_job
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import Role, count_parameters, named_specs, parameter_specs
 
@@ -24,17 +24,20 @@ PUBLISHED = {
 }
 
 
+JOB = """
+from __gin__ import dynamic_registration
+from llm.models import decoder
+from tests.models import preset_job
+JOB = @preset_job.Hold()
+preset_job.Hold.model = @decoder.DecoderConfig()
+"""
+
+
 @pytest.fixture(scope='module')
-def presets() -> dict[str, DecoderConfig]:
-    configs = {}
-    for name in PRESETS:
-        gin.clear_config()
-        gin.parse_config_file(str(FOLDER / f'{name}.gin'))
-        gin.finalize()
-        configs[name] = gin.get_configurable('llm.models.decoder.DecoderConfig')()
-    with gin.unlock_config():
-        gin.clear_config()
-    return configs
+def presets(tmp_path_factory) -> dict[str, DecoderConfig]:
+    job = tmp_path_factory.mktemp('presets') / 'job.gin'
+    job.write_text(JOB)
+    return {name: load_job([str(FOLDER / f'{name}.gin'), str(job)])[0].model for name in PRESETS}
 
 
 @pytest.mark.parametrize('name', PUBLISHED)

@@ -9,7 +9,7 @@ from llm.models.decoder import Decoder
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, parameter_sharding, use_rules
-from tests.models.small_decoders import decoder_config, layer, parameters, tokens
+from tests.models.small_decoders import compiled, decoder_config, layer, parameters, tokens
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_every_mesh_gives_the_logits_of_one_device(mesh_config):
 
             specs = parameter_specs(Decoder(config))
             shardings = jax.tree.map(lambda spec: parameter_sharding(spec.axes, spec.shape, mesh, rules, ''), specs)
-            return jax.jit(forward)(jax.device_put(params, shardings), inputs)
+            return compiled(forward)(jax.device_put(params, shardings), inputs)
 
         expected = logits_on(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
         logits = logits_on(make_mesh(mesh_config))
