@@ -249,7 +249,7 @@ def _write_in_worker(job: _Job) -> ShardRecord:
 def _write_shard(job: _Job, vocabulary: Tokenizer, threads: int | None, report: Callable[[int], None]) -> ShardRecord:
     """Write the files of one shard and commit them; `report` is told the bytes of each batch of documents."""
     counts = ReadCounts()
-    boundary, dtype = np.asarray([Boundaries.of(vocabulary).end]), token_dtype(vocabulary.size)
+    boundary, dtype = np.asarray([Boundaries.of(vocabulary).end], np.int32), token_dtype(vocabulary.size)
     num_tokens = num_bytes = num_documents = 0
     with contextlib.ExitStack() as stack:
         files = {
@@ -257,7 +257,7 @@ def _write_shard(job: _Job, vocabulary: Tokenizer, threads: int | None, report: 
         }
         for texts in _batches(job.shard.documents(counts)):
             ids = vocabulary.encode_batch(texts, threads)
-            pieces = itertools.chain.from_iterable((np.asarray(document, np.int64), boundary) for document in ids)
+            pieces = itertools.chain.from_iterable((np.asarray(document, np.int32), boundary) for document in ids)
             tokens = np.concatenate(list(pieces))
             if tokens.min() < 0 or tokens.max() >= vocabulary.size:
                 raise ValueError(f'{type(vocabulary).__name__} gave an id outside [0, {vocabulary.size})')

@@ -207,15 +207,19 @@ class ShowData:
 def load(files, text, tmp_path):
     run = tmp_path / 'run.gin'
     lines = [f"include '{file}'" for file in files]
-    setup = 'from __gin__ import dynamic_registration\nfrom llm.data import datasets\nimport test_datasets\n'
-    run.write_text(setup + '\n'.join(lines) + '\nJOB = @test_datasets.ShowData()\n' + text)
+    imports = (
+        'from __gin__ import dynamic_registration',
+        'from llm.data import datasets',
+        'from tests.data import test_datasets',
+    )
+    run.write_text('\n'.join([*imports, *lines]) + '\nJOB = @test_datasets.ShowData()\n' + text)
     return load_job([str(run)])[0].data
 
 
 @pytest.mark.parametrize('piece', PIECES, ids=lambda path: path.stem)
 def test_every_piece_makes_a_config(piece, tmp_path):
     files = '\nFILES = "x/*.txt"' if piece.stem == 'text_files' else ''
-    config = load([piece], f'test_datasets.ShowData.data = %DATA{files}', tmp_path)
+    config = load([piece], f'test_datasets.ShowData.data = @datasets.DataConfig(){files}', tmp_path)
     (only,) = config.components
     assert only.name == {'text_files': 'text'}.get(piece.stem, piece.stem)
     assert callable(only.source.shards)
@@ -225,7 +229,7 @@ def test_every_piece_makes_a_config(piece, tmp_path):
 
 def test_pieces_join_to_a_mixture(tmp_path):
     text = (
-        'test_datasets.ShowData.data = %DATA\nTFDS_DIRECTORY = "/data"\n'
+        'test_datasets.ShowData.data = @datasets.DataConfig()\nTFDS_DIRECTORY = "/data"\n'
         'datasets.DataConfig.components = (@c4/datasets.Component(), @lm1b/datasets.Component(), '
         '@stdlib/datasets.Component())\n'
         'c4/datasets.Component.rate = 0.7\nlm1b/datasets.Component.rate = 0.2\nstdlib/datasets.Component.rate = 0.1\n'

@@ -1,33 +1,18 @@
 """Examples by index: far ones directly equal iteration, records get their own randomness, and order never matters."""
 
 import itertools
-import json
 import pickle
 
 import numpy as np
 import pytest
-from byte_tokens import ByteTokens, CharacterTokens
 
 from llm.data.examples import MixedExamples, ShuffledExamples
 from llm.data.index_maps import MixtureSchedule, Permutation, derive_key
 from llm.data.loader import host_rows, local_batch
 from llm.data.objectives import LanguageModelling, record_generator
 from llm.data.packing import PackedRows, training_plan
-from llm.data.sources import TextFiles
-from llm.data.token_cache_building import open_token_cache
-
-SEQUENCE_LENGTH = 32
-SEED = 17
-
-
-def packed_rows(folder, name, documents, mode='best_fit', vocabulary=ByteTokens()):
-    files = folder / name
-    files.mkdir()
-    text = '\n'.join(json.dumps({'text': f'{name} {i} ' + 'word ' * (i * 7 % 11)}) for i in range(documents))
-    (files / 'part.jsonl').write_text(text)
-    source = TextFiles(str(files / '*.jsonl'), validation_fraction=0.0)
-    cache = open_token_cache(source, 'train', vocabulary, folder / 'cache', workers=1)
-    return PackedRows(cache, training_plan(cache, SEQUENCE_LENGTH, mode, SEED), SEQUENCE_LENGTH)
+from tests.data.byte_tokens import CharacterTokens
+from tests.data.packed_corpus import SEED, packed_rows
 
 
 @pytest.fixture(scope='module')

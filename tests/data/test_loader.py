@@ -5,26 +5,18 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_examples import SEED, SEQUENCE_LENGTH, packed_rows
 
 from llm.data.examples import MixedExamples, ShuffledExamples
 from llm.data.index_maps import MixtureSchedule
 from llm.data.loader import Loader, host_rows, local_batch
 from llm.data.packing import PackedRows, evaluation_plan
 from llm.errors import UserError
-from llm.parallel.mesh import MeshConfig, make_mesh
-from llm.parallel.sharding import AxisRules
+from tests.data.packed_corpus import SEED, SEQUENCE_LENGTH, batch_sharding, packed_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-def batch_sharding(**sizes):
-    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
-    return NamedSharding(mesh, AxisRules().partition(('batch', 'sequence'), mesh, parameters=False))
 
 
 @pytest.fixture(scope='module')
@@ -137,13 +129,12 @@ def test_state_is_the_step_and_a_digest_of_the_data(examples):
 HOST = """
 import os, sys
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {root!r})
 import jax
 import numpy as np
 from pathlib import Path
 jax.distributed.initialize('localhost:{port}', num_processes=2, process_id=int(sys.argv[1]))
-from test_examples import SEED, packed_rows
-from test_loader import batch_sharding
+from tests.data.packed_corpus import SEED, batch_sharding, packed_rows
 from llm.data.examples import ShuffledExamples
 from llm.data.loader import Loader
 folder = Path({folder!r}) / sys.argv[1]
@@ -162,9 +153,7 @@ for sizes in ({{'data': 4}}, {{'data': 2, 'tensor': 2}}, {{'pipeline': 2, 'data'
 @pytest.mark.slow
 def test_two_real_hosts_build_only_their_rows(tmp_path, unused_port):
     script = tmp_path / 'host.py'
-    script.write_text(
-        HOST.format(root=str(ROOT), tests=str(Path(__file__).parent), port=unused_port, folder=str(tmp_path))
-    )
+    script.write_text(HOST.format(root=str(ROOT), port=unused_port, folder=str(tmp_path)))
     processes = [
         subprocess.Popen([sys.executable, str(script), str(host)], stdout=subprocess.PIPE, text=True) for host in (0, 1)
     ]

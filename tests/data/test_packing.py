@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from byte_tokens import CharacterTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from llm.data import packing
 from llm.data.sources import TextFiles
 from llm.data.token_cache_building import open_token_cache
 from llm.errors import UserError
+from tests.data.byte_tokens import CharacterTokens
 
 FIRST = 0x4E00  # of the characters of which the corpus is made, each used once
 END = 1

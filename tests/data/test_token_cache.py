@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from byte_tokens import ByteTokens
 
 from llm.data.sources import TextFiles
 from llm.data.token_cache import TokenCache
 from llm.data.token_cache_building import open_token_cache
 from llm.errors import UserError
+from tests.data.byte_tokens import ByteTokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,9 +87,8 @@ def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, workers)
 
 KILLED_BUILD = """
 import sys, time
-sys.path[:0] = {paths!r}
-from byte_tokens import ByteTokens
-from test_token_cache import write_corpus, SlowTokens
+sys.path.insert(0, {root!r})
+from tests.data.test_token_cache import write_corpus, SlowTokens
 from llm.data.token_cache_building import open_token_cache
 from pathlib import Path
 if __name__ == '__main__':
@@ -110,9 +109,8 @@ class SlowTokens(ByteTokens):
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_killed_build_is_taken_up_and_gives_the_same_bytes(tmp_path, workers):
     script = tmp_path / 'build.py'
-    paths = [str(ROOT), str(Path(__file__).parent)]
     script.write_text(
-        KILLED_BUILD.format(paths=paths, corpus=str(tmp_path / 'corpus'), cache=str(tmp_path / 'n'), workers=workers)
+        KILLED_BUILD.format(root=str(ROOT), corpus=str(tmp_path / 'corpus'), cache=str(tmp_path / 'n'), workers=workers)
     )
     process = subprocess.Popen([sys.executable, str(script)])
     while len(list((tmp_path / 'n').glob('*/*.json'))) < 3:
