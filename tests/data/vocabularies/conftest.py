@@ -1,20 +1,10 @@
 """Small vocabularies of every kind, trained once."""
 
 import pytest
+from small_vocabularies import KINDS, config
 
 from llm.data.sources import StandardLibrary, read_documents
-from llm.data.vocabularies import SpecialTokens, Vocabulary, VocabularyConfig, train_vocabulary
-
-KINDS = ('bytes', 'byte_level_bpe', 'sentencepiece_bpe', 'sentencepiece_unigram')
-SPECIAL_TOKENS = SpecialTokens(extra=('<|user|>', '<mask>'))
-
-
-def config(kind: str, size: int = 600, **settings) -> VocabularyConfig:
-    return VocabularyConfig(
-        kind,
-        None if kind == 'bytes' else size,
-        **{'sample_bytes': 150_000, 'special_tokens': SPECIAL_TOKENS, **settings},
-    )
+from llm.data.vocabularies import Vocabulary, train_vocabulary
 
 
 @pytest.fixture(scope='session')

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_vocabularies import config
 
 from llm.data.sources import ReadCounts, TextFiles
 from llm.data.vocabularies import ByteLevelBPE, SpecialTokens, load_vocabulary, train_vocabulary

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import sentencepiece
-from conftest import config
+from small_vocabularies import config
 
 from llm.data.vocabularies import SentencePieceVocabulary, load_vocabulary, train_vocabulary
 from llm.errors import UserError

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SPECIAL_TOKENS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_vocabularies import SPECIAL_TOKENS
 
 from llm.data.vocabularies import ByteVocabulary, SpecialTokens, VocabularyConfig
 from llm.data.vocabularies.vocabulary import cut

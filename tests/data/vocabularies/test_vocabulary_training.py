@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from conftest import config
 from hypothesis import given
 from hypothesis import strategies as st
+from small_vocabularies import config
 
 from llm.data.vocabularies import ByteVocabulary, VocabularyConfig, train_vocabulary
 from llm.data.vocabularies.training import sample_documents
