@@ -1,10 +1,10 @@
 """Small vocabularies of every kind, trained once."""
 
 import pytest
-from small_vocabularies import KINDS, config
 
 from llm.data.sources import StandardLibrary, read_documents
 from llm.data.vocabularies import Vocabulary, train_vocabulary
+from tests.data.vocabularies.small_vocabularies import KINDS, config
 
 
 @pytest.fixture(scope='session')

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_vocabularies import config
 
 from llm.data.sources import ReadCounts, TextFiles
 from llm.data.vocabularies import ByteLevelBPE, SpecialTokens, load_vocabulary, train_vocabulary
 from llm.data.vocabularies.byte_level_bpe import BYTE_ALPHABET
 from llm.errors import UserError
+from tests.data.vocabularies.small_vocabularies import config
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import sentencepiece
-from small_vocabularies import config
 
 from llm.data.vocabularies import SentencePieceVocabulary, load_vocabulary, train_vocabulary
 from llm.errors import UserError
+from tests.data.vocabularies.small_vocabularies import config
 
 
 def model_of(**settings) -> bytes:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_vocabularies import SPECIAL_TOKENS
 
 from llm.data.vocabularies import ByteVocabulary, SpecialTokens, VocabularyConfig
 from llm.data.vocabularies.vocabulary import cut
+from tests.data.vocabularies.small_vocabularies import SPECIAL_TOKENS
 
 # Strings that some vocabulary treats in its own way inside, between strings that none knows.
 CURIOUS = ['<pad>', '<eos>', '<unk>', '<|user|>', '<0x41>', '▁', '▁▁ ', ' ⁇ ', '▅', '\t', '\r\n', '\0', '\ufeff', '  ']

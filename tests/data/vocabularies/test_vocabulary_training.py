@@ -5,11 +5,11 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_vocabularies import config
 
 from llm.data.vocabularies import ByteVocabulary, VocabularyConfig, train_vocabulary
 from llm.data.vocabularies.training import sample_documents
 from llm.errors import UserError
+from tests.data.vocabularies.small_vocabularies import config
 
 
 @given(st.lists(st.text(max_size=30), max_size=30), st.integers(1, 300), st.integers(0, 3), st.randoms())
