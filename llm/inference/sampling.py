@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from llm.errors import UserError
 
+# Below this, differences that rounding makes would decide.
+_LOWEST_TEMPERATURE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -31,9 +34,10 @@ class SamplingConfig:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if self.temperature != 0 and not _LOWEST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
-                f'SamplingConfig.temperature is {self.temperature}', fix='Use a positive number, or 0 for greedy.'
+                f'SamplingConfig.temperature is {self.temperature}',
+                fix=f'Use a number from {_LOWEST_TEMPERATURE} on, or 0 for greedy.',
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f'SamplingConfig.top_k is {self.top_k}', fix='Use at least 1, or None for all tokens.')
@@ -50,7 +54,6 @@ def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
     Shapes: logits [..., V] -> [..., V].
     """
-    # Small temperatures would overflow the logits themselves, but not their distance from the largest.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
