@@ -12,6 +12,7 @@ from llm.configuration import Invocation
 from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
 from llm.data.examples import MixedExamples
 from llm.data.loader import Loader
+from llm.data.packing import PackedRows
 from llm.data.sources import ReadCounts, read_documents
 from llm.data.sources.standard_library import StandardLibrary
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, load_vocabulary
@@ -199,8 +200,8 @@ class Pretrain:
         here = environment(dict(trainer.mesh.shape))
         write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
         flops = flops_per_token(self.model, trainer.specs, self.step.sequence_length)
-        caches = [source.records.cache for source in examples.sources]
-        caches += [each.examples.cache for each in evaluation_sets.values()]
+        records = [source.records for source in examples.sources] + [each.examples for each in evaluation_sets.values()]
+        caches = [rows.cache for rows in records if isinstance(rows, PackedRows)]
         update_summary(
             directory,
             {

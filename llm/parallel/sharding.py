@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llm.errors import UserError
 
@@ -41,7 +41,7 @@ class AxisRules:
         ('vocab', 'tensor'),
     )
 
-    def partition(self, axes: Axes, mesh: Mesh, *, parameters: bool) -> PartitionSpec:
+    def partition(self, axes: Axes, mesh: Mesh | AbstractMesh, *, parameters: bool) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out."""
         rows = self.parameters if parameters else self.activations
         taken: set[str] = set()
@@ -84,7 +84,9 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.partition(axes, mesh, parameters=False)))
 
 
-def parameter_sharding(axes: Axes, shape: Sequence[int], mesh: Mesh, rules: AxisRules, name: str) -> NamedSharding:
+def parameter_sharding(
+    axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: AxisRules, name: str
+) -> NamedSharding:
     """The sharding of one parameter.
 
     Raises:
@@ -98,6 +100,6 @@ def parameter_sharding(axes: Axes, shape: Sequence[int], mesh: Mesh, rules: Axis
             raise UserError(
                 f'{axis!r} of size {size} cannot be divided over mesh axis {"*".join(over)!r} of size {ways}',
                 where=f'parameter {name}',
-                fix=f'Change the model so that {ways} divides {size}, or lower MeshConfig.{over[0]}.',
+                fix=f'Change the model so that {ways} divides {size}, or lower MeshConfig.{" or ".join(over)}.',
             )
     return NamedSharding(mesh, spec)

@@ -46,12 +46,12 @@ def check_coordinates(
     tokens = np.random.default_rng(step.seed).integers(
         0, model.vocab_size, (step.batch_size, step.sequence_length + 1), dtype=np.int32
     )
-    ones = np.ones((step.batch_size, step.sequence_length), np.int32)
-    positions = np.tile(np.arange(step.sequence_length, dtype=np.int32), (step.batch_size, 1))
-    batch = {
-        'inputs': tokens[:, :-1],
-        'targets': tokens[:, 1:],
-        'loss_weights': ones.astype(np.float32),
+    ones = jnp.ones((step.batch_size, step.sequence_length), jnp.int32)
+    positions = jnp.tile(jnp.arange(step.sequence_length, dtype=jnp.int32), (step.batch_size, 1))
+    batch: Batch = {
+        'inputs': jnp.asarray(tokens[:, :-1]),
+        'targets': jnp.asarray(tokens[:, 1:]),
+        'loss_weights': jnp.ones_like(ones, jnp.float32),
         'segment_ids': ones,
         'positions': positions,
     }

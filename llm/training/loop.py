@@ -1,12 +1,12 @@
 """The training loop: steps, metrics, evaluation, samples, checkpoints, and stopping in an orderly way."""
 
+import contextlib
 import dataclasses
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class LoopConfig:
     profile_first_step: int = 10
     profile_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.total_steps < 1 or self.log_every < 1 or min(self.evaluate_every, self.sample_every) < 0:
             raise UserError(
                 f'{self} is out of range',
@@ -80,7 +80,7 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     return values
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT in the list given, instead of dying; a second SIGINT interrupts at once."""
     received: list[int] = []
@@ -120,7 +120,7 @@ class TrainingLoop:
     writer: MetricsWriter
     run_directory: Path
     metadata: dict[str, Any]
-    sample: Callable[[Any, int], None] | None = None
+    sample: Callable[[Any, int], object] | None = None
     flops_per_token: float = 0.0
     causal_flops_per_token: float = 0.0
     peak_flops: float = 0.0
@@ -139,7 +139,7 @@ class TrainingLoop:
             clock = time.perf_counter()
             pending: tuple[int, Any] | None = None
             while step < total and not signals:
-                self._profile(step)
+                self._profile(step, state)
                 batch = self.batches.batch(step)
                 state, metrics = self.trainer.train_step(state, batch)
                 step += 1
@@ -154,7 +154,7 @@ class TrainingLoop:
                     clock = time.perf_counter()
             if pending:
                 self._record(*pending, clock)
-            self._profile(math.inf)
+            self._profile(math.inf, state)
             if signals and step < total:
                 if self.checkpointer.latest_step() != step:
                     self._save(step, state)
@@ -178,6 +178,8 @@ class TrainingLoop:
                 start = time.perf_counter()
                 values = evaluate(self.trainer, state['parameters'], evaluation)
                 timing = {'seconds': time.perf_counter() - start}
+                if not math.isfinite(values['loss']):  # the update was bad: its checkpoint must not push out good ones
+                    raise self._not_finite(f'the loss on {name} is {values["loss"]}', step)
                 self.writer.write(step, 'evaluation', {'set': name, **values}, timing=timing)
                 scores |= {f'{name}/{key}': value for key, value in values.items()}
             self._progress.update(step, scores)
@@ -195,14 +197,8 @@ class TrainingLoop:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
         if not (math.isfinite(values['loss']) and math.isfinite(values['gradient_norm'])):
-            rows = self.trainer.step_config.batch_size
-            kept = self.checkpointer.latest_step()
-            raise UserError(
-                f'the loss is {values["loss"]} and the gradient norm {values["gradient_norm"]} at step {step} '
-                f'(examples {(step - 1) * rows} to {step * rows - 1} of the data order)',
-                where=str(self.run_directory),
-                fix=f'The last good checkpoint, {"none yet" if kept is None else f"step {kept}"}, is kept. Lower the '
-                'learning rate, clip_norm or look at those examples, and start again.',
+            raise self._not_finite(
+                f'the loss is {values["loss"]} and the gradient norm {values["gradient_norm"]}', step
             )
         seconds = max(now - since, 1e-9)
         rate = values['tokens'] / seconds
@@ -215,12 +211,26 @@ class TrainingLoop:
         self._progress.update(step, values | timing)
         return now
 
-    def _profile(self, step: float) -> None:
+    def _not_finite(self, what: str, step: int) -> UserError:
+        with contextlib.suppress(UserError):
+            self.checkpointer.wait()
+        kept = self.checkpointer.latest_step()
+        rows = self.trainer.step_config.batch_size
+        return UserError(
+            f'{what} at step {step} (batch {step - 1}: examples {(step - 1) * rows} to {step * rows - 1} of the data '
+            f'order); {"there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is kept"}',
+            where=str(self.run_directory),
+            fix='Look at those examples, or lower the learning rate or clip_norm and start another run directory; '
+            'Pretrain.initial_parameters can be this one.',
+        )
+
+    def _profile(self, step: float, state: State) -> None:
         """Start or stop the profiler's trace before `step`; infinity is after the last."""
         first, steps = self.config.profile_first_step, self.config.profile_steps
         if not self._tracing and first <= step < first + steps:
             jax.profiler.start_trace(str(self.run_directory / 'profile'))
             self._tracing = True
         elif self._tracing and step >= first + steps:
+            jax.block_until_ready(state)  # steps are still running when the loop is past them
             jax.profiler.stop_trace()
             self._tracing = False

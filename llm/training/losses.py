@@ -1,5 +1,7 @@
 """Token losses, summed; whoever holds the global count of real tokens divides, once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,13 +27,13 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
-def _forward(logits, targets):
+def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
     return (log_z - target_logits, log_z), (logits, targets, log_z)
 
 
-def _backward(residuals, gradients):
+def _backward(residuals: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     logits, targets, log_z = residuals
     nll_gradient, log_z_gradient = gradients
     probabilities = jnp.exp(logits - log_z[..., None])

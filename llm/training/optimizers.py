@@ -41,7 +41,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.muon_learning_rate <= 0:
             raise UserError('a learning rate is not positive', where='OptimizerConfig', fix='Use a value above 0.')
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -25,7 +25,7 @@ class ScheduleConfig:
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1 or not 0 < self.decay_fraction <= 1:
             raise UserError(
                 f'schedule {self} is out of range',

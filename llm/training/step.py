@@ -35,7 +35,7 @@ class StepConfig:
     z_loss: float = 0.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size < 1 or self.sequence_length < 1 or self.gradient_accumulation < 1:
             raise UserError(
                 'batch_size, sequence_length and gradient_accumulation must be positive', where='StepConfig'

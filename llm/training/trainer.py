@@ -1,6 +1,7 @@
 """Model, optimizer and mesh put together: where every array of the train state lives, and the compiled steps."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ class Trainer:
         self.model_config, self.step_config, self.rules = model, step, rules
         self.mesh: Mesh = make_mesh(mesh, devices)
         self._check_batch()
+        self._check_length()
         decoder = Decoder(model)
         self.specs = parameter_specs(decoder)
         self.model: nnx.GraphDef = nnx.split(decoder)[0]
@@ -89,6 +91,16 @@ class Trainer:
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
             )
 
+    def _check_length(self) -> None:
+        # The decoder would say so too, but only when it is first run, after hours of tokenising perhaps.
+        model, length = self.model_config, self.step_config.sequence_length
+        if model.position == 'learned' and model.max_positions is not None and length > model.max_positions:
+            raise UserError(
+                f'sequences of {length} tokens are longer than the {model.max_positions} learned positions',
+                where='StepConfig.sequence_length',
+                fix=f'Use at most {model.max_positions}, or raise DecoderConfig.max_positions.',
+            )
+
     def _fresh_state(self, seed: int | jax.Array) -> State:
         parameters = initialize(self.specs, self.model_config.initialization, seed)
         return {
@@ -113,9 +125,9 @@ class Trainer:
         """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
         return jax.jit(self._under_rules(make_evaluation_step(self.model)), out_shardings=self.replicated)
 
-    def _under_rules(self, function):
+    def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def wrapped(*arguments):
+        def wrapped(*arguments: Any) -> Any:
             with use_rules(self.mesh, self.rules):
                 return function(*arguments)
 
