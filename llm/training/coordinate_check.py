@@ -74,7 +74,10 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
     activations = {}
     for depth in range(config.num_layers + 1):
         cut = dataclasses.replace(config, num_layers=max(depth, 1), final_norm=None, tied_embeddings=True)
-        some = {'embedding': parameters['embedding'], 'layers': jax.tree.map(lambda x: x[:depth], parameters['layers'])}
+        some = {
+            'embedding': parameters['embedding'],
+            'layers': jax.tree.map(lambda x, depth=depth: x[:depth], parameters['layers']),
+        }
         if 'positions' in parameters:
             some['positions'] = parameters['positions']
         if depth == 0:
