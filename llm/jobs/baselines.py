@@ -1,7 +1,9 @@
 """The compressor's score beside a run's own: computed in a thread while the model trains, once per run directory."""
 
+import contextlib
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,28 +28,40 @@ class Baselines:
 
     def __init__(self, data: DataConfig | None, directory: Path):
         self._data, self._directory = data, directory
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix='baselines')
+        self._known: dict[str, dict[str, float]] = {}
         self._results: dict[str, Future[dict[str, float]]] = {}
 
     def __enter__(self) -> Self:
-        summary = self._directory / 'summary.json'
-        known = json.loads(summary.read_text(encoding='utf-8')).get('baselines', {}) if summary.exists() else {}
-        for component in self._data.evaluation_components() if self._data else ():
-            if component.name not in known:
-                self._results[component.name] = self._pool.submit(self._compress, component)
+        if self._data:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # none yet, or damaged: computed anew
+                summary = json.loads((self._directory / 'summary.json').read_bytes())
+                self._known = dict(summary.get('baselines', {}))
+            components = [each for each in self._data.evaluation_components() if each.name not in self._known]
+            self._results = {component.name: Future() for component in components}
+            # A daemon, which an executor's threads are not: a run that is stopped must not wait for the compressor.
+            threading.Thread(target=self._compute, args=(components,), name='baselines', daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for result in self._results.values():
+            result.cancel()
 
     def finish(self) -> None:
         """Wait, and add the results to summary.json."""
         if self._results:
-            update_summary(
-                self._directory, {'baselines': {name: future.result() for name, future in self._results.items()}}
-            )
+            results = {name: result.result() for name, result in self._results.items()}
+            update_summary(self._directory, {'baselines': self._known | results})
+
+    def _compute(self, components: list[Component]) -> None:
+        for component in components:
+            result = self._results[component.name]
+            if result.set_running_or_notify_cancel():
+                try:
+                    result.set_result(self._compress(component))
+                except BaseException as error:  # for whoever waits for it
+                    result.set_exception(error)
 
     @staticmethod
     def _compress(component: Component) -> dict[str, float]:

@@ -39,7 +39,10 @@ from llm.training.trainer import Trainer
 
 # What may differ when a run goes on: where it runs and what it keeps, not what it computes.
 _COMPLETE = 'complete'
-_CHANGEABLE = ('run_directory', 'mesh', 'rules', 'checkpoint', 'data.cache_directory', 'data.workers')
+_CHANGEABLE = (
+    *('run_directory', 'mesh', 'rules', 'checkpoint', 'data.cache_directory', 'data.workers'),
+    *('loop.profile_first_step', 'loop.profile_steps'),
+)
 
 
 def _say(text: str) -> None:
@@ -90,10 +93,12 @@ class Pretrain:
             vocabulary = self._open_vocabulary(directory)
             examples = self.data.open_training(vocabulary, self.step.sequence_length)
             batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
-            data = {'data': examples.digest, 'vocabulary': vocabulary.digest}
+            # The digest of the data covers the vocabulary: that comes first, to be named if it is what differs.
+            data = {'vocabulary': vocabulary.digest, 'data': examples.digest}
             state, rejected = self._state(trainer, checkpointer, data)
             start = int(state['step'])
             evaluation_sets = self.data.open_evaluation(vocabulary, self.step.sequence_length)
+            self._check_best_metric(evaluation_sets)
             evaluations = {
                 name: Evaluation(
                     stack.enter_context(Loader(each.examples, self.step.batch_size, trainer.batch_sharding)),
@@ -124,7 +129,8 @@ class Pretrain:
                 causal_flops_per_token=flops.training(causal=True),
                 peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
             )
-            complete = loop.run(state)
+            # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
+            complete = loop.run(state) and checkpointer.latest_step() == self.loop.total_steps
             if complete:
                 baselines.finish()
                 if sample is not None and sample.last:
@@ -158,6 +164,8 @@ class Pretrain:
 
     def _train_vocabulary(self, config: VocabularyConfig) -> Vocabulary:
         """A vocabulary from equal bytes of the training text of every component."""
+        if config.kind == 'bytes':  # needs no text
+            return train_on_sample(config, [])
         _say(f'training a {config.kind} vocabulary')
         components = self.data.training_components()
         share = config.sample_bytes // len(components)
@@ -183,9 +191,23 @@ class Pretrain:
         state = trainer.fresh_state()
         if self.initial_parameters is not None:
             found = restore_parameters(self.initial_parameters, trainer.abstract_state['parameters'])
+            if found.metadata.get('vocabulary', data['vocabulary']) != data['vocabulary']:
+                raise UserError(
+                    'the vocabulary is not the one that these parameters were trained with',
+                    where=str(found.path),
+                    fix='Use that one: Pretrain.vocabulary can be the directory of that run.',
+                )
             _say(f'starting from the parameters of {found.path}')
             state['parameters'] = found.state
         return state, []
+
+    def _check_best_metric(self, evaluation_sets: dict[str, EvaluationSet]) -> None:
+        wanted = self.checkpoint.best_metric
+        known = [f'{name}/{value}' for name in evaluation_sets for value in ('loss', 'perplexity', 'bits_per_byte')]
+        if self.checkpoint.keep_best and wanted not in known:
+            raise UserError(
+                f'nothing is called {wanted!r}', where='CheckpointConfig.best_metric', fix=f'Use one of {known}.'
+            )
 
     def _record_facts(
         self,

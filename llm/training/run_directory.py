@@ -57,9 +57,9 @@ def claim(directory: Path, config: Any, operative_config: str, *, changeable: tu
     """Make `directory` the run of `config`, or confirm that it already is; True if it was there before.
 
     Writes config.json (what is compared), then config.gin (what reproduces the run); killed between them, the next
-    call writes what is missing. Fields below a prefix in `changeable` do not decide what a run computes (its mesh, where
-    it is saved) and may differ on resume. A run that was stopped before it had computed anything, by a mistake in its
-    data for example, gives way to another config.
+    call writes what is missing. Fields below a prefix in `changeable` do not decide what a run computes (its mesh,
+    where it is saved) and may differ on resume. A run that was stopped before it had computed anything, by a mistake
+    in its data for example, gives way to another config.
 
     Raises:
         UserError: the directory holds a run of another config, naming the fields that differ, or is not a run.
@@ -78,14 +78,15 @@ def claim(directory: Path, config: Any, operative_config: str, *, changeable: tu
             raise UserError(
                 f'cannot be read as JSON ({error})', where=str(record), fix='Use another run directory.'
             ) from error
-        if not isinstance(found, dict) or 'type' not in found:
+        if not isinstance(found, dict):
             raise UserError('is not the record of a run', where=str(record), fix='Use another run directory.')
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if not differing:
             if not gin.exists():
                 write_atomically(gin, operative_config)
             return True
-        if not _holds_only(directory, _RECORD, _GIN, f'{_RECORD}.partial', f'{_GIN}.partial'):
+        empty = _holds_only(directory, _RECORD, _GIN, f'{_RECORD}.partial', f'{_GIN}.partial')
+        if found.get('type') != wanted.get('type') or not empty:
             shown = ', '.join(f'{key} {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differing[:3])
             more = f' and {len(differing) - 3} more' if len(differing) > 3 else ''
             raise UserError(
