@@ -91,3 +91,9 @@ def row_keys(seed: jax.Array | int, indices: jax.Array, samples: jax.Array) -> j
 def token_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """The key of the token at `positions` of each row: [B], [B] -> [B]."""
     return jax.vmap(jax.random.fold_in)(keys, positions)
+
+
+def check_seed(seed: int, config: str) -> None:
+    """Raises UserError for a seed of `config` that a key cannot hold."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f'{config}.seed is {seed}', fix='Use 0 to 4,294,967,295.')

@@ -10,8 +10,9 @@ from llm.data.token_cache import Boundaries
 from llm.data.vocabularies import Vocabulary
 from llm.errors import UserError
 from llm.inference.generation import Decoding, Generator, Prompt
-from llm.inference.sampling import SamplingConfig
+from llm.inference.sampling import SamplingConfig, check_seed
 from llm.inference.streaming import stream_text
+from llm.jobs.prompts import prompt_tokens
 from llm.training.metrics import JsonLines
 from llm.training.trainer import Trainer
 
@@ -130,21 +131,3 @@ def format_samples(samples: list[Sample]) -> str:
         f'--- step {sample.step}, continuing {sample.prompt!r} ---\n{(sample.prompt + sample.continuation).rstrip()}'
         for sample in samples
     )
-
-
-def prompt_tokens(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
-    """The ids of a text as the beginning of a document, after the token from which its first one is predicted.
-
-    Raises:
-        UserError: the text holds what UTF-8 cannot encode; or the vocabulary has no token to begin with.
-    """
-    try:
-        return (Boundaries.of(vocabulary).start, *vocabulary.encode(text))
-    except UnicodeEncodeError as error:
-        raise UserError(f'the prompt {text!r} is no Unicode text ({error.reason})', fix='Change the prompt.') from error
-
-
-def check_seed(seed: int, where: str) -> None:
-    """Raises UserError for a seed that a key cannot hold."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f'{where}.seed is {seed}', fix='Use 0 to 4,294,967,295.')

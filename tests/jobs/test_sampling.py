@@ -67,9 +67,9 @@ def test_each_prompt_is_continued_as_if_alone_and_on_any_mesh(small, tmp_path):
 
 
 def test_a_prompt_longer_than_the_positions_is_refused_before_training(tmp_path):
-    made = trainer(position='learned', max_positions=8)
-    config = dataclasses.replace(CONFIG, prompts=('ok', 'much too long'))
-    with pytest.raises(UserError, match='prompt 2: the prompt has 14 tokens, but the model has 8 positions'):
+    made = trainer(position='learned', max_positions=16)
+    config = dataclasses.replace(CONFIG, prompts=('ok', 'much too long a text'))
+    with pytest.raises(UserError, match='prompt 2: the prompt has 21 tokens, but the model has 16 positions'):
         sample_to_file(config, made, VOCABULARY, tmp_path / 'samples.jsonl', 0)
 
 
