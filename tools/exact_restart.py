@@ -43,8 +43,8 @@ QUICKSTART = ('--gin_file=gin_configs/runs/quickstart.gin',)
 # Six saves, three evaluations and samples, in a minute: what a long run does, often enough to be hit.
 SHORT = (
     *('TOTAL_STEPS = 24', 'WARMUP_STEPS = 4', 'SAVE_EVERY = 4', 'EVALUATE_EVERY = 8'),
-    *('loop.LoopConfig.sample_every = 8', 'sampling.SamplesConfig.max_new_tokens = 32'),
-    *('datasets.DataConfig.evaluation_documents = 10', 'pretrain.Pretrain.xz_baselines = False'),
+    *('loop.LoopConfig.sample_every = 8', 'sampling.SamplesConfig.max_new_tokens = 32', 'BATCH_SIZE = 8'),
+    *('datasets.DataConfig.evaluation_documents = 2', 'pretrain.Pretrain.xz_baselines = False'),
 )
 # A round goes through these in order. It would not come far without those that let it pass a commit.
 EARLY = ('claiming', 'vocabulary', 'tokenising', 'compiling')

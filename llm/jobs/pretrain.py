@@ -143,27 +143,30 @@ class Pretrain:
     def _open_vocabulary(self, directory: Path) -> Vocabulary:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
         kept = directory / 'vocabulary'
-        if kept.exists():
-            vocabulary = load_vocabulary(kept)
-        else:
-            if isinstance(self.vocabulary, str):
-                vocabulary = load_vocabulary(Path(self.vocabulary))
-            else:
-                vocabulary = self._train_vocabulary(self.vocabulary)
+        vocabulary = load_vocabulary(kept) if kept.exists() else self._new_vocabulary()
+        if vocabulary.size > self.model.vocab_size:
+            raise UserError(
+                f'the vocabulary has {vocabulary.size} tokens and the model {self.model.vocab_size}',
+                where='DecoderConfig.vocab_size',
+                fix=f'Set it to {vocabulary.size} or more, or use a smaller vocabulary.',
+            )
+        if not kept.exists():
             partial = kept.with_name('vocabulary.partial')
             shutil.rmtree(partial, ignore_errors=True)
             vocabulary.save(partial)
             partial.rename(kept)
-        if vocabulary.size > self.model.vocab_size:
-            raise UserError(
-                f'the vocabulary has {vocabulary.size} tokens and the model {self.model.vocab_size}',
-                where=str(kept),
-                fix=f'Set DecoderConfig.vocab_size to {vocabulary.size} or more, or use a smaller vocabulary.',
-            )
         return vocabulary
 
-    def _train_vocabulary(self, config: VocabularyConfig) -> Vocabulary:
-        """A vocabulary from equal bytes of the training text of every component."""
+    def _new_vocabulary(self) -> Vocabulary:
+        """The one given, or one trained on equal bytes of the training text of every component."""
+        # What can be seen to be wrong before anything is kept leaves the directory free for another config.
+        for component in self.data.training_components():
+            component.source.shards('train')
+        for component in self.data.evaluation_components():
+            component.source.shards('validation')
+        if isinstance(self.vocabulary, str):
+            return load_vocabulary(Path(self.vocabulary))
+        config = self.vocabulary
         if config.kind == 'bytes':  # needs no text
             return train_on_sample(config, [])
         _say(f'training a {config.kind} vocabulary')
