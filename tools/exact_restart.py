@@ -85,6 +85,10 @@ class Run:
         root: holds the run directory, the caches and the log.
         arguments: of llm.main, without the run directory.
         caches: another root, to use its caches.
+
+    Attributes:
+        directory: the run directory. tokens, compiled: its caches. log: what all its processes printed.
+        arguments: of llm.main. process: the one that was started last.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class Run:
     ):
         self.root, self.directory, self.log = root, root / 'run', root / 'log.txt'
         self.tokens, self.compiled = ((caches or root) / name for name in ('tokens', 'compiled'))
-        self._arguments = (*arguments, f'--gin_bindings=RUN_DIRECTORY = {str(self.directory)!r}')
+        self.arguments = (*arguments, f'--gin_bindings=RUN_DIRECTORY = {str(self.directory)!r}')
         self._start_process = start
         self._started = 0.0
         self._leftovers: set[str] = set()
@@ -105,7 +109,7 @@ class Run:
         self._leftovers = self._partial()
         self._started = time.time()
         self._log_before = self.log.stat().st_size if self.log.exists() else 0
-        self.process = self._start_process(self._arguments, variables, self.log)
+        self.process = self._start_process(self.arguments, variables, self.log)
 
     def finish(self) -> str:
         """Wait for the process to end well; what it printed.

@@ -27,6 +27,7 @@ from llm.jobs import pretrain
 from llm.jobs import sampling
 from llm.models import attention
 from llm.models import decoder
+from llm.models import layer
 from llm.parallel import mesh
 from llm.training import checkpoints
 from llm.training import loop
