@@ -24,13 +24,12 @@ def check_arguments(
         raise ValueError(f'{kv_heads} key/value heads do not divide {heads} heads')
     if window is not None and window < 1:
         raise ValueError(f'window must be at least 1, not {window}')
-    if (query_segment_ids is None) != (key_segment_ids is None):
+    if query_segment_ids is not None and key_segment_ids is not None:
+        shapes = query_segment_ids.shape, key_segment_ids.shape
+        if shapes != ((batch, queries), (batch, keys)):
+            raise ValueError(f'segment ids {shapes[0]}, {shapes[1]} do not fit {query.shape}')
+    elif query_segment_ids is not None or key_segment_ids is not None:
         raise ValueError('give both of query_segment_ids and key_segment_ids, or neither')
-    if query_segment_ids is not None and (query_segment_ids.shape, key_segment_ids.shape) != (
-        (batch, queries),
-        (batch, keys),
-    ):
-        raise ValueError(f'segment ids {query_segment_ids.shape}, {key_segment_ids.shape} do not fit {query.shape}')
     if jnp.shape(query_offset) not in ((), (batch,)):
         raise ValueError(f'query_offset must have shape () or ({batch},), not {jnp.shape(query_offset)}')
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
@@ -62,7 +61,7 @@ def attention_mask(
         conditions.append(distance >= 0)
     if window is not None:
         conditions.append((distance if causal else jnp.abs(distance)) < window)
-    if query_segment_ids is not None:
+    if query_segment_ids is not None and key_segment_ids is not None:
         conditions.append(query_segment_ids[:, :, None] == key_segment_ids[:, None, :])
     mask = None
     for condition in conditions:
