@@ -26,7 +26,10 @@ CORE = [
     'sentencepiece>=0.2.2,<0.2.3',
     'tensorflow>=2.21',
     'tensorflow-datasets>=4.9.10',
+    # TFDS imports it and does not declare it.
+    'importlib_resources',
     'tokenizers',
+    'tiktoken',
     'pyarrow',
     'zstandard',
 ]
@@ -39,7 +42,6 @@ ORACLE = [
     # Exactly this release: a later one brings several GB of CUDA packages where a CPU build of this one is at hand.
     'torch==2.13.0',
     'transformers>=5.23',
-    'tiktoken',
 ]
 
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
@@ -49,6 +51,8 @@ BEAM = ['apache-beam>=2.77']
 TEST = [
     'pytest',
     'pytest-xdist',
+    'psutil',
+    'scipy',
     'hypothesis',
     'ruff',
     'import-linter',
