@@ -92,11 +92,12 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
 def slopes(coordinates: Sequence[Coordinate], step: int) -> dict[str, float]:
     """Per activation, the least-squares slope of log2(change) over log2(width) after `step` steps.
 
-    0 is a size of change that does not depend on width; 1 doubles it with the width.
+    0 is a size of change that does not depend on width; 1 doubles it with the width. NaN where fewer than two widths
+    have changed: under an output projection that starts at zero, only the logits do in the first step.
     """
     found = {}
     for name in dict.fromkeys(coordinate.activation for coordinate in coordinates):
-        points = [(c.width, c.change) for c in coordinates if c.activation == name and c.step == step]
+        points = [(c.width, c.change) for c in coordinates if (c.activation, c.step) == (name, step) and c.change > 0]
         x, y = (np.log2([point[i] for point in points]) for i in (0, 1))
         found[name] = float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else math.nan
     return found

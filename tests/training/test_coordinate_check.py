@@ -1,0 +1,81 @@
+"""muP by what it promises: no activation moves more or less because the model is wider. Otherwise some do."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llm.models.attention import AttentionConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.feed_forward import FeedForwardConfig
+from llm.models.initialization import Initialization
+from llm.models.layer import LayerConfig
+from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
+from llm.training.optimizers import OptimizerConfig
+from llm.training.schedules import ScheduleConfig
+from llm.training.step import StepConfig
+
+WIDTHS = (64, 128, 256, 512, 1024)
+LAYER = LayerConfig(
+    mixer=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),
+    feed_forward=FeedForwardConfig(d_ff=64, activation='gelu'),
+)
+# So small that doubling them doubles every change: where changes saturate, all parametrizations look alike.
+RATES = {'adamw': 3e-4, 'sgd': 0.1, 'muon': 3e-4}
+
+
+def measured(kind, widths, *, mup):
+    """Slope of each activation after two steps: under muP the output starts at zero, and one step moves logits only."""
+    model = DecoderConfig(
+        vocab_size=64,
+        d_model=64,
+        num_layers=1,
+        pattern=(LAYER,),
+        position='none',
+        initialization=Initialization('mup' if mup else 'fan_in', std=1.0),
+        mup_base_width=64 if mup else None,
+    )
+    optimizer = OptimizerConfig(
+        kind=kind,
+        learning_rate=RATES[kind],
+        muon_learning_rate=1e-3,
+        weight_decay=0.0,
+        clip_norm=None,
+        schedule=ScheduleConfig('constant'),
+    )
+    # Few tokens: what is common to their directions fades against what is random only where widths are large.
+    coordinates = check_coordinates(model, optimizer, StepConfig(4, 8), widths, steps=2)
+    found = slopes(coordinates, 2)
+    assert list(found) == ['embedding', 'layer 1', 'logits']
+    assert len(coordinates) == len(found) * len(widths) * 2
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'widths'), [('adamw', WIDTHS), ('sgd', (64, 1024)), ('muon', (64, 512))])
+def test_mup_is_flat(kind, widths):
+    found = measured(kind, widths, mup=True)
+    assert all(abs(slope) < 0.12 for slope in found.values()), found
+
+
+@pytest.mark.slow
+def test_the_standard_parametrization_is_not():
+    found = measured('adamw', (64, 512), mup=False)
+    assert found['layer 1'] > 0.4 and found['logits'] > 0.4, found
+    # What it shares with muP: an embedding's rate does not depend on the width.
+    assert abs(found['embedding']) < 0.12
+
+
+def test_slopes_are_fitted_to_logarithms():
+    coordinates = [
+        Coordinate(width, step, name, step * size)
+        for width in WIDTHS
+        for step in (1, 2)
+        for name, size in (('flat', 0.3), ('growing', 1e-3 * width), ('halving', width**-0.5), ('still', 0.0))
+    ]
+    found = slopes(coordinates, 2)
+    assert math.isnan(found.pop('still'))
+    for name, slope in (('flat', 0.0), ('growing', 1.0), ('halving', -0.5)):
+        np.testing.assert_allclose(found.pop(name), slope, atol=1e-12)
+    assert found == {}
+    assert math.isnan(slopes(coordinates[:8], 1)['flat'])
