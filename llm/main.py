@@ -1,12 +1,14 @@
 """The one entry point: `python -m llm.main --gin_file=A.gin [--gin_bindings='x=y'] [--dry_run]`.
 
 Reads the flags, resolves the gin config into a job, runs it. It knows no job by name: the gin file says which one runs.
-Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 130 interrupted.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 130 interrupted; 141 what reads
+the output (`| head`) has stopped.
 """
 
 import argparse
 import importlib.metadata
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -29,13 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _abandoned_output():
+            raise
+        return 141
     return 0
+
+
+def _abandoned_output() -> bool:
+    """Whether nobody reads standard output any more; if so, what Python still writes there at exit goes nowhere."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _run(arguments: list[str]) -> None:

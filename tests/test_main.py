@@ -31,13 +31,14 @@ def llm(tmp_path):
     """Runs `python -m llm.main` with the arguments in a folder that holds run.gin."""
     (tmp_path / 'run.gin').write_text(RUN)
 
-    def llm(*arguments, package=ROOT):
+    def llm(*arguments, package=ROOT, stdout=subprocess.PIPE):
         path = os.pathsep.join((str(package), str(SAMPLES)))
         return subprocess.run(
             [sys.executable, '-m', 'llm.main', *arguments],
             cwd=tmp_path,
             env={**os.environ, 'PYTHONPATH': path, 'PYTHONDONTWRITEBYTECODE': '1'},
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
@@ -106,6 +107,16 @@ def test_a_bug_keeps_its_traceback(llm):
 def test_interrupt(llm):
     done = llm('--gin_file=run.gin', '--gin_bindings=NAME="a"', "--gin_bindings=jobs.Train.failure='interrupt'")
     assert (done.returncode, done.stderr) == (130, 'interrupted\n')
+
+
+def test_output_that_nobody_reads_any_more_ends_the_program_quietly(llm):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = llm('--gin_file=run.gin', '--gin_bindings=NAME="a"', stdout=writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, '')
 
 
 def test_help_lists_the_run_files_and_loads_nothing_heavy(llm, tmp_path):

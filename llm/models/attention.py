@@ -1,6 +1,7 @@
 """Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) and multi-query, one module for all."""
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ from llm.models.context import Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
-from llm.parallel.sharding import constrain
+from llm.parallel.sharding import Axes, constrain, map_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,26 +135,44 @@ class Attention(nnx.Module):
                 'value': write_cache(cache['value'], value, repeat, context.offset),
             }
             key, value = (cache[name][repeat].astype(x.dtype) for name in ('key', 'value'))
-        slopes = alibi_slopes(self.config.num_heads) if self.position == 'alibi' else None
-        mixed = dot_product_attention(
-            query,
-            key,
-            value,
-            scale=self.config.score_scale,
-            causal=True,
-            window=self.config.window,
-            soft_cap=self.config.logit_soft_cap,
-            query_segment_ids=context.segment_ids,
-            key_segment_ids=context.segment_ids,
-            query_offset=context.offset,
-            alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.promote_types(x.dtype, jnp.float32)),
-            implementation=self.config.implementation,
-        )
+        mixed = self._attend(query, key, value, context)
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
         y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(x.dtype))
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return constrain(y, ('batch', 'sequence', 'embed')), cache
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
+        """Softmax attention on each device's rows and heads. Shapes: as dot_product_attention."""
+        config = self.config
+        arrays = {'query': query, 'key': key, 'value': value}
+        if context.segment_ids is not None:
+            arrays |= {'query_segment_ids': context.segment_ids, 'key_segment_ids': context.segment_ids}
+        if self.position == 'alibi':
+            dtype = jnp.promote_types(query.dtype, jnp.float32)
+            arrays['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
+        attend = functools.partial(
+            dot_product_attention,
+            scale=config.score_scale,
+            causal=True,
+            window=config.window,
+            soft_cap=config.logit_soft_cap,
+            implementation=config.implementation,
+        )
+        if isinstance(context.offset, int):
+            attend = functools.partial(attend, query_offset=context.offset)
+        else:
+            arrays['query_offset'] = context.offset
+        axes: dict[str, Axes] = {
+            'query': ('batch', None, 'heads', 'head_dim'),
+            'key': ('batch', None, 'kv_heads', 'head_dim'),
+            'value': ('batch', None, 'kv_heads', 'head_dim'),
+            'query_segment_ids': ('batch', None),
+            'key_segment_ids': ('batch', None),
+            'alibi_slopes': ('heads',),
+            'query_offset': ('batch',) * jnp.ndim(context.offset),
+        }
+        return map_shards(attend, arrays, axes, axes['query'])
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """Zeros of keys and values, [repeats, B, T, G, K] each."""

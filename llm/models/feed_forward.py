@@ -84,14 +84,16 @@ class FeedForward(nnx.Module):
         self.gate_bias = bias(shape[1:], axes[1:]) if config.bias and config.gated else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        activation, _ = ACTIVATIONS[self.config.activation]
         hidden = _project(x, self.up, self.up_bias)
-        if self.gate is None:
-            hidden = activation(hidden)
-        else:
-            hidden = activation(_project(x, self.gate, self.gate_bias)) * hidden
+        # The backward pass keeps only what goes in, and computes the activation again.
+        activate = jax.checkpoint(self._activate, prevent_cse=False)
+        hidden = activate(hidden) if self.gate is None else activate(hidden, _project(x, self.gate, self.gate_bias))
         hidden = checkpoint_name(constrain(hidden, ('batch', 'sequence', 'mlp')), 'feed_forward_hidden')
         return constrain(_project(hidden, self.down, self.down_bias), ('batch', 'sequence', 'embed'))
+
+    def _activate(self, hidden: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        activation, _ = ACTIVATIONS[self.config.activation]
+        return activation(hidden) if gate is None else activation(gate) * hidden
 
 
 def _project(x: jax.Array, weight: nnx.Param, offset: nnx.Param | None) -> jax.Array:

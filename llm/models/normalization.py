@@ -50,13 +50,18 @@ class Norm(nnx.Module):
         self.bias = bias((size,), (axis,)) if config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # The backward pass keeps x and computes the statistics again.
+        bias = None if self.bias is None else self.bias[...]
+        return jax.checkpoint(self._normalize, prevent_cse=False)(x, self.scale[...], bias)
+
+    def _normalize(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
         dtype = x.dtype
         x = x.astype(jnp.promote_types(dtype, jnp.float32))
         if self.config.kind == 'layer':
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.epsilon)
-        scale = self.scale[...].astype(x.dtype)
+        scale = scale.astype(x.dtype)
         x = x * (1 + scale if self.config.unit_offset else scale)
-        if self.bias is not None:
-            x = x + self.bias[...].astype(x.dtype)
+        if bias is not None:
+            x = x + bias.astype(x.dtype)
         return x.astype(dtype)

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -82,6 +82,30 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
         return x
     mesh, rules = current
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.partition(axes, mesh, parameters=False)))
+
+
+def map_shards(
+    function: Callable[..., jax.Array], arrays: dict[str, jax.Array], axes: dict[str, Axes], out_axes: Axes
+) -> jax.Array:
+    """Run `function` on every device, on that device's part of the arrays; outside of rules, on the whole arrays.
+
+    For what the compiler cannot split by itself, or would split badly: kernels, loops over the batch.
+
+    Args:
+        function: takes the arrays by name. What it gives for a part must be that part of what it gives for the whole.
+        axes: logical axes of each array, by name; None keeps a dimension whole. out_axes: those of the result.
+    """
+    current = _current.get()
+    if current is None or current[0].size == 1:
+        return function(**arrays)
+    mesh, rules = current
+    specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
+    out_spec = rules.partition(out_axes, mesh, parameters=False)
+    mapped = jax.shard_map(
+        lambda parts: function(**parts), mesh=mesh, in_specs=(specs,), out_specs=out_spec, check_vma=False
+    )
+    result: jax.Array = mapped(arrays)
+    return result
 
 
 def parameter_sharding(

@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec
 
 from llm.errors import UserError
 from llm.parallel.mesh import MeshConfig, make_mesh
-from llm.parallel.sharding import AxisRules, constrain, parameter_sharding, use_rules
+from llm.parallel.sharding import AxisRules, constrain, map_shards, parameter_sharding, use_rules
 
 RULES = AxisRules()
 
@@ -47,3 +47,22 @@ def test_constrain_places_activations_and_is_nothing_outside_of_rules():
     assert y.sharding.spec == PartitionSpec('data', None) or y.sharding.spec == PartitionSpec('data')
     with pytest.raises(ValueError, match='was given axes'):
         constrain(x, ('batch',))
+
+
+def test_map_shards_gives_each_device_its_part():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    x, scale = jnp.arange(24.0).reshape(4, 6), jnp.asarray([1.0, 2, 3, 4, 5, 6])
+    seen = []
+
+    def function(x, scale):
+        seen.append((x.shape, scale.shape))
+        return x * scale
+
+    axes = {'x': ('batch', 'heads'), 'scale': ('heads',)}
+    with use_rules(mesh, RULES):
+        y = jax.jit(lambda x, scale: map_shards(function, {'x': x, 'scale': scale}, axes, axes['x']))(x, scale)
+    assert seen == [((1, 3), (3,))]
+    assert y.sharding.spec == PartitionSpec(('data', 'fsdp'), 'tensor')
+    assert jnp.array_equal(y, x * scale)
+    assert jnp.array_equal(map_shards(function, {'x': x, 'scale': scale}, axes, axes['x']), x * scale)
+    assert seen[1:] == [((4, 6), (6,))]

@@ -1,12 +1,12 @@
 """Softmax attention: one function, several implementations that agree with `reference.py`."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
-from llm.kernels.attention import reference
+from llm.kernels.attention import chunked, reference
 
-Implementation = Literal['auto', 'reference']
+Implementation = Literal['auto', 'chunked', 'reference']
 
 
 def dot_product_attention(
@@ -54,9 +54,13 @@ def dot_product_attention(
         query_offset=query_offset,
         alibi_slopes=alibi_slopes,
     )
-    if implementation not in ('auto', 'reference'):
+    if implementation not in get_args(Implementation):
         raise ValueError(f'no attention implementation is called {implementation!r}')
-    return reference.dot_product_attention(
+    if implementation == 'auto':
+        # One token at a time (decoding) has nothing to cut up.
+        implementation = 'chunked' if jax.default_backend() == 'cpu' and query.shape[1] > 1 else 'reference'
+    attend = {'chunked': chunked, 'reference': reference}[implementation].dot_product_attention
+    return attend(
         query,
         key,
         value,

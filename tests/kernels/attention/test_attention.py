@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,11 @@ from llm.kernels.attention import dot_product_attention
 
 B, S, H, G, K = 2, 7, 4, 2, 8
 SCALE = K**-0.5
+
+
+@pytest.fixture(params=['reference', 'chunked'])
+def attend(request):
+    return functools.partial(dot_product_attention, implementation=request.param)
 
 
 def draw(*shape, seed=0):
@@ -42,61 +49,61 @@ def close(ours, expected):
 
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('causal', [True, False])
-def test_grouped_heads(kv_heads, causal):
+def test_grouped_heads(attend, kv_heads, causal):
     q, k, v = qkv(kv_heads=kv_heads)
-    ours = dot_product_attention(q, k, v, scale=SCALE, causal=causal)
+    ours = attend(q, k, v, scale=SCALE, causal=causal)
     close(ours, by_hand(q, k, v, lambda b, s, t: t <= s or not causal))
 
 
 @pytest.mark.parametrize('causal', [True, False])
-def test_window(causal):
+def test_window(attend, causal):
     q, k, v = qkv()
-    ours = dot_product_attention(q, k, v, scale=SCALE, causal=causal, window=3)
+    ours = attend(q, k, v, scale=SCALE, causal=causal, window=3)
     close(ours, by_hand(q, k, v, lambda b, s, t: abs(s - t) < 3 and (t <= s or not causal)))
 
 
-def test_soft_cap_comes_before_bias_and_mask():
+def test_soft_cap_comes_before_bias_and_mask(attend):
     q, k, v = qkv()
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
-    ours = dot_product_attention(q, k, v, scale=SCALE, soft_cap=0.7, alibi_slopes=jnp.asarray(slopes))
+    ours = attend(q, k, v, scale=SCALE, soft_cap=0.7, alibi_slopes=jnp.asarray(slopes))
     close(ours, by_hand(q, k, v, lambda b, s, t: t <= s, bias=lambda h, s, t: -slopes[h] * (s - t), soft_cap=0.7))
 
 
-def test_alibi_is_symmetric_without_causal():
+def test_alibi_is_symmetric_without_causal(attend):
     q, k, v = qkv()
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
-    ours = dot_product_attention(q, k, v, scale=SCALE, causal=False, alibi_slopes=jnp.asarray(slopes))
+    ours = attend(q, k, v, scale=SCALE, causal=False, alibi_slopes=jnp.asarray(slopes))
     close(ours, by_hand(q, k, v, lambda b, s, t: True, bias=lambda h, s, t: -slopes[h] * abs(s - t)))
 
 
-def test_segments():
+def test_segments(attend):
     q, k, v = qkv()
     ids = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3]], np.int32)
-    ours = dot_product_attention(q, k, v, scale=SCALE, query_segment_ids=ids, key_segment_ids=ids)
+    ours = attend(q, k, v, scale=SCALE, query_segment_ids=ids, key_segment_ids=ids)
     close(ours, by_hand(q, k, v, lambda b, s, t: t <= s and ids[b, s] == ids[b, t]))
 
 
-def test_query_offset_by_row_reads_a_cache():
+def test_query_offset_by_row_reads_a_cache(attend):
     q, k, v = qkv(queries=2, keys=9)
     offsets = np.array([3, 6])
-    ours = dot_product_attention(q, k, v, scale=SCALE, window=4, query_offset=jnp.asarray(offsets))
+    ours = attend(q, k, v, scale=SCALE, window=4, query_offset=jnp.asarray(offsets))
     close(ours, by_hand(q, k, v, lambda b, s, t: 0 <= offsets[b] + s - t < 4))
 
 
-def test_one_step_with_offset_equals_the_last_row_of_the_whole():
+def test_one_step_with_offset_equals_the_last_row_of_the_whole(attend):
     q, k, v = qkv()
-    whole = dot_product_attention(q, k, v, scale=SCALE)
+    whole = attend(q, k, v, scale=SCALE)
     for offset in (S - 1, jnp.int32(S - 1)):
-        close(dot_product_attention(q[:, -1:], k, v, scale=SCALE, query_offset=offset), whole[:, -1:])
+        close(attend(q[:, -1:], k, v, scale=SCALE, query_offset=offset), whole[:, -1:])
 
 
-def test_a_query_without_keys_gets_zeros_and_finite_gradients():
+def test_a_query_without_keys_gets_zeros_and_finite_gradients(attend):
     q, k, v = qkv()
     query_ids, key_ids = np.ones((B, S), np.int32), np.ones((B, S), np.int32)
     query_ids[0, 3] = 5
 
     def loss(q, k, v):
-        output = dot_product_attention(q, k, v, scale=SCALE, query_segment_ids=query_ids, key_segment_ids=key_ids)
+        output = attend(q, k, v, scale=SCALE, query_segment_ids=query_ids, key_segment_ids=key_ids)
         return jnp.sum(output**2), output
 
     gradients, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -108,12 +115,12 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients():
 
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('causal', [True, False])
-def test_value_and_gradient_equal_jax_nn(kv_heads, causal):
+def test_value_and_gradient_equal_jax_nn(attend, kv_heads, causal):
     q, k, v = qkv(kv_heads=kv_heads)
     weight = draw(B, S, H, K, seed=4)
 
     def ours(q, k, v):
-        return jnp.sum(weight * dot_product_attention(q, k, v, scale=SCALE, causal=causal))
+        return jnp.sum(weight * attend(q, k, v, scale=SCALE, causal=causal))
 
     def theirs(q, k, v):
         return jnp.sum(weight * jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=causal))
@@ -124,14 +131,14 @@ def test_value_and_gradient_equal_jax_nn(kv_heads, causal):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
-def test_value_and_gradient_equal_torch(kv_heads):
+def test_value_and_gradient_equal_torch(attend, kv_heads):
     import torch
 
     arrays = qkv(kv_heads=kv_heads)
     weight = draw(B, S, H, K, seed=4)
     with jax.enable_x64():
         value, gradients = jax.value_and_grad(
-            lambda q, k, v: jnp.sum(weight * dot_product_attention(q, k, v, scale=SCALE)), argnums=(0, 1, 2)
+            lambda q, k, v: jnp.sum(weight * attend(q, k, v, scale=SCALE)), argnums=(0, 1, 2)
         )(*(jnp.asarray(x, jnp.float64) for x in arrays))
     tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
     output = torch.nn.functional.scaled_dot_product_attention(
@@ -144,9 +151,9 @@ def test_value_and_gradient_equal_torch(kv_heads):
         np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-9, atol=1e-12)
 
 
-def test_bfloat16_inputs_keep_an_fp32_softmax():
+def test_bfloat16_inputs_keep_an_fp32_softmax(attend):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv())
-    ours = dot_product_attention(q, k, v, scale=SCALE)
+    ours = attend(q, k, v, scale=SCALE)
     assert ours.dtype == jnp.bfloat16
     exact = by_hand(*(np.asarray(x, np.float64) for x in (q, k, v)), lambda b, s, t: t <= s)
     np.testing.assert_allclose(np.asarray(ours, np.float64), exact, atol=2**-7 * np.abs(exact).max())
@@ -165,7 +172,7 @@ def test_bfloat16_inputs_keep_an_fp32_softmax():
         {'implementation': 'nothing'},
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(changes):
+def test_arguments_that_do_not_fit_are_refused(attend, changes):
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r'.'):
-        dot_product_attention(**({'query': q, 'key': k, 'value': v, 'scale': SCALE} | changes))
+        attend(**({'query': q, 'key': k, 'value': v, 'scale': SCALE} | changes))

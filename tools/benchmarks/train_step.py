@@ -1,0 +1,275 @@
+"""One training step of the same model here and in PyTorch, interleaved, beside this machine's fp32 matmul peak.
+
+    python tools/benchmarks/train_step.py [--rounds=7] [--contenders=ours,torch.compile fp32]
+
+The model is GPT-2's block at a size that a laptop trains: 6 layers, 384 wide, 6 heads, vocabulary 256, learned
+positions, tied embeddings, 16 rows of 256 tokens, no dropout; one step is forward, backward, clipping to norm 1 and
+AdamW. Both are given the same parameters and the same batch first, and must agree on the loss before anything is
+timed. Each contender is a process of its own with two threads that waits, without computing, while others run. The
+peak is the best of several 2048 x 2048 fp32 products in a round. Every figure is the median over the rounds, and a
+ratio is the median of the rounds' own ratios, so that a noisy neighbour disturbs both sides of it.
+
+FLOPs are counted as in `llm.scaling.accounting`, with the causal half of attention only.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+CONTENDERS = ('ours', 'torch eager fp32', 'torch.compile fp32', 'torch.compile bf16', 'matmul peak')
+LAYERS, WIDTH, HEADS, VOCABULARY, ROWS, LENGTH = 6, 384, 6, 256, 16, 256
+RATE, BETAS, EPSILON, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
+PEAK_SIZE = 2048
+
+
+def parameters() -> dict[str, np.ndarray]:
+    """Initial values by the names of our table, layers stacked along the first axis."""
+    rng = np.random.default_rng(0)
+    size = WIDTH // HEADS
+    shapes = {
+        'layers/0/mixer/query': (LAYERS, WIDTH, HEADS, size),
+        'layers/0/mixer/key': (LAYERS, WIDTH, HEADS, size),
+        'layers/0/mixer/value': (LAYERS, WIDTH, HEADS, size),
+        'layers/0/mixer/output': (LAYERS, HEADS, size, WIDTH),
+        'layers/0/feed_forward/up': (LAYERS, WIDTH, 4 * WIDTH),
+        'layers/0/feed_forward/down': (LAYERS, 4 * WIDTH, WIDTH),
+        'embedding/table': (VOCABULARY, WIDTH),
+        'positions/table': (LENGTH, WIDTH),
+    }
+    return {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def batches() -> list[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets), [B, S] each."""
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (4, ROWS, LENGTH + 1))
+    return [(rows[:, :-1], rows[:, 1:]) for rows in ids]
+
+
+def ours() -> tuple[Callable[[], float], float]:
+    """A function that runs one step and gives the loss, and the FLOPs of a step."""
+    import jax
+
+    from llm.models.attention import AttentionConfig
+    from llm.models.decoder import DecoderConfig
+    from llm.models.feed_forward import FeedForwardConfig
+    from llm.models.layer import LayerConfig
+    from llm.models.normalization import NormConfig
+    from llm.scaling.accounting import flops_per_token
+    from llm.training.optimizers import OptimizerConfig
+    from llm.training.schedules import ScheduleConfig
+    from llm.training.step import StepConfig
+    from llm.training.trainer import Trainer
+
+    norm = NormConfig('layer', bias=True)
+    layer = LayerConfig(
+        mixer=AttentionConfig(HEADS, HEADS, WIDTH // HEADS, qkv_bias=True, output_bias=True),
+        feed_forward=FeedForwardConfig(4 * WIDTH, 'gelu_tanh', bias=True),
+        norm=norm,
+    )
+    model = DecoderConfig(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        num_layers=LAYERS,
+        pattern=(layer,),
+        final_norm=norm,
+        position='learned',
+        max_positions=LENGTH,
+        tied_embeddings=True,
+    )
+    schedule = ScheduleConfig(kind='constant', warmup_steps=0)
+    optimizer = OptimizerConfig('adamw', RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY, schedule=schedule)
+    trainer = Trainer(model, optimizer, StepConfig(ROWS, LENGTH), total_steps=1000)
+    state = trainer.fresh_state()
+    for name, value in parameters().items():
+        *path, last = name.split('/')
+        node = state['parameters']
+        for key in path:
+            node = node[key]
+        node[last] = jax.device_put(value, node[last].sharding)
+    examples = []
+    for inputs, targets in batches():
+        batch = {
+            'inputs': inputs.astype(np.int32),
+            'targets': targets.astype(np.int32),
+            'loss_weights': np.ones(inputs.shape, np.float32),
+            'segment_ids': np.ones(inputs.shape, np.int32),
+            'positions': np.broadcast_to(np.arange(LENGTH, dtype=np.int32), inputs.shape),
+        }
+        examples.append(jax.device_put(batch, trainer.batch_sharding))
+    done = 0
+
+    def step() -> float:
+        nonlocal state, done
+        state, metrics = trainer.train_step(state, examples[done % len(examples)])
+        done += 1
+        return float(metrics['loss'])
+
+    flops = flops_per_token(model, trainer.specs, LENGTH).training(causal=True) * ROWS * LENGTH
+    return step, flops
+
+
+def in_torch(compiled: bool, bfloat16: bool) -> Callable[[], float]:
+    """The same in PyTorch, as its users would write it for speed: fused attention, fused AdamW."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    torch.set_num_threads(2)
+    start = {name: torch.from_numpy(value) for name, value in parameters().items()}
+
+    class Block(nn.Module):
+        def __init__(self, index: int):
+            super().__init__()
+            self.mixer_norm, self.feed_forward_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.qkv, self.output = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+            mixer, feed_forward = 'layers/0/mixer/', 'layers/0/feed_forward/'
+            qkv = [start[mixer + name][index].reshape(WIDTH, WIDTH) for name in ('query', 'key', 'value')]
+            kernels = {
+                self.qkv: torch.cat(qkv, 1),
+                self.output: start[mixer + 'output'][index].reshape(WIDTH, WIDTH),
+                self.up: start[feed_forward + 'up'][index],
+                self.down: start[feed_forward + 'down'][index],
+            }
+            for linear, kernel in kernels.items():
+                linear.weight = nn.Parameter(kernel.T.contiguous())
+                nn.init.zeros_(linear.bias)
+
+        def forward(self, x: Any) -> Any:
+            heads = self.qkv(self.mixer_norm(x)).view(ROWS, LENGTH, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+            x = x + self.output(mixed.transpose(1, 2).reshape(ROWS, LENGTH, WIDTH))
+            hidden = functional.gelu(self.up(self.feed_forward_norm(x)), approximate='tanh')
+            return x + self.down(hidden)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(start['embedding/table'])
+            self.positions = nn.Parameter(start['positions/table'])
+            self.blocks = nn.ModuleList(Block(i) for i in range(LAYERS))
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, inputs: Any, targets: Any) -> Any:
+            x = functional.embedding(inputs, self.tokens) + self.positions
+            for block in self.blocks:
+                x = block(x)
+            logits = functional.linear(self.norm(x), self.tokens)
+            return functional.cross_entropy(logits.float().view(-1, VOCABULARY), targets.reshape(-1))
+
+    model = Model()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{'params': decayed, 'weight_decay': DECAY}, {'params': rest, 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, RATE, BETAS, EPSILON, fused=True)
+    forward = torch.compile(model) if compiled else model
+    examples = [tuple(torch.from_numpy(x) for x in pair) for pair in batches()]
+    done = 0
+
+    def step() -> float:
+        nonlocal done
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+            loss = forward(*examples[done % len(examples)])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+        return loss.item()
+
+    return step
+
+
+def matmul_peak() -> Callable[[], float]:
+    """One product, by whichever library is faster on it here: PyTorch's or XLA's own."""
+    import torch
+
+    torch.set_num_threads(2)
+    a, b = torch.randn(PEAK_SIZE, PEAK_SIZE), torch.randn(PEAK_SIZE, PEAK_SIZE)
+    out = torch.empty(PEAK_SIZE, PEAK_SIZE)
+    return lambda: float(torch.mm(a, b, out=out)[0, 0])
+
+
+def work(name: str) -> None:
+    """Answer each line on standard input with the seconds of so many steps and the last loss."""
+    flops = 2.0 * PEAK_SIZE**3
+    if name == 'ours':
+        step, flops = ours()
+    elif name == 'matmul peak':
+        step = matmul_peak()
+    else:
+        step = in_torch('compile' in name, 'bf16' in name)
+    first = [step() for _ in range(3)]
+    print(json.dumps({'losses': first, 'flops': flops}), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        print(json.dumps(seconds), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=7, help='times that each contender runs')
+    parser.add_argument('--steps', type=int, default=3, help='steps a round; the fastest of them counts')
+    parser.add_argument('--contenders', default=','.join(CONTENDERS), help='separated by commas')
+    parser.add_argument('--work', choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+        return
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '2'}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    ready: dict[str, Any] = {}
+    for name in arguments.contenders.split(','):
+        command = ['taskset', '-c', ','.join(map(str, cores)), sys.executable, __file__, '--work', name]
+        workers[name] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        ready[name] = json.loads(workers[name].stdout.readline())  # type: ignore[union-attr]
+        if name != 'matmul peak':
+            print(f'{name}: losses of the first steps {[round(loss, 5) for loss in ready[name]["losses"]]}')
+    trained = [name for name in workers if name != 'matmul peak']
+    for name in trained[1:]:
+        tolerance = 2e-2 if 'bf16' in name else 1e-3
+        difference = np.abs(np.subtract(ready[name]['losses'], ready[trained[0]]['losses'])).max()
+        assert difference < tolerance, f'{name} and {trained[0]} are not the same model'
+
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(arguments.rounds):
+        for name, worker in workers.items():
+            worker.stdin.write(f'{10 if name == "matmul peak" else arguments.steps}\n')  # type: ignore[union-attr]
+            worker.stdin.flush()  # type: ignore[union-attr]
+            seconds[name].append(min(json.loads(worker.stdout.readline())))  # type: ignore[union-attr]
+    for worker in workers.values():
+        worker.communicate()
+
+    for name in workers:
+        flops = ready[name]['flops'] if name == 'matmul peak' else ready['ours']['flops']
+        median = statistics.median(seconds[name])
+        spread = f'{min(seconds[name]):.3f} to {max(seconds[name]):.3f}'
+        tokens = '' if name == 'matmul peak' else f'{ROWS * LENGTH / median:8,.0f} tokens/s'
+        print(f'{name:20} {median:7.3f} s ({spread})  {flops / median / 1e9:6.1f} GFLOP/s  {tokens}')
+    for name in trained:
+        if name != 'ours':
+            ratios = [theirs / mine for theirs, mine in zip(seconds[name], seconds['ours'], strict=True)]
+            print(f'ours / {name}: {statistics.median(ratios):.2f}x')
+    if 'matmul peak' in workers:
+        per_flop = ready['ours']['flops'] / ready['matmul peak']['flops']
+        shares = [per_flop * p / o for p, o in zip(seconds['matmul peak'], seconds['ours'], strict=True)]
+        print(f'ours / matmul peak: {100 * statistics.median(shares):.0f}%')
+
+
+if __name__ == '__main__':
+    main()
