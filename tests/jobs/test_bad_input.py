@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 
@@ -243,12 +244,13 @@ def test_a_best_metric_that_nothing_is_called(refused):
 
 def test_a_loss_that_is_not_finite(tiny_run, refused):
     line = refused(*EXPLODING)
-    assert line.startswith(
-        f'{tiny_run.directory}: the loss is nan and the gradient norm nan at step 6 (batch 5: examples 20 to 23 of the '
-        'data order); the checkpoint of step 3 is kept. '
+    assert re.match(
+        rf'{re.escape(str(tiny_run.directory))}: the loss is [\d.]+ and the gradient norm nan at step 5 '
+        r'\(batch 4: examples 16 to 19 of the data order\); the checkpoint of step 3 is kept\. ',
+        line,
     )
     assert tiny_run.steps() == [3]
-    assert [step['step'] for step in tiny_run.metrics('train')] == [1, 2, 3, 4, 5]
+    assert [step['step'] for step in tiny_run.metrics('train')] == [1, 2, 3, 4]
     # As exact as everything: from the checkpoint it ends in the same way.
     assert refused(*EXPLODING) == line
     assert 'another config: optimizer.learning_rate 1.0 there, 0.001 here' in refused(
@@ -259,10 +261,10 @@ def test_a_loss_that_is_not_finite(tiny_run, refused):
 
 
 def test_parameters_that_evaluation_finds_bad_are_not_saved(tiny_run, refused):
-    # Step 5 has a finite loss and gradient still, but what its update makes has not.
-    line = refused(*EXPLODING, 'EVALUATE_EVERY = 5', 'SAVE_EVERY = 1')
-    assert 'the loss on text is nan at step 5 ' in line and 'the checkpoint of step 4 is kept' in line
-    assert tiny_run.steps() == [2, 3, 4]
+    # Step 2 has a finite loss and gradient still, but what its update makes has not.
+    line = refused(*EXPLODING, 'LEARNING_RATE = 1e4', 'EVALUATE_EVERY = 2', 'SAVE_EVERY = 1')
+    assert 'the loss on text is nan at step 2 ' in line and 'the checkpoint of step 1 is kept' in line
+    assert tiny_run.steps() == [1]
     assert tiny_run.metrics('evaluation') == []
 
 
