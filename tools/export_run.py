@@ -21,7 +21,7 @@ COLUMNS = ('step', 'kind', 'set', 'loss', 'bits_per_byte', 'gradient_norm', 'lea
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """The metrics of the run, timings beside the rest, floats to six digits."""
-    lines = [record | record.get('timing', {}) for record in read_metrics(run / 'metrics.jsonl')]
+    lines = [record | record.get('timing', {}) for record in read_metrics(run)]
     short = [{k: f'{v:.6g}' if isinstance(v, float) else v for k, v in line.items()} for line in lines]
     return [{column: line.get(column, '') for column in COLUMNS} for line in short]
 
