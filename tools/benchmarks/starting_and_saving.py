@@ -4,8 +4,8 @@
 
 Cold: no token cache, no compiled programs. Cached: another run directory with what the cold start left in the caches;
 the vocabulary is learned again, as it belongs to the run. Beside them, what no start can be faster than: importing JAX
-in a fresh process. Saving: how long `Checkpointer.save` keeps the loop from its next step, against writing the same arrays with
-`numpy.save` before going on. Medians of the rounds, which interleave.
+in a fresh process. Saving: how long `Checkpointer.save` keeps the loop from its next step, against writing the same
+arrays with `numpy.save` before going on. Medians of the rounds, which interleave.
 """
 
 import argparse
