@@ -6,8 +6,9 @@ The model is GPT-2's block at a size that a laptop trains: 6 layers, 384 wide, 6
 positions, tied embeddings, 16 rows of 256 tokens, no dropout; one step is forward, backward, clipping to norm 1 and
 AdamW. Both are given the same parameters and the same batch first, and must agree on the loss before anything is
 timed. Each contender is a process of its own with two threads that waits, without computing, while others run. The
-peak is the best of several 2048 x 2048 fp32 products in a round. Every figure is the median over the rounds, and a
-ratio is the median of the rounds' own ratios, so that a noisy neighbour disturbs both sides of it.
+peak is PyTorch's 2048 x 2048 fp32 product. In each round the fastest of a contender's steps (products) counts; every
+figure is the median over the rounds, and a ratio is the median of the rounds' own ratios, so that a noisy neighbour
+disturbs both sides of it.
 
 FLOPs are counted as in `llm.scaling.accounting`, with the causal half of attention only.
 """
@@ -189,7 +190,7 @@ def in_torch(compiled: bool, bfloat16: bool) -> Callable[[], float]:
 
 
 def matmul_peak() -> Callable[[], float]:
-    """One product, by whichever library is faster on it here: PyTorch's or XLA's own."""
+    """One product in PyTorch."""
     import torch
 
     torch.set_num_threads(2)
@@ -199,7 +200,7 @@ def matmul_peak() -> Callable[[], float]:
 
 
 def work(name: str) -> None:
-    """Answer each line on standard input with the seconds of so many steps and the last loss."""
+    """Answer each line on standard input with the seconds of each of so many steps."""
     flops = 2.0 * PEAK_SIZE**3
     if name == 'ours':
         step, flops = ours()

@@ -176,3 +176,13 @@ def test_arguments_that_do_not_fit_are_refused(attend, changes):
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r'.'):
         attend(**({'query': q, 'key': k, 'value': v, 'scale': SCALE} | changes))
+
+
+def test_what_overflows_for_a_hidden_pair_reaches_no_gradient(attend):
+    q, k, v = (jnp.asarray(x) for x in qkv(kv_heads=H))
+    d = draw(B, S, H, K, seed=4)
+    d[:, :-1] *= 1e10
+    d[:, -1] = 0  # the only query that may see the last key
+    v = v.at[:, -1].set(1e30)
+    gradients = jax.vjp(lambda q, k, v: attend(q, k, v, scale=SCALE), q, k, v)[1](jnp.asarray(d))
+    assert all(np.all(np.isfinite(g)) for g in gradients)
