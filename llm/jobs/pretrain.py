@@ -55,7 +55,8 @@ class Pretrain:
 
     Attributes:
         run_directory: where everything about the run is kept; run again, it resumes.
-        vocabulary: what to train on the training text, or the directory of a saved vocabulary.
+        vocabulary: what to train on the training text, of the model's size if it has none of its own; or the directory
+            of a saved vocabulary.
         samples: what to draw from the model on the way; None for nothing.
         initial_parameters: a run directory or checkpoint whose parameters to start from; None to initialise.
         xz_baselines: whether to report what xz makes of the evaluation sets (reads all text into memory).
@@ -167,6 +168,8 @@ class Pretrain:
         if isinstance(self.vocabulary, str):
             return load_vocabulary(Path(self.vocabulary))
         config = self.vocabulary
+        if config.size is None and config.kind != 'bytes':
+            config = dataclasses.replace(config, size=self.model.vocab_size)
         if config.kind == 'bytes':  # needs no text
             return train_on_sample(config, [])
         _say(f'training a {config.kind} vocabulary')

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm.data.vocabularies import load_vocabulary
 from llm.evaluation.reports import read_run
 from llm.main import main
 from llm.training.checkpoints.directory import step_path
@@ -253,3 +254,16 @@ def test_initial_parameters_and_nothing_else_come_from_another_run(tiny_run):
     assert [line['step'] for line in second] == [line['step'] for line in first] == list(range(1, 13))
     assert [line['tokens'] for line in second] == [line['tokens'] for line in first]
     assert tiny_run.metrics('evaluation')[-1]['loss'] == final['loss']
+
+
+def test_a_vocabulary_is_trained_to_the_size_of_the_model_and_can_be_used_again(tiny_run):
+    settings = ("training.VocabularyConfig.kind = 'byte_level_bpe'", 'VOCAB_SIZE = 300')
+    assert tiny_run(*settings) == 0
+    kept = tiny_run.directory / 'vocabulary'
+    vocabulary = load_vocabulary(kept)
+    assert vocabulary.size == 300
+    run_file = tiny_run.folder / 'run.gin'
+    run_file.write_text(run_file.read_text().replace("training.VocabularyConfig.kind = 'bytes'\n", ''))
+    again = tiny_run.folder / 'again'
+    assert tiny_run(f'VOCABULARY = {str(kept)!r}', f'RUN_DIRECTORY = {str(again)!r}', 'VOCAB_SIZE = 320') == 0
+    assert load_vocabulary(again / 'vocabulary') == vocabulary

@@ -50,7 +50,6 @@ SEQUENCE_LENGTH = 32
 EVALUATE_EVERY = 6
 SAVE_EVERY = 3
 training.VocabularyConfig.kind = 'bytes'
-training.VocabularyConfig.size = None
 datasets.DataConfig.workers = 1
 mesh.MeshConfig.data = 1
 """

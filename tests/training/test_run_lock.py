@@ -43,9 +43,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 def test_the_lock_does_not_outlive_its_holder_in_forked_workers(tmp_path):
     fork = """
         lock = RunLock(run).acquire()
+        reading, writing = os.pipe()
         worker = os.fork()
         if not worker:
+            os.write(writing, b'.')
             time.sleep(600)
+        os.read(reading, 1)  # the worker is past fork: it has let go of what it inherited
         print(worker, flush=True)
         time.sleep(600)
     """

@@ -25,14 +25,15 @@ class VocabularyConfig:
 
     Args:
         kind: 'bytes' (needs no training), 'byte_level_bpe' (GPT-2's), or SentencePiece's two algorithms.
-        size: number of tokens, special tokens and the 256 bytes included; None for 'bytes'.
+        size: number of tokens, special tokens and the 256 bytes included. None for 'bytes', and where the job knows
+            what the model wants.
         sample_bytes: bytes of text to learn from, of all there is.
         seed: another seed gives another sample.
         special_tokens: their names.
     """
 
     kind: Literal['bytes', 'byte_level_bpe', 'sentencepiece_bpe', 'sentencepiece_unigram'] = 'byte_level_bpe'
-    size: int | None = 32_768
+    size: int | None = None
     sample_bytes: int = 100_000_000
     seed: int = 0
     special_tokens: SpecialTokens = SpecialTokens()
@@ -44,8 +45,6 @@ class VocabularyConfig:
                 raise UserError(
                     f'a vocabulary of bytes cannot have {self.size} tokens', fix=f'Set size to None or {fits}'
                 )
-        elif self.size is None:
-            raise UserError(f'a vocabulary of kind {self.kind!r} needs a size')
         if self.sample_bytes <= 0:
             raise UserError(f'sample_bytes = {self.sample_bytes} is not positive')
 
@@ -64,7 +63,8 @@ def train_on_sample(config: VocabularyConfig, texts: list[str]) -> Vocabulary:
     """The vocabulary that `config` asks for, learnt from all of these texts."""
     if config.kind == 'bytes':
         return ByteVocabulary(config.special_tokens)
-    assert config.size is not None
+    if config.size is None:
+        raise UserError(f'a vocabulary of kind {config.kind!r} needs a size', where='VocabularyConfig.size')
     if config.kind == 'byte_level_bpe':
         return ByteLevelBPE.train(texts, config.size, config.special_tokens)
     return SentencePieceVocabulary.train(

@@ -229,7 +229,8 @@ def _row_backward(
             None if same_segment is None else same_segment.T[:, None],
             None if positions.slopes is None else positions.slopes[:, None, :, None],
         )
-        weights = jnp.exp(scores - sums[:, None, :, low:high])
+        # No score exceeds the log-sum-exp, but of scores near 1e9 a rounding more or less is e**64.
+        weights = jnp.exp(jnp.minimum(scores - sums[:, None, :, low:high], 0))
         if mask is not None:
             weights = jnp.where(mask, weights, 0)
         weights = jax.lax.optimization_barrier(weights)

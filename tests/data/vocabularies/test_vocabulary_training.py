@@ -49,6 +49,11 @@ def test_bytes_need_no_documents():
     assert train_vocabulary(VocabularyConfig('bytes', None), iter(())) == ByteVocabulary()
 
 
+def test_a_size_is_needed_to_train(documents):
+    with pytest.raises(UserError, match="'byte_level_bpe' needs a size"):
+        train_vocabulary(VocabularyConfig(), documents)
+
+
 def test_the_seed_and_the_size_of_the_sample_matter(documents, trained):
     assert train_vocabulary(config('byte_level_bpe', seed=1), documents) != trained['byte_level_bpe']
     assert train_vocabulary(config('byte_level_bpe', sample_bytes=50_000), documents) != trained['byte_level_bpe']
@@ -58,7 +63,6 @@ def test_the_seed_and_the_size_of_the_sample_matter(documents, trained):
     ('settings', 'message'),
     [
         ({'kind': 'bytes', 'size': 300}, r'bytes cannot have 300 tokens\. Set size to None or 259'),
-        ({'size': None}, 'needs a size'),
         ({'sample_bytes': 0}, 'not positive'),
     ],
 )

@@ -178,6 +178,18 @@ def test_arguments_that_do_not_fit_are_refused(attend, changes):
         attend(**({'query': q, 'key': k, 'value': v, 'scale': SCALE} | changes))
 
 
+@pytest.mark.parametrize('scale', [1e8, 1e9, 1e10])
+def test_gradients_stay_finite_where_a_rounding_of_the_scores_is_more_than_exp_can_take(attend, scale):
+    q, k, v = (jnp.asarray(x) for x in qkv())
+    d = jnp.asarray(draw(B, S, H, K, seed=4))
+    output, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, scale=scale), q, k, v)
+    # Each query takes the value of one key, so no gradient of a value can exceed what all queries pass on.
+    assert np.all(np.abs(output) <= np.max(np.abs(v)))
+    d_q, d_k, d_v = pullback(d)
+    assert all(np.all(np.isfinite(g)) for g in (d_q, d_k))
+    assert np.all(np.abs(d_v) <= np.sum(np.abs(d)))
+
+
 def test_what_overflows_for_a_hidden_pair_reaches_no_gradient(attend):
     q, k, v = (jnp.asarray(x) for x in qkv(kv_heads=H))
     d = draw(B, S, H, K, seed=4)
