@@ -5,16 +5,11 @@ Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in o
 the output (`| head`) has stopped.
 """
 
-import argparse
 import importlib.metadata
 import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-_DESCRIPTION = """Run one job: train, evaluate, generate, or whatever the gin file's JOB says.
-Files and bindings take effect in order: the last value set wins, and bindings come after files."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +53,11 @@ def _abandoned_output() -> bool:
 
 def _run(arguments: list[str]) -> None:
     from llm import configuration
+    from llm.command_line import parse_flags
+    from llm.parallel.accelerators import skip_absent_tpu
 
-    flags = _parse_flags(arguments)
+    flags = parse_flags(arguments)
+    skip_absent_tpu()
     job, operative_config = configuration.load_job(flags.gin_file, flags.gin_bindings)
     job(
         configuration.Invocation(
@@ -69,59 +67,6 @@ def _run(arguments: list[str]) -> None:
             config_files=tuple(flags.gin_file),
         )
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports errors as UserError, and lists the run files in its help."""
-
-    def error(self, message: str) -> NoReturn:
-        from llm.errors import UserError
-
-        raise UserError(message, fix='See python -m llm.main --help.')
-
-    def format_help(self) -> str:
-        from llm.configuration import run_files
-
-        runs = run_files()
-        width = max((len(path) for path, _ in runs), default=0)
-        lines = [f'  {path:{width}}  {comment}'.rstrip() for path, comment in runs]
-        return '\n'.join((super().format_help(), 'run files:', *(lines or ['  none found']), ''))
-
-
-def _parse_flags(arguments: list[str]) -> argparse.Namespace:
-    from llm.configuration import suggesting
-    from llm.errors import UserError
-
-    parser = _Parser(
-        prog='python -m llm.main',
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument('--gin_file', action='append', metavar='FILE', help='a gin file; may be repeated')
-    parser.add_argument(
-        '--gin_bindings',
-        action='append',
-        default=[],
-        metavar="'NAME=VALUE'",
-        help='a gin statement, strings in quotes of their own: \'FILES="my/*.txt"\'; may be repeated',
-    )
-    parser.add_argument('--dry_run', action='store_true', help='resolve and show everything, start nothing')
-    flags, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        if unknown[0].endswith('.gin') and not unknown[0].startswith('-'):
-            fix = f'Did you mean --gin_file={unknown[0]}?'
-        else:
-            fix = suggesting.nearest(
-                unknown[0].partition('=')[0], ('--gin_file', '--gin_bindings', '--dry_run', '--help')
-            )
-        raise UserError(f'unknown argument {unknown[0]!r}', fix=fix)
-    if not flags.gin_file:
-        raise UserError(
-            '--gin_file is missing',
-            fix='Name a run file, e.g. --gin_file=gin_configs/runs/quickstart.gin; --help lists them.',
-        )
-    return flags
 
 
 def _foreign_package() -> str:

@@ -149,7 +149,10 @@ def test_bytes_are_measured_too(tmp_path, stories):
         ({'sources': (NamedSource('a/b', StandardLibrary()),)}, "source name 'a/b'"),
         ({'held_out_bytes': 0}, 'not positive'),
         ({'vocabulary': VocabularyConfig(size=1000, sample_bytes=1)}, '1 sample bytes cannot be shared by 2 sources'),
-        ({'vocabulary': VocabularyConfig()}, "VocabularyConfig.size: a vocabulary of kind 'byte_level_bpe' needs a size"),
+        (
+            {'vocabulary': VocabularyConfig()},
+            "VocabularyConfig.size: a vocabulary of kind 'byte_level_bpe' needs a size",
+        ),
     ],
 )
 def test_settings_are_checked(tmp_path, stories, settings, message):
