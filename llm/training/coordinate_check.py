@@ -25,7 +25,9 @@ class Coordinate:
     """Root mean square of the change of one activation since initialisation.
 
     Attributes:
-        width: d_model. step: updates done. activation: 'embedding', 'layer 1', ... or 'logits'.
+        width: d_model. step: updates done.
+        activation: 'embedding', 'layer 1', ..., 'logits' or 'target logits', those of the tokens that come. With tied
+            embeddings the change of other logits is mostly chance overlap of random vectors, which fades with width.
     """
 
     width: int
@@ -86,7 +88,9 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
         decoder = nnx.merge(nnx.split(Decoder(cut))[0], some)
         activations[f'layer {depth}'] = decoder.hidden(batch['inputs'], positions=batch['positions'])
     whole = nnx.merge(nnx.split(Decoder(config))[0], parameters)
-    return activations | {'logits': whole(batch['inputs'], positions=batch['positions'])}
+    logits = whole(batch['inputs'], positions=batch['positions'])
+    targets = jnp.take_along_axis(logits, batch['targets'][..., None], axis=-1)
+    return activations | {'logits': logits, 'target logits': targets}
 
 
 def slopes(coordinates: Sequence[Coordinate], step: int) -> dict[str, float]:

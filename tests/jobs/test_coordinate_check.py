@@ -26,11 +26,11 @@ def test_the_job_writes_its_table_its_slopes_and_its_plot(tmp_path, capsys):
     _job(tmp_path / 'check')(Invocation(False, '', (), ()))
     rows = _rows(tmp_path / 'check' / 'coordinates.csv')
     assert [(row['width'], row['activation']) for row in rows] == [
-        (width, name) for width in ('16', '32') for name in ('embedding', 'layer 1', 'logits')
+        (width, name) for width in ('16', '32') for name in ('embedding', 'layer 1', 'logits', 'target logits')
     ]
     assert all(float(row['change']) > 0 for row in rows)
     slopes = {row['activation']: float(row['slope']) for row in _rows(tmp_path / 'check' / 'slopes.csv')}
-    assert set(slopes) == {'embedding', 'layer 1', 'logits'}
+    assert set(slopes) == {'embedding', 'layer 1', 'logits', 'target logits'}
     assert (tmp_path / 'check' / 'coordinates.svg').read_text(encoding='utf-8').startswith('<svg')
     assert capsys.readouterr().out.startswith('a <b>: embedding')
 
