@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument('--gin_file', default='gin_configs/runs/quickstart.gin', help='a run of the pretrain job')
     parser.add_argument('--rounds', type=int, default=3)
     arguments = parser.parse_args()
+    jax.config.update('jax_platforms', 'cpu')
     taken: dict[str, list[float]] = {'cold': [], 'cached': [], 'import jax': []}
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(arguments.rounds):
