@@ -1,5 +1,7 @@
 """Every test runs on CPU with eight simulated devices; set before anything imports jax."""
 
+import importlib
+import importlib.util
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -12,3 +14,7 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+# PyPI's build of torch brings triton (the CPU build does not). Loaded after TensorFlow its library crashes the process.
+if importlib.util.find_spec('triton') is not None:
+    importlib.import_module('triton.knobs')

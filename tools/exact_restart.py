@@ -309,7 +309,9 @@ def _kill_many(new_run: Callable[[str], Run], kills: int, in_save: int, seed: in
             raise RuntimeError(f'{counts.total()} kills, and only {counts["saving"]} of them during a save')
         run = new_run(f'round {number}')
         late = [LATE[(i + 4 * (number - 1)) % len(LATE)] for i in range(len(LATE))]
-        plan = [*sorted(generator.sample(EARLY, 2), key=EARLY.index), *late, _LAST][:left]
+        plan = [*sorted(generator.sample(EARLY, 2), key=EARLY.index), *late, _LAST]
+        if left < len(plan):  # what is missing may be kills during a save, which come late
+            plan = late[:left]
         for phase in kill_round(run, plan, durations, generator):
             counts[phase] += 1
             print(f'{run.root.name}: killed while {phase}, with checkpoints of steps {run.saved()}', flush=True)
