@@ -57,10 +57,8 @@ class TrainTokenizer:
         for name in names:
             if not re.fullmatch(r'[\w.-]+', name) or names.count(name) > 1:
                 raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
-        if self.vocabulary.size is None and self.vocabulary.kind != 'bytes':
-            raise UserError(
-                f'a vocabulary of kind {self.vocabulary.kind!r} needs a size', where='VocabularyConfig.size'
-            )
+        if self.vocabulary.kind != 'bytes':
+            self.vocabulary.required_size()
         if self.held_out_bytes <= 0:
             raise UserError(f'held_out_bytes = {self.held_out_bytes} is not positive')
         if self.vocabulary.sample_bytes < len(names):

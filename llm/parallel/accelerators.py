@@ -11,8 +11,8 @@ _GPUS = ('nvidia0', 'nvidiactl', 'dxg', 'kfd')  # under /dev: NVIDIA's, also in 
 def skip_absent_tpu(devices: Path = Path('/sys/bus/pci/devices'), dev: Path = Path('/dev')) -> None:
     """Keep JAX to the CPU where libtpu is installed without a TPU or GPU; JAX_PLATFORMS, if set, has the last word.
 
-    The test extra brings libtpu, to compile for TPUs. JAX would first wait for the TPU that it suggests and then print
-    errors about it. The signs are the ones that JAX itself goes by. To be called before JAX is imported.
+    The test extra brings libtpu, to compile for TPUs. JAX would load it, find no TPU, and print
+    errors about that. The signs are the ones that JAX itself goes by. To be called before JAX is imported.
 
     Args:
         devices: of the PCI bus, each with a file `vendor`. dev: where device files are.

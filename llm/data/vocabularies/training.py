@@ -48,6 +48,12 @@ class VocabularyConfig:
         if self.sample_bytes <= 0:
             raise UserError(f'sample_bytes = {self.sample_bytes} is not positive')
 
+    def required_size(self) -> int:
+        """The size of a kind that is trained. Raises UserError if there is none."""
+        if self.size is None:
+            raise UserError(f'a vocabulary of kind {self.kind!r} needs a size', where='VocabularyConfig.size')
+        return self.size
+
 
 def train_vocabulary(config: VocabularyConfig, documents: Iterable[str]) -> Vocabulary:
     """The vocabulary that `config` asks for, learnt from a sample of the documents.
@@ -63,12 +69,11 @@ def train_on_sample(config: VocabularyConfig, texts: list[str]) -> Vocabulary:
     """The vocabulary that `config` asks for, learnt from all of these texts."""
     if config.kind == 'bytes':
         return ByteVocabulary(config.special_tokens)
-    if config.size is None:
-        raise UserError(f'a vocabulary of kind {config.kind!r} needs a size', where='VocabularyConfig.size')
+    size = config.required_size()
     if config.kind == 'byte_level_bpe':
-        return ByteLevelBPE.train(texts, config.size, config.special_tokens)
+        return ByteLevelBPE.train(texts, size, config.special_tokens)
     return SentencePieceVocabulary.train(
-        texts, config.size, 'bpe' if config.kind == 'sentencepiece_bpe' else 'unigram', config.special_tokens
+        texts, size, 'bpe' if config.kind == 'sentencepiece_bpe' else 'unigram', config.special_tokens
     )
 
 
