@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.models.parameters import Role, parameter
+from llm.parallel.lookup import lookup
 from llm.parallel.sharding import constrain
 
 
@@ -16,8 +17,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """ids [B, S] -> [B, S, D] in `dtype`. Ids outside the table are clamped into it."""
-        x = jnp.take(self.table[...], ids, axis=0, mode='clip').astype(dtype)
-        return constrain(x, ('batch', 'sequence', 'embed'))
+        axes = self.table.get_metadata('spec').axes
+        x = lookup(self.table[...], ids, axes, dtype)
+        return x if ids.shape[0] == 1 else constrain(x, ('batch', 'residual', 'embed'))
 
 
 class Head(nnx.Module):

@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llm.errors import UserError
@@ -16,6 +18,12 @@ class MeshConfig:
     """Sizes of the mesh axes. -1 (at most once) means: whatever devices are left.
 
     The order of MESH_AXES puts `tensor` innermost, where the links are fastest.
+
+    Attributes:
+        dcn_data, dcn_fsdp, dcn_pipeline: over how many slices, which are connected by the data centre's network alone,
+            an axis goes. It is a factor of the axis: data=2, dcn_data=2, fsdp=256 is two slices of 256 chips, with
+            parameters cut up within a slice and gradients added across (hybrid sharding). Where devices know nothing of
+            slices, as simulated ones, equal runs of them are taken for slices.
     """
 
     data: int = -1
@@ -24,6 +32,14 @@ class MeshConfig:
     sequence: int = 1
     expert: int = 1
     pipeline: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_pipeline: int = 1
+
+    def across_slices(self) -> tuple[int, ...]:
+        """The factors of the axes that go across slices, in the order of MESH_AXES."""
+        factors = {'data': self.dcn_data, 'fsdp': self.dcn_fsdp, 'pipeline': self.dcn_pipeline}
+        return tuple(factors.get(axis, 1) for axis in MESH_AXES)
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of MESH_AXES for `num_devices` devices.
@@ -62,6 +78,43 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[: math.prod(sizes)]
-    )
+    across = config.across_slices()
+    devices = devices[: math.prod(sizes)]
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    if math.prod(across) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+    for axis, size, factor in zip(MESH_AXES, sizes, across, strict=True):
+        if factor < 1 or size % factor:
+            raise UserError(
+                f'mesh axis {axis} of size {size} cannot go over {factor} slices',
+                where=f'MeshConfig.dcn_{axis}',
+                fix=f'Use a divisor of {size}.',
+            )
+    within = tuple(size // factor for size, factor in zip(sizes, across, strict=True))
+    slices = _slices(devices, math.prod(across))
+    blocks = [mesh_utils.create_device_mesh(within, devices=part) for part in slices]
+    # Axis by axis the slices come first: [*across, *within] -> [across_0, within_0, across_1, ...].
+    grid = np.array(blocks).reshape(*across, *within)
+    order = [axis for pair in zip(range(len(sizes)), range(len(sizes), 2 * len(sizes)), strict=True) for axis in pair]
+    return Mesh(grid.transpose(order).reshape(sizes), MESH_AXES, axis_types=kinds)
+
+
+def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice.
+
+    Raises:
+        UserError: they are not `count` slices of the same size.
+    """
+    known: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        known.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+    if len(known) == 1 and devices[0].platform != 'tpu':
+        return [list(part) for part in np.array(devices).reshape(count, -1)]
+    if len(known) != count or len({len(part) for part in known.values()}) > 1:
+        sizes = ', '.join(str(len(part)) for part in known.values())
+        raise UserError(
+            f'the mesh goes over {count} slices, but the devices are {len(known)} of {sizes} devices',
+            where='MeshConfig',
+            fix='Let the product of dcn_data, dcn_fsdp and dcn_pipeline be the number of slices.',
+        )
+    return [known[index] for index in sorted(known)]
