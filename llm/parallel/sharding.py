@@ -73,6 +73,11 @@ def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _current.reset(token)
 
 
+def rules_in_force() -> tuple[Mesh, AxisRules] | None:
+    """What `use_rules` set, for code that places its collectives itself; None outside of rules."""
+    return _current.get()
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x."""
     if x.ndim != len(axes):

@@ -48,10 +48,14 @@ class StepConfig:
             )
 
 
-def _apply(model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
-    return nnx.merge(model, parameters)(
+def _summed_loss(
+    model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
+) -> tuple[jax.Array, Metrics]:
+    decoder = nnx.merge(model, parameters)
+    hidden = decoder.hidden(
         batch['inputs'], positions=batch['positions'], segment_ids=batch['segment_ids'], dropout_key=dropout_key
     )
+    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
 
 
 def make_train_step(
@@ -71,8 +75,7 @@ def make_train_step(
     microbatches = config.gradient_accumulation
 
     def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = _apply(model, parameters, batch, key)
-        return summed_loss(logits, batch['targets'], batch['loss_weights'], config.z_loss)
+        return _summed_loss(model, parameters, batch, key, config.z_loss)
 
     gradient_of_sum = jax.grad(summed, has_aux=True)
 
@@ -126,8 +129,7 @@ def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
         batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
-        logits = _apply(model, parameters, batch, None)
-        sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
+        sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step
