@@ -26,7 +26,7 @@ from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
-from llm.models.embedding import Embedding, Head, project_to_vocabulary
+from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
 from llm.models.layer import Layer, LayerConfig
 from llm.models.layer_stack import run_layers
@@ -52,7 +52,7 @@ class DecoderConfig:
         max_positions: longest sequence of learned positions.
         tied_embeddings: whether the logits reuse the token embedding.
         embedding_multiplier: factor on the token embedding; None for sqrt(d_model) (Vaswani et al. 2017, section 3.4).
-        final_logit_soft_cap: see project_to_vocabulary.
+        final_logit_soft_cap: see Projection.
         embedding_dropout: rate on the sum of token and position embedding.
         compute_dtype: type of activations; parameters are cast to it where they are used.
         scan_layers: run repeats by jax.lax.scan (compiles one) rather than unrolled (compiles all).
@@ -195,11 +195,16 @@ class Decoder(nnx.Module):
         return self._run(inputs, positions, context, dropout_key, {})[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits in at least float32: [B, S, D] -> [B, S, V]."""
-        kernel = self.embedding.table[...].T if self.head is None else self.head.kernel[...]
-        base = self.config.mup_base_width
+        """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
+        return self.projection()(hidden)
+
+    def projection(self) -> Projection:
+        """What makes logits of the hidden states."""
+        base, soft_cap = self.config.mup_base_width, self.config.final_logit_soft_cap
         multiplier = 1.0 if base is None else base / self.config.d_model
-        return project_to_vocabulary(hidden, kernel, multiplier=multiplier, soft_cap=self.config.final_logit_soft_cap)
+        if self.head is None:
+            return Projection(self.embedding.table[...].T, ('vocab', 'embed'), multiplier, soft_cap)
+        return Projection(self.head.kernel[...], ('embed', 'vocab'), multiplier, soft_cap)
 
     def decode(
         self,

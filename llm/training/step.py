@@ -50,14 +50,18 @@ class StepConfig:
             )
 
 
-def _apply(model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
-    return nnx.merge(model, parameters)(
+def _summed_loss(
+    model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
+) -> tuple[jax.Array, Metrics]:
+    decoder = nnx.merge(model, parameters)
+    hidden = decoder.hidden(
         batch['inputs'],
         positions=batch['positions'],
         segment_ids=batch['segment_ids'],
         dropout_key=dropout_key,
         token_index=_token_order(batch['inputs'].shape[1]),
     )
+    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
 
 
 def _token_order(length: int) -> np.ndarray | None:
@@ -89,8 +93,7 @@ def make_train_step(
     microbatches = config.gradient_accumulation
 
     def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = _apply(model, parameters, batch, key)
-        return summed_loss(logits, batch['targets'], batch['loss_weights'], config.z_loss)
+        return _summed_loss(model, parameters, batch, key, config.z_loss)
 
     gradient_of_sum = jax.grad(summed, has_aux=True)
 
@@ -144,8 +147,7 @@ def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
         batch = _placed(batch)
-        logits = _apply(model, parameters, batch, None)
-        sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
+        sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step
