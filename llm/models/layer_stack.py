@@ -61,7 +61,9 @@ def run_layers(
         return x, cache
 
     def body(carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Any, None]:
-        return run_repeat(*carry, *slices), None
+        layers, repeat = slices
+        # Else the compiler casts the parameters of all layers before the loop and keeps them.
+        return run_repeat(*carry, jax.lax.optimization_barrier(layers), repeat), None
 
     # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
     (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
