@@ -47,7 +47,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--dry_run', action='store_true', help='resolve and show everything, start nothing')
     many = parser.add_argument_group(
         'many processes',
-        'TPU pods, Slurm, Open MPI and Kubernetes say these by themselves; elsewhere give all three to each process, or '
+        'TPU pods, Slurm, Open MPI and Kubernetes say these by themselves; elsewhere give all three to each, or '
         'set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. --num_processes=1 alone ignores a cluster.',
     )
     many.add_argument('--coordinator_address', metavar='HOST:PORT', help='where process 0 listens, a free port')

@@ -109,7 +109,7 @@ def _foreign_package() -> str:
 
 def _exit(code: int) -> NoReturn:
     """Leave; a process of many that failed does not wait for the others, who cannot go on without it."""
-    if code:
+    if code and 'llm.parallel.processes' in sys.modules:
         from llm.parallel.processes import leave_at_once
 
         leave_at_once(code)

@@ -88,9 +88,9 @@ class Pretrain:
         # Process 0 writes the run directory; the others read there what it has made.
         first = processes.is_first()
         with contextlib.ExitStack() as stack:
-            if first:
-                stack.enter_context(RunLock(directory))
-            begin = processes.from_first('claiming the run directory', lambda: self._claim(directory, invocation))
+            begin = processes.from_first(
+                'claiming the run directory', lambda: self._claim(directory, invocation, stack)
+            )
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
             if begin == _COMPLETE:
                 if first:
@@ -159,8 +159,9 @@ class Pretrain:
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
 
-    def _claim(self, directory: Path, invocation: Invocation) -> str:
-        """Make the directory this run's; 'complete', 'resuming' or 'starting'."""
+    def _claim(self, directory: Path, invocation: Invocation, stack: contextlib.ExitStack) -> str:
+        """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""
+        stack.enter_context(RunLock(directory))
         resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
         saved = committed_steps(directory / 'checkpoints')
         if saved and saved[-1] == self.loop.total_steps and (directory / _COMPLETE).exists():

@@ -23,7 +23,7 @@ LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 _SUPERVISOR = 'LLM_SUPERVISOR'  # a pipe that ends when the supervisor does
 # The lines in which JAX's coordination service takes leave, and what its last line says.
 _LAST_WORDS = re.compile(
-    rb'[WEF]\d{4} \S+ +\d+ (coordination_service|coordination_service_agent|preemption_sync_manager|client)\.(cc|h):\d+\]'
+    rb'[WEF]\d{4} \S+ +\d+ (coordination_service(_agent)?|preemption_sync_manager|client)\.(cc|h):\d+\]'
 )
 _TERMINATING = b'JAX distributed service detected fatal errors'
 _UNHEALTHY = re.compile(rb'unhealthy \(stopped sending heartbeats\)[^\n]*\n((?:[^\n]*?\d+\n)+)')
@@ -149,7 +149,9 @@ def _explain(held: bytes, processes: Processes) -> str:
     elif lost:
         what = f'the others gave this process, {me} of {count}, up: its signs of life did not reach process 0'
     elif me != 0:
-        what = f'process 0 of {count}, which holds the run together, has ended or cannot be reached; its output says why'
+        what = (
+            f'process 0 of {count}, which holds the run together, has ended or cannot be reached; its output says why'
+        )
     else:
         what = f'another of the {count} processes failed; its output says why'
     return f'{what}. This process stops too. Start all of them again: the run goes on from its last checkpoint.'

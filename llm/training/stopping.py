@@ -72,8 +72,9 @@ def _preemption_service() -> Iterator[None]:
     from jax._src.distributed import global_state
 
     previous = signal.getsignal(signal.SIGTERM)
-    enabled = jax.config.jax_enable_preemption_service
-    jax.config.update('jax_enable_preemption_service', True)
+    settings: Any = jax.config  # its attributes are made at run time
+    enabled = settings.jax_enable_preemption_service
+    settings.update('jax_enable_preemption_service', True)
     try:
         global_state.initialize_preemption_sync_manager()
         yield
@@ -81,5 +82,5 @@ def _preemption_service() -> Iterator[None]:
         if global_state.preemption_sync_manager is not None:
             global_state.preemption_sync_manager.shutdown()
             global_state.preemption_sync_manager = None
-        jax.config.update('jax_enable_preemption_service', enabled)
+        settings.update('jax_enable_preemption_service', enabled)
         signal.signal(signal.SIGTERM, previous)
