@@ -91,6 +91,7 @@ class Pretrain:
             begin = processes.from_first(
                 'claiming the run directory', lambda: self._claim(directory, invocation, stack)
             )
+            processes.check_shared(directory / 'config.json')
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
             if begin == _COMPLETE:
                 if first:

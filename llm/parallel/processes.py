@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llm.errors import UserError
@@ -25,6 +26,9 @@ _ADDRESS, _COUNT, _ID = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PRO
 _LOCAL_DEVICES = 'JAX_LOCAL_DEVICE_IDS'  # JAX reads this one by itself, too
 # Process 0 may tokenise for a day while the others wait.
 _PATIENCE_SECONDS, _SECONDS_BETWEEN_MESSAGES = 7 * 24 * 3600, 30
+_FAREWELL_SECONDS = 10
+# Network file systems show new files to other hosts late.
+_VISIBLE_SECONDS = 60
 # A death is known when heartbeats are missing for the set time; that is looked at now and then.
 _VERDICT_SECONDS = 15
 
@@ -127,9 +131,8 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 
 def _may_be_a_cluster(environ: Mapping[str, str]) -> bool:
     """Whether there is any of the signs by which JAX knows a cluster; without them it need not be asked."""
-    return has_tpu() or any(
-        name in environ for name in ('SLURM_PROCID', 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX')
-    )
+    signs = ('SLURM_PROCID', 'OMPI_MCA_orte_hnp_uri', 'JOB_COMPLETION_INDEX', 'JAX_FORCE_TPU_INIT')
+    return has_tpu() or any(sign in environ for sign in signs)
 
 
 def _detect(
@@ -260,13 +263,24 @@ def from_first(what: str, work: Callable[[], str]) -> str:
             result = work()
         except BaseException as error:
             state.client.key_value_set(key, f'!{type(error).__name__}: {error}')
+            _wait_until_heard(state, key)
             raise
         state.client.key_value_set(key, f'={result}')
         return result
     answer = _answer(state.client, key, what)
     if answer[0] == '!':
+        state.client.key_value_set(f'{key}/heard/{state.process_id}', '')
         raise UserError(f'process 0 failed at {what} ({answer[1:]})', fix='Its output says more.')
     return answer[1:]
+
+
+def _wait_until_heard(state: Any, key: str) -> None:
+    """Give the others time to read why: when process 0 ends, so does what they read it from."""
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    for process in range(1, state.num_processes):
+        left = max(1, int(1000 * (deadline - time.monotonic())))
+        with suppress(Exception):  # late or lost: it will hear that process 0 has ended
+            state.client.blocking_key_value_get(f'{key}/heard/{process}', left)
 
 
 def _answer(client: Any, key: str, what: str) -> str:
@@ -307,6 +321,23 @@ def check_same(what: str, value: str) -> None:
             f'the {what} is {value[:12]} on process {_state().process_id} and {expected[:12]} on process 0',
             fix='All processes must read the same files: use a file system that they share.',
         )
+
+
+def check_shared(path: Path) -> None:
+    """Check, on every process, that `path` is there, which process 0 has just written; waits a minute for it.
+
+    Raises:
+        UserError: it does not come into sight.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f'process {_state().process_id} does not see what process 0 has written',
+                where=str(path),
+                fix='Put it on a file system that all hosts share.',
+            )
+        time.sleep(0.5)
 
 
 def _state() -> Any:
