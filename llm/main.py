@@ -1,8 +1,9 @@
 """The one entry point: `python -m llm.main --gin_file=A.gin [--gin_bindings='x=y'] [--dry_run]`.
 
 Reads the flags, resolves the gin config into a job, runs it. It knows no job by name: the gin file says which one runs.
-Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 75 another process of the run
-was lost, in one line: try again; 130 interrupted; 141 what reads the output (`| head`) has stopped.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 75 stopped before the end, by a
+signal or because another process of the run was lost: the same command goes on; 130 interrupted; 141 what reads the
+output (`| head`) has stopped.
 """
 
 import importlib.metadata
@@ -71,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         return supervision.supervise([sys.executable, '-m', 'llm.main', *arguments], found)
     job, operative_config = configuration.load_job(flags.gin_file, flags.gin_bindings)
     with processes.joined(found):
-        job(
+        code = job(
             configuration.Invocation(
                 dry_run=flags.dry_run,
                 operative_config=operative_config,
@@ -79,7 +80,7 @@ def _run(arguments: list[str]) -> int:
                 config_files=tuple(flags.gin_file),
             )
         )
-    return 0
+    return code or 0
 
 
 def _foreign_package() -> str:

@@ -17,7 +17,7 @@ from llm.data.sources import ReadCounts, read_documents
 from llm.data.sources.standard_library import StandardLibrary
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, load_vocabulary
 from llm.data.vocabularies.training import sample_documents, train_on_sample
-from llm.errors import UserError
+from llm.errors import TRY_AGAIN, UserError
 from llm.evaluation.reports import update_summary, write_report
 from llm.jobs.baselines import Baselines, result_lines
 from llm.jobs.compilation_cache import enable_compilation_cache
@@ -78,11 +78,11 @@ class Pretrain:
     initial_parameters: str | None = None
     xz_baselines: bool = False
 
-    def __call__(self, invocation: Invocation) -> None:
-        """Run it: a fresh run starts, a stopped one resumes, a finished one says so."""
+    def __call__(self, invocation: Invocation) -> int:
+        """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""
         if invocation.dry_run:
             print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
-            return
+            return 0
         directory = Path(self.run_directory)
         trainer = Trainer(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules)
         # Process 0 writes the run directory; the others read there what it has made.
@@ -96,7 +96,7 @@ class Pretrain:
             if begin == _COMPLETE:
                 if first:
                     print(f'{directory}: already complete; see {write_report(directory)}')
-                return
+                return 0
             enable_compilation_cache()
             _say(f'{begin} {directory}')
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
@@ -149,8 +149,9 @@ class Pretrain:
             )
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
             complete = loop.run(state) and checkpointer.latest_step() == self.loop.total_steps
+            code = 0 if complete else TRY_AGAIN
             if not first:
-                return
+                return code
             if complete:
                 baselines.finish()
                 if sample is not None and sample.last:
@@ -159,6 +160,7 @@ class Pretrain:
             report = write_report(directory)
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
+        return code
 
     def _claim(self, directory: Path, invocation: Invocation, stack: contextlib.ExitStack) -> str:
         """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""

@@ -26,7 +26,8 @@ _ADDRESS, _COUNT, _ID = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PRO
 _LOCAL_DEVICES = 'JAX_LOCAL_DEVICE_IDS'  # JAX reads this one by itself, too
 # Process 0 may tokenise for a day while the others wait.
 _PATIENCE_SECONDS, _SECONDS_BETWEEN_MESSAGES = 7 * 24 * 3600, 30
-_FAREWELL_SECONDS = 10
+# For the others to hear why process 0 ends, and then to end before it does.
+_HEARING_SECONDS, _LEAVING_SECONDS = 60, 5
 # Network file systems show new files to other hosts late.
 _VISIBLE_SECONDS = 60
 # A death is known when heartbeats are missing for the set time; that is looked at now and then.
@@ -276,11 +277,12 @@ def from_first(what: str, work: Callable[[], str]) -> str:
 
 def _wait_until_heard(state: Any, key: str) -> None:
     """Give the others time to read why: when process 0 ends, so does what they read it from."""
-    deadline = time.monotonic() + _FAREWELL_SECONDS
+    deadline = time.monotonic() + _HEARING_SECONDS
     for process in range(1, state.num_processes):
         left = max(1, int(1000 * (deadline - time.monotonic())))
         with suppress(Exception):  # late or lost: it will hear that process 0 has ended
             state.client.blocking_key_value_get(f'{key}/heard/{process}', left)
+    time.sleep(_LEAVING_SECONDS)
 
 
 def _answer(client: Any, key: str, what: str) -> str:

@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llm.errors import TRY_AGAIN
 from llm.parallel.processes import Processes
 
-LOST = 75  # EX_TEMPFAIL of sysexits.h: try again
 _SUPERVISOR = 'LLM_SUPERVISOR'  # a pipe that ends when the supervisor does
 # The lines in which JAX's coordination service takes leave, and what its last line says.
 _LAST_WORDS = re.compile(
@@ -52,7 +52,7 @@ def supervise(command: Sequence[str], processes: Processes) -> int:
     SIGTERM and SIGINT are passed on. Of processes other than 0 only standard error is shown.
 
     Returns:
-        The command's own code; LOST, when another process was lost or did not join; 128 + n, when signal n killed it.
+        The command's own code; TRY_AGAIN, if another process was lost or did not join; 128 + n, if signal n killed it.
     """
     ours, its = os.pipe()
     with contextlib.ExitStack() as stack:
@@ -72,7 +72,7 @@ def supervise(command: Sequence[str], processes: Processes) -> int:
     code = process.wait()
     if code == -signal.SIGABRT and _TERMINATING in held:
         _say(_explain(held, processes))
-        return LOST
+        return TRY_AGAIN
     _write(held)
     if code < 0:
         name = signal.Signals(-code).name

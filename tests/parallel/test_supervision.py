@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -15,7 +14,7 @@ SUPERVISE = """
 import sys
 from llm.parallel.processes import Processes
 from llm.parallel.supervision import supervise
-code = "import os, sys, time, signal; from llm.parallel.supervision import is_supervised; is_supervised()\\n" + sys.argv[2]
+code = "import os, sys, time, signal, llm.parallel.supervision as s; s.is_supervised()\\n" + sys.argv[2]
 sys.exit(supervise([sys.executable, '-c', code], Processes('localhost:8476', 4, int(sys.argv[1]))))
 """
 
