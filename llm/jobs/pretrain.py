@@ -148,7 +148,9 @@ class Pretrain:
                 peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
             )
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
-            complete = loop.run(state) and checkpointer.latest_step() == self.loop.total_steps
+            ran = loop.run(state)
+            saved = processes.from_first('the last checkpoint', lambda: str(checkpointer.latest_step()))
+            complete = ran and saved == str(self.loop.total_steps)
             code = 0 if complete else TRY_AGAIN
             if not first:
                 return code

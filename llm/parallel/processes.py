@@ -262,7 +262,7 @@ def from_first(what: str, work: Callable[[], str]) -> str:
     if state.process_id == 0:
         try:
             result = work()
-        except BaseException as error:
+        except Exception as error:
             state.client.key_value_set(key, f'!{type(error).__name__}: {error}')
             _wait_until_heard(state, key)
             raise

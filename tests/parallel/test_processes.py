@@ -22,9 +22,13 @@ def environ(monkeypatch):
     return monkeypatch.setenv
 
 
-def test_a_laptop_is_alone(environ):
-    assert find_processes() is None
-    assert find_processes(num_processes=1) is None
+def test_a_laptop_is_alone_and_does_not_ask_jax(environ):
+    program = (
+        'import sys; from llm.parallel.processes import find_processes as find; '
+        'print(find(), find(num_processes=1), "jax" in sys.modules)'
+    )
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == 'None None False\n'
 
 
 def test_flags_and_variables_say_the_same_and_flags_come_first(environ):

@@ -14,6 +14,8 @@ from kubeflow_trainer_api.models.io_k8s_api_batch_v1_job_template_spec import Io
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
+from llm.command_line import parse_flags
+from llm.configuration import load_job
 from llm.errors import UserError
 from tests.jobs.tiny_run import TinyRun
 from tests.parallel.real_processes import ROOT, free_port, variables
@@ -44,6 +46,13 @@ def test_the_examples_are_as_generated(description, tmp_path):
     assert made == here
     assert main([str(description), str(tmp_path)]) == 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == made
+
+
+@pytest.mark.parametrize('description', EXAMPLES, ids=lambda path: path.parent.name)
+def test_the_examples_name_runs_that_exist(description):
+    flags = parse_flags(read_description(description).command()[3:])
+    load_job(flags.gin_file, flags.gin_bindings)
+    assert flags.heartbeat_timeout_seconds == 100
 
 
 def test_there_is_an_example_with_and_without_tpus():
@@ -145,7 +154,7 @@ def test_skypilots_script_says_who_is_who(programs):
     programs('python', 'env | grep ^JAX_ | sort; printf "<%s>" "$@"')
     script = yaml.safe_load(skypilot(cluster_run('h100', setup='export JAX_A=1'), 'x.yaml'))['run']
     done = bash(script, SKYPILOT_NODE_IPS='10.0.0.7\n10.0.0.8\n', SKYPILOT_NUM_NODES='3', SKYPILOT_NODE_RANK='2')
-    wanted = 'JAX_A=1 JAX_COORDINATOR_ADDRESS=10.0.0.7:8476 JAX_NUM_PROCESSES=3 JAX_PROCESS_ID=2'.split()
+    wanted = ['JAX_A=1', 'JAX_COORDINATOR_ADDRESS=10.0.0.7:8476', 'JAX_NUM_PROCESSES=3', 'JAX_PROCESS_ID=2']
     assert [line for line in done.stdout.splitlines() if line in wanted] == wanted
     assert done.stdout.endswith('<-m><llm.main><--gin_file=a b.gin><--heartbeat_timeout_seconds=100>')
 
