@@ -109,7 +109,8 @@ def _relay(process: subprocess.Popen[bytes]) -> bytes:
             break
         if readable and not chunk:  # closed, but not ended
             time.sleep(_POLL_SECONDS)
-        if held and not ended and time.monotonic() - held_since > _HOLD_SECONDS:
+        # After the fatal line comes the end, be it late: dumping the memory of a large process takes minutes.
+        if held and not ended and _TERMINATING not in held and time.monotonic() - held_since > _HOLD_SECONDS:
             _write(held)
             held = b''
         *lines, line = (line + chunk).splitlines(keepends=True) or [b'']
