@@ -40,7 +40,8 @@ def run_layers(
         x after the last layer, and the cache with the new tokens (None if there was none).
     """
     scan = scan and repeats > 1
-    run_layer = rematerialized(_run_layer, remat, remat_names, in_scan=scan)
+    run_layer = _run_fenced_layer if scan and remat != 'none' else _run_layer
+    run_layer = rematerialized(run_layer, remat, remat_names, in_scan=scan)
 
     def run_repeat(
         x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
@@ -61,9 +62,7 @@ def run_layers(
         return x, cache
 
     def body(carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Any, None]:
-        layers, repeat = slices
-        # Else the compiler casts the parameters of all layers before the loop and keeps them.
-        return run_repeat(*carry, jax.lax.optimization_barrier(layers), repeat), None
+        return run_repeat(*carry, *slices), None
 
     # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
     (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
@@ -74,3 +73,13 @@ def _run_layer(
     layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array | int
 ) -> tuple[jax.Array, Cache | None]:
     return layer(x, context, key, cache, repeat)
+
+
+def _run_fenced_layer(
+    layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array
+) -> tuple[jax.Array, Cache | None]:
+    # Else the compiler casts the parameters of all layers before the loop and keeps the copy. It does not see that this
+    # is 1 at every turn.
+    one = jax.lax.optimization_barrier((repeat >= 0).astype(jnp.float32))
+    layer = jax.tree.map(lambda parameter: parameter * one.astype(parameter.dtype), layer)
+    return _run_layer(layer, x, context, key, cache, repeat)
