@@ -178,10 +178,8 @@ class Attention(nnx.Module):
             sequence = 'sequence'
             zigzag = context.token_index is not None
             attend = functools.partial(attend, sequence_axis=SequenceAxis(cut.axis, cut.pieces, cut.method, zigzag))
-        if isinstance(context.offset, int):
-            attend = functools.partial(attend, query_offset=context.offset)
-        else:
-            arrays['query_offset'] = context.offset
+        if context.offset is not None:
+            arrays['query_offset'] = jnp.asarray(context.offset)
         axes: dict[str, Axes] = {
             'query': ('batch', sequence, 'heads', 'head_dim'),
             'key': ('batch', sequence, 'kv_heads', 'head_dim'),
@@ -190,7 +188,7 @@ class Attention(nnx.Module):
             'key_segment_ids': ('batch', sequence),
             'alibi_slopes': ('heads',),
             'sinks': ('heads',),
-            'query_offset': ('batch',) * jnp.ndim(context.offset),
+            'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),
         }
         return map_shards(attend, arrays, axes, axes['query'])
 
