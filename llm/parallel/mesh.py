@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llm.errors import UserError
@@ -16,6 +18,10 @@ class MeshConfig:
     """Sizes of the mesh axes. -1 (at most once) means: whatever devices are left.
 
     The order of MESH_AXES puts `tensor` innermost, where the links are fastest.
+
+    Attributes:
+        across_slices: the axis that reaches over several TPU slices, where links are slowest; the number of slices must
+            divide it. With one slice it means nothing.
     """
 
     data: int = -1
@@ -24,6 +30,15 @@ class MeshConfig:
     sequence: int = 1
     expert: int = 1
     pipeline: int = 1
+    across_slices: str = 'data'
+
+    def __post_init__(self) -> None:
+        if self.across_slices not in MESH_AXES:
+            raise UserError(
+                f'across_slices is {self.across_slices!r}',
+                where='MeshConfig',
+                fix=f'Use one of {", ".join(MESH_AXES)}.',
+            )
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of MESH_AXES for `num_devices` devices.
@@ -59,9 +74,40 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh that `config` asks for, over the first devices of `devices` (default: all there are).
 
     Axes are `AxisType.Auto`: the compiler places what the rules of `llm.parallel.sharding` leave open.
+
+    Raises:
+        UserError: the devices cannot be divided so.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[: math.prod(sizes)]
-    )
+    devices = devices[: math.prod(sizes)]
+    num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    one = num_slices == 1
+    placed = _within_slice(sizes, devices) if one else _across_slices(config, sizes, devices, num_slices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _within_slice(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices so that neighbours along a mesh axis are neighbours on the links, as far as that goes."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # no whole sides of the torus multiply to these sizes
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def _across_slices(
+    config: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Device], num_slices: int
+) -> np.ndarray:
+    across = MESH_AXES.index(config.across_slices)
+    if sizes[across] % num_slices:
+        raise UserError(
+            f'mesh axis {config.across_slices}={sizes[across]} cannot be divided over {num_slices} slices',
+            where='MeshConfig.across_slices',
+            fix=f'Make MeshConfig.{config.across_slices} a multiple of {num_slices}, or name another axis.',
+        )
+    between = tuple(num_slices if axis == across else 1 for axis in range(len(sizes)))
+    within = tuple(size // count for size, count in zip(sizes, between, strict=True))
+    try:
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    except NotImplementedError:
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)

@@ -133,3 +133,25 @@ def _step(body: Computation, index: int, computations: dict[str, Computation]) -
     if positions[1] == index and constants[0] is not None and update.opcode == 'add':
         return constants[0]
     return None
+
+
+def executions(computations: dict[str, Computation]) -> dict[str, int]:
+    """How often each computation that is not part of a fusion runs in one run of the program.
+
+    Every branch of a conditional counts as run; a loop of unknown length runs once.
+    """
+    counts: dict[str, int] = {}
+
+    def visit(computation: Computation, times: int) -> None:
+        counts[computation.name] = counts.get(computation.name, 0) + times
+        for instruction in computation.instructions.values():
+            if instruction.opcode == 'while':
+                trips = trip_count(instruction, computation, computations)
+                for _, name in instruction.called:
+                    visit(computations[name], times * (1 if trips is None else trips))
+            elif instruction.opcode in ('conditional', 'call', 'async-start'):
+                for _, name in instruction.called:
+                    visit(computations[name], times)
+
+    visit(next(each for each in computations.values() if each.is_entry), 1)
+    return counts

@@ -23,7 +23,8 @@ class WeightTraffic:
 
     Attributes:
         gathered: of weights put together from their shards. scattered: of gradients summed into shards; an all-reduce,
-            which also gathers what it summed, counts twice.
+            which also gathers what it summed, counts twice. permuted: of gathers and scatters that the compiler has cut
+            into permutations of shards beside the product that uses them.
         least_gathered, least_scattered: each sharded weight twice, once for the forward and once for the backward
             pass, and its gradient once, all in the compute type. An embedding is looked up where it is, unless it is
             the head too.
@@ -32,6 +33,7 @@ class WeightTraffic:
 
     gathered: float
     scattered: float
+    permuted: float
     least_gathered: float
     least_scattered: float
     other: float
@@ -43,7 +45,7 @@ class WeightTraffic:
         It falls below 1 where a program does with less, by one gather kept for both passes or for several microbatches.
         """
         least = self.least_gathered + self.least_scattered
-        moved = self.gathered + self.scattered
+        moved = self.gathered + self.scattered + self.permuted
         return moved / least if least else (math.inf if moved else 1.0)
 
 
@@ -83,17 +85,22 @@ def weight_traffic(
         for dimensions in gathered.shapes():
             known.setdefault(dimensions, set()).update(gathered.axes)
 
-    totals = {'gathered': 0.0, 'scattered': 0.0, 'other': 0.0}
+    totals = {'gathered': 0.0, 'scattered': 0.0, 'permuted': 0.0, 'other': 0.0}
     for collective in program.collectives:
         if not over.intersection(collective.axes):
             continue
         for shape in collective.shapes:
             size = collective.count * shape.bytes
             axes = known.get(tuple(sorted(d for d in shape.dimensions if d > 1)), set())
-            totals[_share(collective, axes)] += 2 * size if collective.kind == 'all-reduce' else size
+            share = _share(collective, axes)
+            if share == 'permuted':  # n - 1 permutations of a shard are one gather of n
+                ways = math.prod(mesh.shape[axis] for axis in collective.axes)
+                size *= ways / (ways - 1)
+            totals[share] += 2 * size if collective.kind == 'all-reduce' else size
     return WeightTraffic(
         gathered=totals['gathered'] / microbatches,
         scattered=totals['scattered'] / microbatches,
+        permuted=totals['permuted'] / microbatches,
         least_gathered=2 * least,
         least_scattered=least,
         other=totals['other'] / microbatches,
@@ -101,10 +108,9 @@ def weight_traffic(
 
 
 def _share(collective: Collective, axes: set[str]) -> str:
-    if collective.kind == 'all-gather' and axes.issuperset(collective.axes):
-        return 'gathered'
-    if collective.kind == 'reduce-scatter' and axes.issuperset(collective.axes):
-        return 'scattered'
+    shares = {'all-gather': 'gathered', 'reduce-scatter': 'scattered', 'collective-permute': 'permuted'}
+    if collective.kind in shares and axes.issuperset(collective.axes):
+        return shares[collective.kind]
     if collective.kind == 'all-reduce' and axes.intersection(collective.axes):
         return 'scattered'
     return 'other'

@@ -91,6 +91,12 @@ def test_all_reduced_gradient_counts_twice():
     assert found.scattered == 3 * 2 * D * F
 
 
+def test_three_permutations_of_a_quarter_are_a_gather():
+    found = traffic(mesh_of(fsdp=4), collective('collective-permute', (D // 4, F), count=3))
+    assert (found.permuted, found.other) == (2 * D * F, 0)
+    assert found.ratio == 2 * D * F / (found.least_gathered + found.least_scattered)
+
+
 @pytest.fixture(scope='module')
 def trainer():
     devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
