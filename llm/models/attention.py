@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from llm.models.context import Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
-from llm.parallel.sharding import Axes, constrain, map_shards
+from llm.parallel.sharding import Axes, constrain, map_shards, target_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class AttentionConfig:
         scale: factor on the scores; None for 1 / sqrt(head_dim).
         base_head_dim: muP for heads that grow wider rather than more: K of the base model, where the factor is the
             usual one; elsewhere it is sqrt(base_head_dim) / K (Yang et al. 2022, definition 4.1).
+        sinks: a learned score per head that takes part in the softmax and stands for no token (gpt-oss).
         implementation: which kernel of llm.kernels.attention runs; 'auto' picks by device and shape.
     """
 
@@ -52,6 +54,7 @@ class AttentionConfig:
     rotary_fraction: float = 1.0
     scale: float | None = None
     base_head_dim: int | None = None
+    sinks: bool = False
     implementation: Implementation = 'auto'
 
     def __post_init__(self) -> None:
@@ -75,6 +78,9 @@ class AttentionConfig:
             )
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
             raise UserError(f'logit_soft_cap is {self.logit_soft_cap}', where=where, fix='Use a positive cap, or None.')
+        if self.implementation not in get_args(Implementation):
+            choices = ', '.join(get_args(Implementation))
+            raise UserError(f'implementation is {self.implementation!r}', where=where, fix=f'Use one of {choices}.')
         if self.scale is not None and self.base_head_dim is not None:
             raise UserError('scale and base_head_dim both set the factor on the scores', where=where, fix='Set one.')
 
@@ -115,6 +121,7 @@ class Attention(nnx.Module):
         self.key_bias = bias((g, k), kv_heads[1:]) if config.qkv_bias else None
         self.value_bias = bias((g, k), kv_heads[1:]) if config.qkv_bias else None
         self.output_bias = bias((d_model,), ('embed',)) if config.output_bias else None
+        self.sinks = bias((h,), ('heads',)) if config.sinks else None
         self.query_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
         self.key_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
 
@@ -151,6 +158,8 @@ class Attention(nnx.Module):
         if self.position == 'alibi':
             dtype = jnp.promote_types(query.dtype, jnp.float32)
             arrays['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
+        if self.sinks is not None:
+            arrays['sinks'] = self.sinks[...]
         attend = functools.partial(
             dot_product_attention,
             scale=config.score_scale,
@@ -158,6 +167,7 @@ class Attention(nnx.Module):
             window=config.window,
             soft_cap=config.logit_soft_cap,
             implementation=config.implementation,
+            device=target_device(),
         )
         if isinstance(context.offset, int):
             attend = functools.partial(attend, query_offset=context.offset)
@@ -170,6 +180,7 @@ class Attention(nnx.Module):
             'query_segment_ids': ('batch', None),
             'key_segment_ids': ('batch', None),
             'alibi_slopes': ('heads',),
+            'sinks': ('heads',),
             'query_offset': ('batch',) * jnp.ndim(context.offset),
         }
         return map_shards(attend, arrays, axes, axes['query'])

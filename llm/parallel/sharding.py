@@ -73,6 +73,12 @@ def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _current.reset(token)
 
 
+def target_device() -> jax.Device:
+    """A device of the mesh in force (of a topology that is only compiled for, perhaps), or else of this process."""
+    current = _current.get()
+    return jax.devices()[0] if current is None else current[0].devices.flat[0]
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x."""
     if x.ndim != len(axes):

@@ -1,12 +1,42 @@
 """Softmax attention: one function, several implementations that agree with `reference.py`."""
 
+import functools
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
-from llm.kernels.attention import chunked, reference
+from llm.kernels.attention import chunked, flash, pallas_tpu, reference
+from llm.kernels.attention.masking import Options, Positions
 
-Implementation = Literal['auto', 'chunked', 'reference']
+Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
+
+
+@functools.cache
+def by_blocks(implementation: Implementation, tpu: str | None) -> flash.Implementation:
+    """The forward and backward functions of an implementation.
+
+    Args:
+        implementation: 'chunked' or 'pallas_tpu'.
+        tpu: kind of TPU that will run it; None for anything else, where 'pallas_tpu' is interpreted.
+    """
+    if implementation == 'chunked':
+        return flash.Implementation(chunked.forward, chunked.backward)
+    return flash.Implementation(
+        functools.partial(pallas_tpu.forward, tpu=tpu), functools.partial(pallas_tpu.backward, tpu=tpu)
+    )
+
+
+def choose(implementation: Implementation, device: jax.Device, queries: int) -> Implementation:
+    """What 'auto' means on `device` for this many queries; any other choice as it is."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(f'no attention implementation is called {implementation!r}')
+    # One token at a time (decoding) has nothing to cut up.
+    if implementation != 'auto':
+        return implementation
+    if queries == 1:
+        return 'reference'
+    return 'pallas_tpu' if device.platform == 'tpu' else 'chunked' if device.platform == 'cpu' else 'reference'
 
 
 def dot_product_attention(
@@ -21,15 +51,19 @@ def dot_product_attention(
     query_segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     query_offset: int | jax.Array = 0,
+    key_lengths: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     implementation: Implementation = 'auto',
+    device: jax.Device | None = None,
 ) -> jax.Array:
     """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017, eq. 1; Ainslie et al. 2023).
 
     Query s of a row has absolute index i = query_offset + s, key t has index t. The query attends to the key iff
-    all of these hold: t <= i if `causal`; i - t < window (without `causal` |i - t| < window); equal segment ids.
-    Scores are `scale * q.k`, then `soft_cap * tanh(score / soft_cap)` (Gemma 2), then minus `slope * |i - t|` (ALiBi,
-    Press et al. 2022); softmax runs in at least fp32. A query that may attend to no key gets zeros.
+    all of these hold: t <= i if `causal`; i - t < window (without `causal` |i - t| < window); equal segment ids;
+    t < key_lengths. Scores are `scale * q.k`, then `soft_cap * tanh(score / soft_cap)` (Gemma 2), then minus
+    `slope * |i - t|` (ALiBi, Press et al. 2022); softmax runs in at least fp32, over these and, with `sinks`, one more
+    score per head whose value is zero (gpt-oss; Miller 2023). A query that may attend to no key gets zeros.
 
     Args:
         query: [B, S, H, K].
@@ -38,8 +72,11 @@ def dot_product_attention(
         scale: usually 1 / sqrt(K).
         query_segment_ids: [B, S] integers, with key_segment_ids [B, T]; give both or neither.
         query_offset: absolute index of the first query: an integer, or an integer array [] or [B].
-        alibi_slopes: [H], one positive slope per head.
-        implementation: 'auto' takes the fastest one that supports these arguments on this backend.
+        key_lengths: [B] integers; keys from there on are padding.
+        alibi_slopes: [H], one positive slope per head; no gradient flows to them.
+        sinks: [H].
+        implementation: 'auto' takes the fastest one for `device`.
+        device: one of those that will run this; default: the first there is.
 
     Returns:
         [B, S, H, K] in the dtype of `query`.
@@ -52,24 +89,38 @@ def dot_product_attention(
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,
         query_offset=query_offset,
+        key_lengths=key_lengths,
         alibi_slopes=alibi_slopes,
+        sinks=sinks,
     )
-    if implementation not in get_args(Implementation):
-        raise ValueError(f'no attention implementation is called {implementation!r}')
-    if implementation == 'auto':
-        # One token at a time (decoding) has nothing to cut up.
-        implementation = 'chunked' if jax.default_backend() == 'cpu' and query.shape[1] > 1 else 'reference'
-    attend = {'chunked': chunked, 'reference': reference}[implementation].dot_product_attention
-    return attend(
-        query,
-        key,
-        value,
-        scale=scale,
-        causal=causal,
-        window=window,
-        soft_cap=soft_cap,
-        query_segment_ids=query_segment_ids,
-        key_segment_ids=key_segment_ids,
-        query_offset=query_offset,
-        alibi_slopes=alibi_slopes,
+    device = jax.devices()[0] if device is None else device
+    implementation = choose(implementation, device, query.shape[1])
+    slopes = None
+    if alibi_slopes is not None:
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes)).astype(dtype)
+    if implementation == 'reference':
+        return reference.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            causal=causal,
+            window=window,
+            soft_cap=soft_cap,
+            query_segment_ids=query_segment_ids,
+            key_segment_ids=key_segment_ids,
+            query_offset=query_offset,
+            key_lengths=key_lengths,
+            alibi_slopes=slopes,
+            sinks=sinks,
+        )
+    static, traced = (query_offset, None) if isinstance(query_offset, int) else (None, query_offset)
+    positions = Positions(query_segment_ids, key_segment_ids, traced, key_lengths, slopes)
+    return flash.attention(
+        by_blocks(implementation, device.device_kind if device.platform == 'tpu' else None),
+        Options(scale, causal, window, soft_cap, static),
+        *(jnp.asarray(x) for x in (query, key, value)),
+        jax.tree.map(jnp.asarray, positions),
+        None if sinks is None else jnp.asarray(sinks),
     )

@@ -13,7 +13,9 @@ def check_arguments(
     query_segment_ids: jax.Array | None,
     key_segment_ids: jax.Array | None,
     query_offset: int | jax.Array,
+    key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> None:
     """Raises ValueError where shapes do not fit together as `llm.kernels.attention` says."""
     batch, queries, heads, head_size = query.shape
@@ -32,8 +34,11 @@ def check_arguments(
         raise ValueError('give both of query_segment_ids and key_segment_ids, or neither')
     if jnp.shape(query_offset) not in ((), (batch,)):
         raise ValueError(f'query_offset must have shape () or ({batch},), not {jnp.shape(query_offset)}')
-    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f'alibi_slopes must have shape ({heads},), not {alibi_slopes.shape}')
+    if key_lengths is not None and key_lengths.shape != (batch,):
+        raise ValueError(f'key_lengths must have shape ({batch},), not {key_lengths.shape}')
+    for name, per_head in (('alibi_slopes', alibi_slopes), ('sinks', sinks)):
+        if per_head is not None and per_head.shape != (heads,):
+            raise ValueError(f'{name} must have shape ({heads},), not {per_head.shape}')
 
 
 def query_indices(query_offset: int | jax.Array, queries: int) -> jax.Array:
@@ -49,6 +54,7 @@ def attention_mask(
     window: int | None,
     query_segment_ids: jax.Array | None,
     key_segment_ids: jax.Array | None,
+    key_lengths: jax.Array | None,
 ) -> jax.Array | None:
     """Which query may attend to which key: bool [B or 1, S, T], or None if all may.
 
@@ -63,6 +69,8 @@ def attention_mask(
         conditions.append((distance if causal else jnp.abs(distance)) < window)
     if query_segment_ids is not None and key_segment_ids is not None:
         conditions.append(query_segment_ids[:, :, None] == key_segment_ids[:, None, :])
+    if key_lengths is not None:
+        conditions.append(key_index < key_lengths[:, None, None])
     mask = None
     for condition in conditions:
         mask = condition if mask is None else mask & condition
@@ -81,7 +89,9 @@ def dot_product_attention(
     query_segment_ids: jax.Array | None,
     key_segment_ids: jax.Array | None,
     query_offset: int | jax.Array,
+    key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """See `llm.kernels.attention.dot_product_attention`, of which this is the meaning."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -102,13 +112,16 @@ def dot_product_attention(
         window=window,
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,
+        key_lengths=key_lengths,
     )
-    if mask is None:
-        weights = jax.nn.softmax(scores, axis=-1)
+    # The lowest finite number and not -inf: a row without a key would be 0 / 0, in the gradient too.
+    shown = scores if mask is None else jnp.where(mask[:, None], scores, jnp.finfo(dtype).min)
+    if sinks is None:
+        weights = jax.nn.softmax(shown, axis=-1)
     else:
-        mask = mask[:, None]
-        # The lowest finite number and not -inf: a row without a key would be 0 / 0, in the gradient too.
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(dtype).min), axis=-1)
-        weights = jnp.where(mask, weights, 0)
+        sink = jnp.broadcast_to(sinks.astype(dtype)[:, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([shown, sink], axis=-1), axis=-1)[..., :-1]
+    if mask is not None:
+        weights = jnp.where(mask[:, None], weights, 0)
     output = jnp.einsum('BHST,BTHK->BSHK', weights.astype(value.dtype), value, preferred_element_type=dtype)
     return output.astype(query.dtype)

@@ -11,7 +11,7 @@ B, S, H, G, K = 2, 7, 4, 2, 8
 SCALE = K**-0.5
 
 
-@pytest.fixture(params=['reference', 'chunked'])
+@pytest.fixture(params=['reference', 'chunked', 'pallas_tpu'])
 def attend(request):
     return functools.partial(dot_product_attention, implementation=request.param)
 
@@ -24,8 +24,8 @@ def qkv(queries=S, keys=S, kv_heads=G):
     return draw(B, queries, H, K, seed=1), draw(B, keys, kv_heads, K, seed=2), draw(B, keys, kv_heads, K, seed=3)
 
 
-def by_hand(query, key, value, allowed, *, bias=None, soft_cap=None):
-    """Loops over rows, heads and queries in float64; `allowed(b, s, t)`, `bias(h, s, t)`."""
+def by_hand(query, key, value, allowed, *, bias=None, soft_cap=None, sinks=None):
+    """Loops over rows, heads and queries in float64; `allowed(b, s, t)`, `bias(h, s, t)`, `sinks[h]`."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     group = query.shape[2] // key.shape[2]
     output = np.zeros_like(query)
@@ -38,8 +38,10 @@ def by_hand(query, key, value, allowed, *, bias=None, soft_cap=None):
             scores = soft_cap * np.tanh(scores / soft_cap)
         if bias is not None:
             scores += np.array([bias(h, s, t) for t in keys])
-        weights = np.exp(scores - scores.max())
-        output[b, s, h] = weights / weights.sum() @ value[b, keys, h // group]
+        highest = scores.max()
+        weights = np.exp(scores - highest)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[h] - highest))
+        output[b, s, h] = weights / total @ value[b, keys, h // group]
     return output
 
 
@@ -81,6 +83,19 @@ def test_segments(attend):
     ids = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3]], np.int32)
     ours = attend(q, k, v, scale=SCALE, query_segment_ids=ids, key_segment_ids=ids)
     close(ours, by_hand(q, k, v, lambda b, s, t: t <= s and ids[b, s] == ids[b, t]))
+
+
+def test_a_sink_takes_its_share_of_the_softmax(attend):
+    q, k, v = qkv()
+    sinks = np.array([-1.0, 0.0, 0.5, 3.0], np.float32)
+    close(attend(q, k, v, scale=SCALE, sinks=sinks), by_hand(q, k, v, lambda b, s, t: t <= s, sinks=sinks))
+
+
+def test_keys_past_their_length_are_padding(attend):
+    q, k, v = qkv()
+    lengths = np.array([4, 0])
+    ours = attend(q, k, v, scale=SCALE, causal=False, key_lengths=lengths)
+    close(ours, by_hand(q, k, v, lambda b, s, t: t < lengths[b]))
 
 
 def test_query_offset_by_row_reads_a_cache(attend):
@@ -169,6 +184,8 @@ def test_bfloat16_inputs_keep_an_fp32_softmax(attend):
         {'query_segment_ids': np.ones((B, S), int), 'key_segment_ids': np.ones((B, S + 1), int)},
         {'query_offset': jnp.zeros(3, int)},
         {'alibi_slopes': jnp.zeros(3)},
+        {'sinks': jnp.zeros(3)},
+        {'key_lengths': jnp.zeros(3, int)},
         {'implementation': 'nothing'},
     ],
 )

@@ -8,63 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.kernels.attention import chunked, reference
-
-OPTIONS = {
-    'causal': True,
-    'window': None,
-    'soft_cap': None,
-    'query_segment_ids': None,
-    'key_segment_ids': None,
-    'query_offset': 0,
-    'alibi_slopes': None,
-}
+from llm.kernels.attention.masking import Options
+from tests.kernels.attention.problems import OPTIONS, by_blocks, problems, value_and_gradients
 
 
-@st.composite
-def problems(draw):
-    """Arrays, options and block sizes; small, so that every path through runs and blocks is met."""
-    batch, group, kv_heads, head_size = (draw(st.integers(1, n)) for n in (2, 3, 2, 5))
-    queries, keys = draw(st.integers(1, 13)), draw(st.integers(1, 13))
-    options = {
-        'causal': draw(st.booleans()),
-        'window': draw(st.none() | st.integers(1, 8)),
-        'soft_cap': draw(st.none() | st.floats(0.5, 5)),
-    }
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    if draw(st.booleans()):
-        options['query_segment_ids'] = np.sort(rng.integers(0, 3, (batch, queries)))
-        options['key_segment_ids'] = np.sort(rng.integers(0, 3, (batch, keys)))
-    if draw(st.booleans()):
-        options['alibi_slopes'] = rng.uniform(0.05, 1, group * kv_heads)
-    kind = draw(st.sampled_from(['static', 'scalar', 'row']))
-    offset = draw(st.integers(-2, 8))
-    options['query_offset'] = {'static': offset, 'scalar': np.int32(offset), 'row': offset + np.arange(batch)}[kind]
-    shapes = [(batch, size, heads, head_size) for size, heads in ((queries, group * kv_heads), (keys, kv_heads))]
-    arrays = [rng.standard_normal(shape) for shape in (shapes[0], shapes[1], shapes[1], shapes[0])]
-    blocks = {'block': draw(st.integers(1, 6)), 'max_runs': draw(st.integers(1, 3))}
-    return arrays, OPTIONS | options | {'scale': head_size**-0.5}, blocks
+def attend(size=64, max_runs=8):
+    """The chunked implementation with blocks of `size`."""
+    blocks = chunked.Blocks(size, max_runs)
+    return by_blocks(
+        functools.partial(chunked.forward, blocks=blocks), functools.partial(chunked.backward, blocks=blocks)
+    )
 
 
-def value_and_gradients(implementation, arrays, options, dtype):
-    """Output and the gradients of its sum weighted by the last of the arrays, compiled."""
-    query, key, value, weight = (jnp.asarray(x, dtype) for x in arrays)
-    static = {name: x for name, x in options.items() if not isinstance(x, np.ndarray | np.integer)}
-    traced = {name: jnp.asarray(x) for name, x in options.items() if name not in static}
-
-    @jax.jit
-    def run(query, key, value, traced):
-        function = functools.partial(implementation, **static, **traced)
-        output, pullback = jax.vjp(function, query, key, value)
-        return output, *pullback(weight)
-
-    return [np.asarray(x) for x in run(query, key, value, traced)]
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(problem=problems())
-def test_equals_reference_in_value_and_gradients(problem):
-    arrays, options, blocks = problem
-    ours = functools.partial(chunked.dot_product_attention, **blocks)
+@settings(max_examples=24, deadline=None, derandomize=True)
+@given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3))
+def test_equals_reference_in_value_and_gradients(problem, size, max_runs):
+    arrays, options = problem
+    ours = attend(size, max_runs)
     with jax.enable_x64():
         expected = value_and_gradients(reference.dot_product_attention, arrays, options, jnp.float64)
         actual = value_and_gradients(ours, arrays, options, jnp.float64)
@@ -81,7 +41,7 @@ def test_default_blocks_at_the_lengths_of_training(length):
     arrays = [rng.standard_normal((2, length, heads, 16)) for heads in (4, 2, 2, 4)]
     ids = np.sort(rng.integers(1, 4, (2, length)))
     options = OPTIONS | {'scale': 0.25, 'query_segment_ids': ids, 'key_segment_ids': ids}
-    actual = value_and_gradients(chunked.dot_product_attention, arrays, options, jnp.float32)
+    actual = value_and_gradients(attend(), arrays, options, jnp.float32)
     with jax.enable_x64():
         expected = value_and_gradients(reference.dot_product_attention, arrays, options, jnp.float64)
     for ours, exact in zip(actual, expected, strict=True):
@@ -92,7 +52,7 @@ def test_bfloat16_is_as_good_as_its_rounding():
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((2, 70, 2, 8)), jnp.bfloat16) for _ in range(4)]
     options = OPTIONS | {'scale': 0.35}
-    actual = value_and_gradients(chunked.dot_product_attention, arrays, options, jnp.bfloat16)
+    actual = value_and_gradients(attend(), arrays, options, jnp.bfloat16)
     expected = value_and_gradients(reference.dot_product_attention, arrays, options, jnp.float32)
     for ours, exact in zip(actual, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -103,8 +63,8 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients():
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((1, 6, 2, 4)) for _ in range(4)]
     options = OPTIONS | {'scale': 0.5, 'query_offset': -3}
-    for blocks in ({'block': 2}, {'block': 4}, {'block': 2, 'max_runs': 1}):
-        ours = functools.partial(chunked.dot_product_attention, **blocks)
+    for blocks in ((2, 8), (4, 8), (2, 1)):
+        ours = attend(*blocks)
         output, d_query, d_key, d_value = value_and_gradients(ours, arrays, options, jnp.float32)
         assert not np.any(output[0, :3])
         assert not np.any(d_query[0, :3])
@@ -123,9 +83,7 @@ def temporary_bytes(implementation, length):
 
 
 def test_memory_grows_linearly_with_the_length():
-    assert temporary_bytes(chunked.dot_product_attention, 8192) < 4.5 * temporary_bytes(
-        chunked.dot_product_attention, 2048
-    )
+    assert temporary_bytes(attend(), 8192) < 4.5 * temporary_bytes(attend(), 2048)
     assert temporary_bytes(reference.dot_product_attention, 8192) > 15 * temporary_bytes(
         reference.dot_product_attention, 2048
     )
@@ -136,7 +94,7 @@ def test_memory_grows_linearly_with_the_length():
 @pytest.mark.parametrize('offset', [-4, 0, 3, 30])
 def test_ranges_hold_every_pair_that_attends_and_skip_what_they_can(causal, window, offset):
     queries, keys = 23, 19
-    options = chunked._Options(1.0, causal, window, None, offset, 4, 8)
+    options = Options(1.0, causal, window, None, offset)
     distance = offset + np.arange(queries)[:, None] - np.arange(keys)
     allowed = np.ones((queries, keys), bool)
     if causal:
@@ -157,6 +115,6 @@ def test_ranges_hold_every_pair_that_attends_and_skip_what_they_can(causal, wind
 
 @pytest.mark.parametrize(('size', 'block', 'max_runs'), [(0, 4, 3), (3, 4, 3), (12, 4, 2), (31, 4, 3), (256, 64, 8)])
 def test_runs_cover_everything_once_in_order(size, block, max_runs):
-    runs = chunked._Options(1.0, True, None, None, 0, block, max_runs).runs(size)
+    runs = chunked.Blocks(block, max_runs).runs(size)
     assert [i for start, blocks, width in runs for i in range(start, start + blocks * width)] == list(range(size))
     assert len([run for run in runs if run[2] == block]) <= max_runs
