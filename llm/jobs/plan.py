@@ -11,7 +11,7 @@ from llm.scaling.planner.advice import cheapest_change
 from llm.scaling.planner.page import render
 from llm.scaling.planner.planning import estimate, plan
 from llm.scaling.planner.records import candidate_record, plan_record, to_json
-from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.run_config import ANY_STEPS, RunConfig
 from llm.scaling.planner.search import SearchConfig, search
 from llm.scaling.planner.text import format_plan, format_search
 from llm.scaling.planner.topology import find_topology
@@ -50,7 +50,7 @@ class Plan:
         run = RunConfig(self.run.model, self.run.optimizer, self.run.step, self.run.mesh, self.run.rules)
         if invocation.dry_run:
             run = run.fixed(topology.sizes(run.mesh))
-            print(describe(run.model, run.optimizer, run.step, 1, run.mesh, run.rules))
+            print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules))
             return
         candidates = [] if self.search is None else search(run, topology, self.search, say=_say)
         if candidates:

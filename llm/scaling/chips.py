@@ -6,7 +6,7 @@ A figure is of a whole chip, as its maker states it. A jax device may be a part 
 import dataclasses
 import re
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Chip:
         hbm_bytes: capacity. reserved_bytes: of a device, what XLA keeps for itself: the capacity less what its compiler
             says is available.
         hbm_bandwidth: bytes/s.
+        vmem_bytes: of on-chip memory that XLA places arrays in (figures of jax.experimental.pallas.tpu.get_tpu_info).
         link_bandwidth: bytes/s of one link in one direction; a TPU has one link each way in every direction of its
             torus, a GPU one to the switch of its node.
         torus_dimensions: of the links between chips; 0 for a switch. wraps: multiple of which a side of the torus must
             be for its ends to be joined.
         network_bandwidth: bytes/s and chip over the data-center network, between slices or nodes.
+        pod_chips: of the largest slice; 0 for GPUs, whose nodes are not counted.
         source: where the figures are from.
     """
 
@@ -35,10 +37,12 @@ class Chip:
     hbm_bytes: float
     reserved_bytes: float
     hbm_bandwidth: float
+    vmem_bytes: int
     link_bandwidth: float
     torus_dimensions: int
     wraps: int
     network_bandwidth: float
+    pod_chips: int
     source: str
 
     def share(self, num_cores: int) -> float:
@@ -59,10 +63,12 @@ CHIPS = {
             hbm_bytes=32 * _GIB,
             reserved_bytes=0.75 * _GIB,
             hbm_bandwidth=1200e9,
+            vmem_bytes=32 * _MIB,
             link_bandwidth=50e9,
             torus_dimensions=3,
             wraps=4,
             network_bandwidth=6.25e9,
+            pod_chips=4096,
             source=f'{_DOCS}/v4; links: Jouppi et al. 2023, "TPU v4", table 4; network: as v5p, none is published',
         ),
         Chip(
@@ -73,10 +79,12 @@ CHIPS = {
             hbm_bytes=16 * _GIB,
             reserved_bytes=0.25 * _GIB,
             hbm_bandwidth=819e9,
+            vmem_bytes=128 * _MIB,
             link_bandwidth=50e9,
             torus_dimensions=2,
             wraps=16,
             network_bandwidth=3.125e9,
+            pod_chips=256,
             source=f'{_DOCS}/v5e: 400 GB/s both ways over 4 ports, 6.4 Tb/s of network for 256 chips',
         ),
         Chip(
@@ -87,10 +95,12 @@ CHIPS = {
             hbm_bytes=95.74 * _GIB,  # what the compiler says; the page has 95
             reserved_bytes=0.0,
             hbm_bandwidth=2765e9,
+            vmem_bytes=128 * _MIB,
             link_bandwidth=100e9,
             torus_dimensions=3,
             wraps=4,
             network_bandwidth=6.25e9,
+            pod_chips=6144,
             source=f'{_DOCS}/v5p: 1,200 GB/s both ways over 6 ports, 50 Gb/s of network a chip',
         ),
         Chip(
@@ -101,10 +111,12 @@ CHIPS = {
             hbm_bytes=32 * _GIB,
             reserved_bytes=0.75 * _GIB,
             hbm_bandwidth=1638e9,
+            vmem_bytes=128 * _MIB,
             link_bandwidth=100e9,
             torus_dimensions=2,
             wraps=16,
             network_bandwidth=12.5e9,
+            pod_chips=256,
             source=f'{_DOCS}/v6e and {_DOCS}/tpu7x: 800 GB/s both ways over 4 ports, 100 Gb/s of network a chip',
         ),
         Chip(
@@ -115,10 +127,12 @@ CHIPS = {
             hbm_bytes=192 * _GIB,
             reserved_bytes=1.25 * _GIB,
             hbm_bandwidth=7380e9,
+            vmem_bytes=128 * _MIB,
             link_bandwidth=100e9,
             torus_dimensions=3,
             wraps=4,
             network_bandwidth=12.5e9,
+            pod_chips=9216,
             source=f'{_DOCS}/tpu7x: 1,200 GB/s both ways over 6 ports, 100 Gb/s of network a chip',
         ),
         Chip(
@@ -129,10 +143,12 @@ CHIPS = {
             hbm_bytes=80e9,
             reserved_bytes=0.0,
             hbm_bandwidth=2039e9,
+            vmem_bytes=0,
             link_bandwidth=300e9,
             torus_dimensions=0,
             wraps=0,
             network_bandwidth=25e9,
+            pod_chips=0,
             source="NVIDIA A100 80GB SXM data sheet: 600 GB/s of NVLink both ways; DGX A100's one 200 Gb/s port a GPU",
         ),
         Chip(
@@ -143,10 +159,12 @@ CHIPS = {
             hbm_bytes=80e9,
             reserved_bytes=0.0,
             hbm_bandwidth=3350e9,
+            vmem_bytes=0,
             link_bandwidth=450e9,
             torus_dimensions=0,
             wraps=0,
             network_bandwidth=50e9,
+            pod_chips=0,
             source="NVIDIA H100 SXM data sheet: 900 GB/s of NVLink both ways; DGX H100's one 400 Gb/s port a GPU",
         ),
         Chip(
@@ -157,10 +175,12 @@ CHIPS = {
             hbm_bytes=141e9,
             reserved_bytes=0.0,
             hbm_bandwidth=4800e9,
+            vmem_bytes=0,
             link_bandwidth=450e9,
             torus_dimensions=0,
             wraps=0,
             network_bandwidth=50e9,
+            pod_chips=0,
             source="NVIDIA H200 SXM data sheet: 900 GB/s of NVLink both ways; DGX H200's one 400 Gb/s port a GPU",
         ),
     )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MESH_AXES
 from llm.parallel.sharding import AxisRules, MeshAxes, parameter_sharding
-from llm.scaling.accounting import TrainingMemory, training_memory
+from llm.scaling.accounting import TrainingMemory, bytes_per_device
 from llm.scaling.planner.run_config import ANY_STEPS
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
 
@@ -63,9 +65,39 @@ def _abstract_optimizer(model: DecoderConfig, optimizer: OptimizerConfig) -> tup
     return transformation, jax.eval_shape(transformation.init, parameters)
 
 
+def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of an array in a TPU's HBM, where two dimensions are filled up to tiles.
+
+    A tile has 128 elements along one dimension and up to 8 along another, fewer where that is shorter
+    (https://openxla.org/xla/tiled_layout); the compiler takes those two that waste least.
+    """
+    if not shape:
+        return itemsize
+
+    def padded(rows: int, columns: int) -> float:
+        tile = min(8, 1 << (rows - 1).bit_length())
+        filled = math.ceil(rows / tile) * tile * math.ceil(columns / 128) * 128
+        return math.prod(shape) / rows / columns * filled
+
+    return (
+        round(min(padded(*pair) for pair in itertools.permutations(shape if len(shape) > 1 else (1, *shape), 2)))
+        * itemsize
+    )
+
+
+def _bytes_on(platform: str, arrays: Any) -> int:
+    if platform != 'tpu':
+        return bytes_per_device(arrays)
+    return sum(
+        tiled_bytes(array.sharding.shard_shape(array.shape), array.dtype.itemsize) for array in jax.tree.leaves(arrays)
+    )
+
+
 @functools.lru_cache(maxsize=1024)
-def state_bytes(model: DecoderConfig, optimizer: OptimizerConfig, placement: Placement) -> TrainingMemory:
-    """Bytes of parameters, optimizer and gradients on one device.
+def state_bytes(
+    model: DecoderConfig, optimizer: OptimizerConfig, placement: Placement, platform: str
+) -> TrainingMemory:
+    """Bytes of parameters, optimizer and gradients on one device of a platform, a TPU's padding included.
 
     Raises:
         UserError: the mesh cannot divide a parameter.
@@ -84,4 +116,5 @@ def state_bytes(model: DecoderConfig, optimizer: OptimizerConfig, placement: Pla
     )
     transformation, state = _abstract_optimizer(model, optimizer)
     placed = place_optimizer_state(transformation, state, shardings, NamedSharding(mesh, PartitionSpec()))
-    return training_memory(parameters, placed)
+    held = _bytes_on(platform, parameters)
+    return TrainingMemory(parameters=held, optimizer=_bytes_on(platform, placed), gradients=held)

@@ -104,7 +104,7 @@ def _correction(plan: Plan) -> float:
     """The compiler's temporaries over the estimated ones, of the run as it is."""
     if not isinstance(plan.compiled, CompiledStep | OutOfMemory):
         return 1.0
-    return max(0.5, (plan.needed - plan.estimate.arguments) / plan.estimate.temporaries)
+    return max(0.5, (plan.needed - plan.estimate.arguments - plan.estimate.code) / plan.estimate.temporaries)
 
 
 def _advice(words: str, run: RunConfig, plan: Plan, correction: float) -> Advice | None:
@@ -112,7 +112,8 @@ def _advice(words: str, run: RunConfig, plan: Plan, correction: float) -> Advice
         changed = estimate(run, plan.topology)
     except UserError:
         return None
-    needed = changed.estimate.arguments + correction * changed.estimate.temporaries
+    found = changed.estimate
+    needed = found.arguments + found.code + correction * found.temporaries
     if needed > plan.available:
         return None
     before = estimate(plan.run, plan.topology).roofline.step * changed.run.tokens_per_step / plan.run.tokens_per_step

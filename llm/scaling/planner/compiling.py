@@ -98,7 +98,7 @@ def compile_step(run: RunConfig, topology: Topology) -> CompiledStep | OutOfMemo
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        refused = _out_of_memory(str(error), time.perf_counter() - start)
+        refused = read_refusal(str(error), time.perf_counter() - start)
         if refused is None:
             raise
         return refused
@@ -129,7 +129,8 @@ def compile_step(run: RunConfig, topology: Topology) -> CompiledStep | OutOfMemo
     )
 
 
-def _out_of_memory(message: str, seconds: float) -> OutOfMemory | None:
+def read_refusal(message: str, seconds: float) -> OutOfMemory | None:
+    """The sizes in a compiler's complaint about memory; None if it complains of something else."""
     if 'RESOURCE_EXHAUSTED' not in message:
         return None
     found = _USED.search(message) or _TEMPORARIES.search(message)

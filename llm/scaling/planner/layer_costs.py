@@ -5,8 +5,11 @@ attention kernel is whether scores are held and whether masked blocks are comput
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
+import jax
+
+from llm.kernels.attention import choose
 from llm.models.decoder import DecoderConfig
 from llm.models.layer import LayerConfig
 from llm.scaling.planner.abstract import Placement
@@ -17,6 +20,7 @@ Scores = Literal['held', 'blocks', 'blocks_skipped']
 # a block of them. Skipped: blocks that the causal mask hides are not computed. The backward pass of those that hold
 # none computes them again: five products where the forward pass has two (Dao et al. 2022, FlashAttention, algorithm 4).
 ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks'}
+_MANY = 128  # queries: when training, no row is a single token
 OTHER_ATTENTION: Scores = 'blocks_skipped'
 
 # What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept.
@@ -105,15 +109,15 @@ class LayerCosts:
 
 def scores_of(layer: LayerConfig, platform: str) -> Scores:
     """How a layer's attention treats its scores on a platform."""
-    name: str = layer.mixer.implementation
-    if name == 'auto':
-        name = automatic_attention(platform)
+    name = choose(layer.mixer.implementation, cast(jax.Device, _DeviceOf(platform)), queries=_MANY)
     return ATTENTION_SCORES.get(name, OTHER_ATTENTION)
 
 
-def automatic_attention(platform: str) -> str:
-    """What implementation 'auto' is, when training on a platform."""
-    return 'chunked' if platform == 'cpu' else 'reference'
+@dataclasses.dataclass(frozen=True)
+class _DeviceOf:
+    """As much of a jax.Device as decides which attention runs on it."""
+
+    platform: str
 
 
 def layer_costs(

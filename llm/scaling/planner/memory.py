@@ -13,12 +13,14 @@ from llm.scaling.planner.abstract import Placement, model_specs, names, state_by
 from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 
-# Of everything that the backward pass of one layer makes, and of its gradients, how much is there at once.
-LAYER_AT_ONCE = 1.0
-# Arrays of logits that the loss has at once, in fp32: the logits, and their gradient.
-LOGITS_AT_ONCE = 2.0
-# Layers whose gathered weights are there at once: one that is used, and one that is on its way.
-GATHERED_LAYERS = 2.0
+# One layer's activations as often as the backward pass has them: recomputed, and their gradients.
+LAYER_AT_ONCE = 2.0
+# Bytes an element of what the loss has at once of logits: themselves in fp32 and their gradient in the compute type.
+BYTES_OF_LOGITS = 6.0
+# Layers whose gathered weights are there at once: one that is used, one on its way; and the gradients of one.
+GATHERED_LAYERS = 3.0
+# A step's program on a TPU, whatever the model's size: the layers are a loop.
+CODE_BYTES = 40e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class MemoryEstimate:
     Attributes:
         parameters, optimizer, batch: arguments of the step. gradients: in fp32, and their sum over microbatches.
         weights: copies of this device's part in the compute type, and weights gathered for the layers at work.
-        activations: kept for the backward pass. layer: of the layer at work. logits: of the loss.
+        activations: kept for the backward pass. layer: of the layer at work. logits: of the loss. code: the program.
         peak: the most that is there at once; less than the sum of the others.
     """
 
@@ -40,6 +42,7 @@ class MemoryEstimate:
     activations: float
     layer: float
     logits: float
+    code: float
     peak: float
 
     @property
@@ -50,18 +53,21 @@ class MemoryEstimate:
     @property
     def temporaries(self) -> float:
         """Bytes of everything else at the peak."""
-        return self.peak - self.arguments
+        return self.peak - self.arguments - self.code
 
 
-def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str) -> MemoryEstimate:
+def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chip: float = 0.0) -> MemoryEstimate:
     """The memory of a run on a mesh with axes of these sizes.
+
+    Args:
+        on_chip: bytes beside HBM that take part of what the backward pass works on.
 
     Raises:
         UserError: the mesh cannot divide a parameter.
     """
     placement = Placement.of(sizes, run.rules)
     model, step = run.model, run.step
-    state = state_bytes(model, run.optimizer, placement)
+    state = state_bytes(model, run.optimizer, placement, platform)
     rows = step.batch_size / placement.ways('batch')
     tokens = rows * step.sequence_length / placement.ways('sequence') / step.gradient_accumulation
 
@@ -69,16 +75,17 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str) -> Mem
     stages = sizes['pipeline']
     saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens / stages
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
-    logits = LOGITS_AT_ONCE * 4 * tokens * model.vocab_size / placement.ways('vocab')
+    logits = BYTES_OF_LOGITS * tokens * model.vocab_size / placement.ways('vocab')
     cast, gathered, head = _weights(run, placement)
     accumulated = state.gradients if step.gradient_accumulation > 1 else 0.0
 
     always = cast + saved + accumulated
     loss = always + logits + head
-    backward = always + state.gradients + at_work + gathered
+    backward = always + state.gradients + max(0.0, at_work + gathered - on_chip)
     update = state.gradients + accumulated
     batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
     arguments = state.parameters + state.optimizer + batch
+    code = CODE_BYTES if platform == 'tpu' else 0.0
     return MemoryEstimate(
         parameters=state.parameters,
         optimizer=state.optimizer,
@@ -88,7 +95,8 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str) -> Mem
         activations=saved,
         layer=at_work,
         logits=logits,
-        peak=arguments + max(loss, backward, update),
+        code=code,
+        peak=arguments + max(loss, backward, update) + code,
     )
 
 

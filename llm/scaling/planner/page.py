@@ -20,6 +20,7 @@ _PARTS = {
     'activations': 'activations kept for the backward pass',
     'layer': 'the layer at work',
     'logits': 'logits',
+    'code': 'the program',
 }
 
 

@@ -7,7 +7,7 @@ from llm.scaling.accounting import TrainingMemory, count
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory, compile_step
 from llm.scaling.planner.memory import MemoryEstimate, estimate_memory
-from llm.scaling.planner.roofline import Roofline, roofline
+from llm.scaling.planner.roofline import Roofline, on_network, roofline
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
 from llm.scaling.planner.work import StepFlops, step_flops, step_hbm_bytes, step_traffic
@@ -91,7 +91,9 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
     placement = Placement.of(sizes, run.rules)
     _check_batch(run, placement)
     flops = step_flops(run, sizes, topology.platform)
-    traffic, hbm = step_traffic(run, sizes, topology.platform), step_hbm_bytes(run, sizes, topology.platform)
+    links = topology.links(run.mesh)
+    traffic = on_network(step_traffic(run, sizes, topology.platform), links)
+    hbm = step_hbm_bytes(run, sizes, topology.platform)
     if isinstance(compiled, CompiledStep):
         traffic, hbm = compiled.program.traffic(), compiled.hbm_bytes
     return Plan(
@@ -99,8 +101,8 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
         topology=topology,
         sizes=sizes,
         parameters=count(run.model, model_specs(run.model)).total,
-        state=state_bytes(run.model, run.optimizer, placement),
-        estimate=estimate_memory(run, sizes, topology.platform),
+        state=state_bytes(run.model, run.optimizer, placement, topology.platform),
+        estimate=estimate_memory(run, sizes, topology.platform, topology.on_chip_memory),
         compiled=compiled,
         flops=flops,
         hbm_bytes=hbm,
@@ -109,7 +111,7 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
             hbm,
             traffic,
             topology,
-            topology.links(run.mesh),
+            links,
             stages=sizes['pipeline'],
             microbatches=run.step.gradient_accumulation,
         ),

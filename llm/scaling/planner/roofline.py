@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llm.scaling.planner.topology import Links, Topology
 from llm.scaling.planner.work import StepFlops
 from llm.scaling.program import Traffic
+from llm.scaling.program.collectives import RING_FACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,28 @@ def roofline(
         mfu_causal=flops.model_causal / step / peak,
         bottleneck=_bottleneck(compute, hbm, times, step - busy),
     )
+
+
+def on_network(traffic: Sequence[Traffic], links: Links) -> tuple[Traffic, ...]:
+    """Rows of an analytic model with their part between slices or nodes apart.
+
+    A collective that leaves a slice first runs within it, and what then goes over the network is a device's share.
+    """
+    rows = []
+    for row in traffic:
+        outer = links.network_ways(row.axes)
+        inner = links.ways(row.axes) // outer
+        parts = [(inner, row.payload, False), (outer, row.payload / inner, True)]
+        for ways, payload, across in parts:
+            if ways > 1:
+                sent = payload * RING_FACTORS[row.kind](ways)
+                beside = sent * row.asynchronous_link_bytes / row.link_bytes
+                rows.append(
+                    dataclasses.replace(
+                        row, across_slices=across, payload=payload, link_bytes=sent, asynchronous_link_bytes=beside
+                    )
+                )
+    return tuple(rows)
 
 
 def _link_time(row: Traffic, links: Links) -> LinkTime:

@@ -82,7 +82,7 @@ def _memory(record: Record) -> str:
     if 'refused' in compiler:
         lines += ['The compiler refuses it:', f'  {compiler["refused"]}', '']
     parts = record['memory']['estimate']
-    names = ('parameters', 'optimizer', 'batch', 'gradients', 'weights', 'activations', 'layer', 'logits')
+    names = ('parameters', 'optimizer', 'batch', 'gradients', 'weights', 'activations', 'layer', 'logits', 'code')
     rows = [(name, gigabytes(parts[name])) for name in names]
     lines += [
         'By what it is, by the analytic model (not all at once)',

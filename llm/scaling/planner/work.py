@@ -72,7 +72,7 @@ def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> floa
     placement = Placement.of(sizes, run.rules)
     tokens = tokens_per_device(run, placement)
     memory = estimate_memory(run, sizes, platform)
-    state = state_bytes(run.model, run.optimizer, placement)
+    state = state_bytes(run.model, run.optimizer, placement, platform)
     again = run.model.remat not in ('none', 'dots')
     passes = 4 if again else 3
     activations = 2 * passes * tokens * sum(cost.all() for cost in _layers(run, placement, platform))

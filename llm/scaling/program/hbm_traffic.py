@@ -2,8 +2,8 @@
 
 Each instruction outside of fusions reads its operands and writes its result once, unless they are in on-chip memory
 (XLA:TPU marks arrays in VMEM, in the layout, by memory space 1). Of an array that a fusion only slices, the slices
-count; of one that it updates in place, the update. A hand-written kernel counts its operands and results once, though it may
-read blocks again. So this is what the program moves at the least, without padding.
+count; of one that it updates in place, the update. A hand-written kernel counts its operands and results once, though
+it may read blocks again. So this is what the program moves at the least, without padding.
 """
 
 import re
