@@ -42,12 +42,16 @@ class Plan:
     search: SearchConfig | None = None
     output_directory: str | None = None
 
+    def run_config(self) -> RunConfig:
+        """The part of the run that is planned."""
+        return RunConfig(self.run.model, self.run.optimizer, self.run.step, self.run.mesh, self.run.rules)
+
     def __call__(self, invocation: Invocation) -> None:
         """Print the plan, and write it to the output directory."""
         topology = find_topology(self.topology, self.num_slices)
         if not self.compile_program:
             topology = dataclasses.replace(topology, compiles=False)
-        run = RunConfig(self.run.model, self.run.optimizer, self.run.step, self.run.mesh, self.run.rules)
+        run = self.run_config()
         if invocation.dry_run:
             run = run.fixed(topology.sizes(run.mesh))
             print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules))

@@ -6,6 +6,7 @@ count; of one that it updates in place, the update. A hand-written kernel counts
 it may read blocks again. So this is what the program moves at the least, without padding.
 """
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ _FREE = frozenset(
     ]
 )
 _COPYING = ('copy-start', 'slice-start', 'dynamic-slice-start')
+_CONTINUED = ('all-gather', 'all-to-all', 'collective-permute')
 _SLICING = ('dynamic-slice', 'slice', 'gather')
 _ARRAY_WITH_LAYOUT = re.compile(r'[a-z][a-z0-9]*\[[0-9,<=\s]*\](?:\{[^}]*\})?')
 _ON_CHIP = re.compile(r'S\([1-9]\d*\)')
@@ -70,7 +72,7 @@ def _instruction_bytes(
 ) -> float:
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
     if instruction.opcode == 'fusion':
-        return _fusion_bytes(instruction, operands, computations[instruction.called[0][1]])
+        return _fusion_bytes(operands, computations[instruction.called[0][1]], computations)
     if instruction.opcode in _SLICING:
         return 2 * _in_hbm(instruction.type_text)
     if instruction.opcode == 'dynamic-update-slice':
@@ -89,10 +91,13 @@ def _copied_bytes(type_text: str) -> float:
     return size * min(2, sum(not _ON_CHIP.search(text) for text in texts))
 
 
-def _fusion_bytes(fusion: Instruction, operands: list[Instruction], inner: Computation) -> float:
+def _fusion_bytes(operands: list[Instruction], inner: Computation, computations: dict[str, Computation]) -> float:
+    if 'custom_call_target="AsyncCollectiveDone"' in inner.root.attributes:
+        return 0.0  # its bytes were counted at the start
     total, updated = 0.0, set()
-    roots = _results(inner)
-    for root in roots:
+    for root in _results(inner):
+        if root.opcode == 'parameter' or root.opcode in _CONTINUED:
+            continue  # handed through, or on its way since an earlier fusion
         if root.opcode == 'dynamic-update-slice':
             update = inner.instructions[root.operands[1]]
             target = _source(inner, root.operands[0])
@@ -103,14 +108,31 @@ def _fusion_bytes(fusion: Instruction, operands: list[Instruction], inner: Compu
         else:
             total += _in_hbm(root.type_text)
     for number, operand in enumerate(operands):
-        if number in updated or number not in inner.parameters:
-            continue
         whole = _in_hbm(operand.type_text)
-        parameter = inner.parameters[number]
-        users = inner.users.get(parameter.name, ())
-        if whole and users and all(user.opcode in _SLICING for user in users):
-            whole = min(whole, sum(shape.bytes for user in users for shape in user.shapes))
-        total += whole
+        if whole and number not in updated:
+            total += min(whole, _read_bytes(number, inner, computations))
+    return total
+
+
+def _read_bytes(number: int, fused: Computation, computations: dict[str, Computation]) -> float:
+    """How much of its parameter `number` a fused computation reads, fusions within it looked into."""
+    if number not in fused.parameters:
+        return math.inf
+    waiting, total = [fused.parameters[number].name], 0.0
+    while waiting:
+        name = waiting.pop()
+        for user in fused.users.get(name, ()):
+            if user.opcode in _SLICING:
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode == 'bitcast':
+                waiting.append(user.name)
+            elif user.opcode == 'fusion':
+                inner = computations[user.called[0][1]]
+                total += sum(
+                    _read_bytes(i, inner, computations) for i, each in enumerate(user.operands) if each == name
+                )
+            elif user.opcode != 'tuple' and user.opcode not in _CONTINUED:
+                return math.inf
     return total
 
 
