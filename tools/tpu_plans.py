@@ -51,7 +51,6 @@ class Row:
     theirs: tuple[float, float, float] | None = None
     microbatches: int = 1
     slices: int = 1
-    across_slices: str = 'data'
 
     def job(self) -> PlanJob:
         """The plan job that makes it."""
@@ -65,7 +64,7 @@ class Row:
             "REMAT = 'full'",
             *(f'mesh.MeshConfig.{axis} = {size}' for axis, size in sizes.items() if axis != 'tensor'),
             f'TENSOR = {sizes["tensor"]}',
-            f'mesh.MeshConfig.across_slices = {self.across_slices!r}',
+            f'mesh.MeshConfig.dcn_data = {self.slices}',
         ]
         files = ['gin_configs/runs/plan.gin', f'gin_configs/models/{self.model}.gin']
         job, _ = load_job([str(ROOT / file) for file in files], bindings)

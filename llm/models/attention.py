@@ -13,11 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
 from llm.kernels.attention import Implementation, dot_product_attention
+from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.models.context import Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
-from llm.parallel.sharding import Axes, constrain, map_shards, target_device
+from llm.parallel.sharding import Axes, SequenceCut, constrain, map_shards, sequence_cut, target_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +143,18 @@ class Attention(nnx.Module):
                 'value': write_cache(cache['value'], value, repeat, context.offset),
             }
             key, value = (cache[name][repeat].astype(x.dtype) for name in ('key', 'value'))
-        mixed = self._attend(query, key, value, context)
+        cut = sequence_cut() if cache is None else None
+        mixed = self._attend(query, key, value, context, cut)
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
         y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(x.dtype))
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
-        return constrain(y, ('batch', 'sequence', 'embed')), cache
+        return constrain(y, ('batch', 'residual', 'embed')), cache
 
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
-        """Softmax attention on each device's rows and heads. Shapes: as dot_product_attention."""
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, cut: SequenceCut | None
+    ) -> jax.Array:
+        """Softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention."""
         config = self.config
         arrays = {'query': query, 'key': key, 'value': value}
         if context.segment_ids is not None:
@@ -169,16 +173,21 @@ class Attention(nnx.Module):
             implementation=config.implementation,
             device=target_device(),
         )
+        sequence = None
+        if cut is not None:
+            sequence = 'sequence'
+            zigzag = context.token_index is not None
+            attend = functools.partial(attend, sequence_axis=SequenceAxis(cut.axis, cut.pieces, cut.method, zigzag))
         if isinstance(context.offset, int):
             attend = functools.partial(attend, query_offset=context.offset)
         else:
             arrays['query_offset'] = context.offset
         axes: dict[str, Axes] = {
-            'query': ('batch', None, 'heads', 'head_dim'),
-            'key': ('batch', None, 'kv_heads', 'head_dim'),
-            'value': ('batch', None, 'kv_heads', 'head_dim'),
-            'query_segment_ids': ('batch', None),
-            'key_segment_ids': ('batch', None),
+            'query': ('batch', sequence, 'heads', 'head_dim'),
+            'key': ('batch', sequence, 'kv_heads', 'head_dim'),
+            'value': ('batch', sequence, 'kv_heads', 'head_dim'),
+            'query_segment_ids': ('batch', sequence),
+            'key_segment_ids': ('batch', sequence),
             'alibi_slopes': ('heads',),
             'sinks': ('heads',),
             'query_offset': ('batch',) * jnp.ndim(context.offset),

@@ -20,11 +20,13 @@ class Context:
         segment_ids: [B, S] or None; tokens attend within their own segment only.
         rotary: cosines and sines by Rotary, at the positions of the tokens.
         offset: row index of the first token, [] or [B]; other than 0 only when decoding with a cache.
+        token_index: [S], index in the row of each token where they do not lie in order; None if they do.
     """
 
     segment_ids: jax.Array | None = None
     rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
     offset: jax.Array | int = 0
+    token_index: jax.Array | None = None
 
 
 def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int) -> jax.Array:

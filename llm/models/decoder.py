@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
-from llm.models.embedding import Embedding, Head, project_to_vocabulary
+from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
 from llm.models.layer import Layer, LayerConfig
 from llm.models.layer_stack import run_layers
@@ -51,7 +52,7 @@ class DecoderConfig:
         max_positions: longest sequence of learned positions.
         tied_embeddings: whether the logits reuse the token embedding.
         embedding_multiplier: factor on the token embedding; None for sqrt(d_model) (Vaswani et al. 2017, section 3.4).
-        final_logit_soft_cap: see project_to_vocabulary.
+        final_logit_soft_cap: see Projection.
         embedding_dropout: rate on the sum of token and position embedding.
         compute_dtype: type of activations; parameters are cast to it where they are used.
         scan_layers: run repeats by jax.lax.scan (compiles one) rather than unrolled (compiles all).
@@ -155,9 +156,13 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        token_index: ArrayLike | None = None,
     ) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
-        return self.logits(self.hidden(inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key))
+        hidden = self.hidden(
+            inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key, token_index=token_index
+        )
+        return self.logits(hidden)
 
     def hidden(
         self,
@@ -166,6 +171,7 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        token_index: ArrayLike | None = None,
     ) -> jax.Array:
         """What the logits are computed from: [B, S] -> [B, S, D].
 
@@ -174,6 +180,8 @@ class Decoder(nnx.Module):
             positions: [B, S] or [1, S]; default: from 0 in each segment.
             segment_ids: [B, S]; tokens attend within their own segment only. Default: a row is one segment.
             dropout_key: of this step; without it nothing is dropped.
+            token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
+                llm.parallel.sharding.SequenceCut.zigzag.
 
         Raises:
             UserError: S is more than max_positions.
@@ -183,14 +191,20 @@ class Decoder(nnx.Module):
                 positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
             else:
                 positions = segment_positions(segment_ids)
-        return self._run(inputs, positions, Context(segment_ids), dropout_key, {})[0]
+        context = Context(segment_ids, token_index=None if token_index is None else jnp.asarray(token_index))
+        return self._run(inputs, positions, context, dropout_key, {})[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits in at least float32: [B, S, D] -> [B, S, V]."""
-        kernel = self.embedding.table[...].T if self.head is None else self.head.kernel[...]
-        base = self.config.mup_base_width
+        """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
+        return self.projection()(hidden)
+
+    def projection(self) -> Projection:
+        """What makes logits of the hidden states."""
+        base, soft_cap = self.config.mup_base_width, self.config.final_logit_soft_cap
         multiplier = 1.0 if base is None else base / self.config.d_model
-        return project_to_vocabulary(hidden, kernel, multiplier=multiplier, soft_cap=self.config.final_logit_soft_cap)
+        if self.head is None:
+            return Projection(self.embedding.table[...].T, ('vocab', 'embed'), multiplier, soft_cap)
+        return Projection(self.head.kernel[...], ('embed', 'vocab'), multiplier, soft_cap)
 
     def decode(
         self,
@@ -267,7 +281,9 @@ class Decoder(nnx.Module):
                 fix='Shorten the sequences or raise max_positions.',
             )
 
-    def _embed(self, inputs: jax.Array, positions: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def _embed(
+        self, inputs: jax.Array, positions: jax.Array, dropout_key: jax.Array | None, token_index: jax.Array | None
+    ) -> jax.Array:
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         x = self.embedding(inputs, dtype)
@@ -280,7 +296,7 @@ class Decoder(nnx.Module):
             x = x + sinusoids(positions, config.d_model, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
         # Dropout counts the embedding as a layer after the last.
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.num_layers)
-        return dropout(x, config.embedding_dropout, key, Purpose.EMBEDDING)
+        return dropout(x, config.embedding_dropout, key, Purpose.EMBEDDING, token_index)
 
     def _run(
         self,
@@ -292,7 +308,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         config = self.config
         self._check_length(inputs.shape[1])
-        x = self._embed(inputs, positions, dropout_key)
+        x = self._embed(inputs, positions, dropout_key, context.token_index)
         if config.position == 'rope':
             dtype = jnp.promote_types(x.dtype, jnp.float32)
             kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}

@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on the key and the global shape only, so they are equal on every mesh."""
+"""Dropout whose masks depend on the key, the row and the index of a token in it, so they are equal on every mesh."""
 
 import enum
 
@@ -14,12 +14,23 @@ class Purpose(enum.IntEnum):
     FEED_FORWARD = 2
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, purpose: Purpose) -> jax.Array:
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, purpose: Purpose, token_index: jax.Array | None = None
+) -> jax.Array:
     """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et al. 2014).
 
-    Shapes: x [...] -> the same. Without a key, as in evaluation, x is returned as it is.
+    Shapes: x [B, S, D] -> the same. Without a key, as in evaluation, x is returned as it is.
+
+    Args:
+        token_index: [S], index in the row of each token; default: they lie in order.
     """
     if key is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(jax.random.fold_in(key, purpose), 1 - rate, x.shape)
+    key = jax.random.fold_in(key, purpose)
+    batch, length, width = x.shape
+    index = jnp.arange(length) if token_index is None else token_index
+    keys = jax.vmap(lambda token: jax.random.fold_in(key, token))(
+        (jnp.arange(batch)[:, None] * length + index).reshape(-1)
+    )
+    kept = jax.vmap(lambda token: jax.random.bernoulli(token, 1 - rate, (width,)))(keys).reshape(x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

@@ -1,11 +1,14 @@
 """From token ids to width, and from width to logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from llm.models.parameters import Role, parameter
-from llm.parallel.sharding import constrain
+from llm.parallel.lookup import lookup
+from llm.parallel.sharding import Axes, constrain
 
 
 class Embedding(nnx.Module):
@@ -16,8 +19,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """ids [B, S] -> [B, S, D] in `dtype`. Ids outside the table are clamped into it."""
-        x = jnp.take(self.table[...], ids, axis=0, mode='clip').astype(dtype)
-        return constrain(x, ('batch', 'sequence', 'embed'))
+        axes = self.table.get_metadata('spec').axes
+        x = lookup(self.table[...], ids, axes, dtype)
+        return x if ids.shape[0] == 1 else constrain(x, ('batch', 'residual', 'embed'))
 
 
 class Head(nnx.Module):
@@ -27,20 +31,28 @@ class Head(nnx.Module):
         self.kernel = parameter((d_model, vocab_size), ('embed', 'vocab'), Role.OUTPUT, inputs=(0,), outputs=(1,))
 
 
-def project_to_vocabulary(
-    hidden: jax.Array, kernel: jax.Array, *, multiplier: float, soft_cap: float | None
-) -> jax.Array:
-    """Logits in at least float32.
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """From width to vocabulary: logits are cap(multiplier * hidden @ kernel).
 
-    Shapes: hidden [B, S, D], kernel [D, V] -> [B, S, V].
-
-    Args:
+    Attributes:
+        kernel: [D, V].
+        axes: logical axes of the parameter that it is: ('embed', 'vocab'), or of the tied table ('vocab', 'embed').
         multiplier: factor on the logits before the cap.
         soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, section 2); None for no cap.
     """
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum('BSD,DV->BSV', hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
-    logits = constrain(logits, ('batch', 'sequence', 'vocab'))
-    if multiplier != 1:
-        logits = logits * multiplier
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+    kernel: jax.Array
+    axes: Axes
+    multiplier: float
+    soft_cap: float | None
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Logits in at least float32: [B, S, D] -> [B, S, V]."""
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        kernel = self.kernel.astype(hidden.dtype)
+        logits = jnp.einsum('BSD,DV->BSV', hidden, kernel, preferred_element_type=dtype)
+        logits = constrain(logits, ('batch', 'sequence', 'vocab'))
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

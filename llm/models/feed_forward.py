@@ -89,7 +89,7 @@ class FeedForward(nnx.Module):
         activate = jax.checkpoint(self._activate, prevent_cse=False)
         hidden = activate(hidden) if self.gate is None else activate(hidden, _project(x, self.gate, self.gate_bias))
         hidden = checkpoint_name(constrain(hidden, ('batch', 'sequence', 'mlp')), 'feed_forward_hidden')
-        return constrain(_project(hidden, self.down, self.down_bias), ('batch', 'sequence', 'embed'))
+        return constrain(_project(hidden, self.down, self.down_bias), ('batch', 'residual', 'embed'))
 
     def _activate(self, hidden: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         activation, _ = ACTIVATIONS[self.config.activation]

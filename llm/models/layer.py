@@ -95,7 +95,7 @@ class Layer(nnx.Module):
         normed = x if post else _apply(self.mixer_norm, x)
         y, cache = self.mixer(normed, context, cache, repeat)
         y = _apply(self.mixer_output_norm, y)
-        x = x + dropout(y, config.dropout, dropout_key, Purpose.MIXER)
+        x = x + dropout(y, config.dropout, dropout_key, Purpose.MIXER, context.token_index)
         if post:
             x = _apply(self.mixer_norm, x)
         if self.feed_forward is None:
@@ -107,7 +107,7 @@ class Layer(nnx.Module):
             normed = source if post else _apply(self.feed_forward_norm, source)
         y = self.feed_forward(normed)
         y = _apply(self.feed_forward_output_norm, y)
-        x = x + dropout(y, config.dropout, dropout_key, Purpose.FEED_FORWARD)
+        x = x + dropout(y, config.dropout, dropout_key, Purpose.FEED_FORWARD, context.token_index)
         if post:
             x = _apply(self.feed_forward_norm, x)
         return x, cache

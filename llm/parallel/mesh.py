@@ -20,8 +20,10 @@ class MeshConfig:
     The order of MESH_AXES puts `tensor` innermost, where the links are fastest.
 
     Attributes:
-        across_slices: the axis that reaches over several TPU slices, where links are slowest; the number of slices must
-            divide it. With one slice it means nothing.
+        dcn_data, dcn_fsdp, dcn_pipeline: over how many slices, which are connected by the data centre's network alone,
+            an axis goes. It is a factor of the axis: data=2, dcn_data=2, fsdp=256 is two slices of 256 chips, with
+            parameters cut up within a slice and gradients added across (hybrid sharding). Where devices know nothing of
+            slices, as simulated ones, equal runs of them are taken for slices.
     """
 
     data: int = -1
@@ -30,15 +32,14 @@ class MeshConfig:
     sequence: int = 1
     expert: int = 1
     pipeline: int = 1
-    across_slices: str = 'data'
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_pipeline: int = 1
 
-    def __post_init__(self) -> None:
-        if self.across_slices not in MESH_AXES:
-            raise UserError(
-                f'across_slices is {self.across_slices!r}',
-                where='MeshConfig',
-                fix=f'Use one of {", ".join(MESH_AXES)}.',
-            )
+    def across_slices(self) -> tuple[int, ...]:
+        """The factors of the axes that go across slices, in the order of MESH_AXES."""
+        factors = {'data': self.dcn_data, 'fsdp': self.dcn_fsdp, 'pipeline': self.dcn_pipeline}
+        return tuple(factors.get(axis, 1) for axis in MESH_AXES)
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of MESH_AXES for `num_devices` devices.
@@ -74,40 +75,54 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh that `config` asks for, over the first devices of `devices` (default: all there are).
 
     Axes are `AxisType.Auto`: the compiler places what the rules of `llm.parallel.sharding` leave open.
-
-    Raises:
-        UserError: the devices cannot be divided so.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
+    across = config.across_slices()
     devices = devices[: math.prod(sizes)]
-    num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    one = num_slices == 1
-    placed = _within_slice(sizes, devices) if one else _across_slices(config, sizes, devices, num_slices)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    if math.prod(across) == 1:
+        return Mesh(_near(sizes, devices), MESH_AXES, axis_types=kinds)
+    for axis, size, factor in zip(MESH_AXES, sizes, across, strict=True):
+        if factor < 1 or size % factor:
+            raise UserError(
+                f'mesh axis {axis} of size {size} cannot go over {factor} slices',
+                where=f'MeshConfig.dcn_{axis}',
+                fix=f'Use a divisor of {size}.',
+            )
+    within = tuple(size // factor for size, factor in zip(sizes, across, strict=True))
+    slices = _slices(devices, math.prod(across))
+    blocks = [_near(within, part) for part in slices]
+    # Axis by axis the slices come first: [*across, *within] -> [across_0, within_0, across_1, ...].
+    grid = np.array(blocks).reshape(*across, *within)
+    order = [axis for pair in zip(range(len(sizes)), range(len(sizes), 2 * len(sizes)), strict=True) for axis in pair]
+    return Mesh(grid.transpose(order).reshape(sizes), MESH_AXES, axis_types=kinds)
 
 
-def _within_slice(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices so that neighbours along a mesh axis are neighbours on the links, as far as that goes."""
+def _near(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices so that neighbours along an axis are neighbours on the links, as far as that goes."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:  # no whole sides of the torus multiply to these sizes
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
-def _across_slices(
-    config: MeshConfig, sizes: tuple[int, ...], devices: list[jax.Device], num_slices: int
-) -> np.ndarray:
-    across = MESH_AXES.index(config.across_slices)
-    if sizes[across] % num_slices:
+def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice.
+
+    Raises:
+        UserError: they are not `count` slices of the same size.
+    """
+    known: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        known.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+    if len(known) == 1 and devices[0].platform != 'tpu':
+        return [list(part) for part in np.array(devices).reshape(count, -1)]
+    if len(known) != count or len({len(part) for part in known.values()}) > 1:
+        sizes = ', '.join(str(len(part)) for part in known.values())
         raise UserError(
-            f'mesh axis {config.across_slices}={sizes[across]} cannot be divided over {num_slices} slices',
-            where='MeshConfig.across_slices',
-            fix=f'Make MeshConfig.{config.across_slices} a multiple of {num_slices}, or name another axis.',
+            f'the mesh goes over {count} slices, but the devices are {len(known)} of {sizes} devices',
+            where='MeshConfig',
+            fix='Let the product of dcn_data, dcn_fsdp and dcn_pipeline be the number of slices.',
         )
-    between = tuple(num_slices if axis == across else 1 for axis in range(len(sizes)))
-    within = tuple(size // count for size, count in zip(sizes, between, strict=True))
-    try:
-        return mesh_utils.create_hybrid_device_mesh(within, between, devices)
-    except NotImplementedError:
-        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return [known[index] for index in sorted(known)]

@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +22,14 @@ class AxisRules:
 
     A mesh axis is used at most once in one array: a row whose mesh axes are already taken by an earlier dimension
     is passed over. `parameters` is read for parameters and optimizer state, `activations` for activations.
+
+    'residual' is the sequence axis of the residual stream, between layers and in norms: there the devices that share
+    each matrix product share tokens instead (Korthikanti et al. 2022, "sequence parallelism"), so that an all-reduce
+    becomes a reduce-scatter and an all-gather, and what is kept for the backward pass is cut up too.
+
+    Attributes:
+        sequence_method: how attention reaches the tokens of other devices when rows are cut along the `sequence` axis:
+            'ring', 'ulysses' or 'all_gather'; see llm.kernels.attention.sequence.
     """
 
     parameters: tuple[tuple[str, MeshAxes], ...] = (
@@ -35,11 +44,22 @@ class AxisRules:
     activations: tuple[tuple[str, MeshAxes], ...] = (
         ('batch', ('data', 'fsdp', 'expert')),
         ('sequence', 'sequence'),
+        ('residual', ('sequence', 'tensor')),
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
         ('vocab', 'tensor'),
     )
+    sequence_method: Literal['ring', 'ulysses', 'all_gather'] = 'ring'
+
+    def __post_init__(self) -> None:
+        methods = ('ring', 'ulysses', 'all_gather')
+        if self.sequence_method not in methods:
+            raise UserError(
+                f'sequence_method is {self.sequence_method!r}',
+                where='AxisRules',
+                fix=f'Use one of {", ".join(methods)}.',
+            )
 
     def partition(self, axes: Axes, mesh: Mesh | AbstractMesh, *, parameters: bool) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out."""
@@ -73,6 +93,42 @@ def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         _current.reset(token)
 
 
+def rules_in_force() -> tuple[Mesh, AxisRules] | None:
+    """What `use_rules` set, for code that places its collectives itself; None outside of rules."""
+    return _current.get()
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceCut:
+    """Rows are cut into `pieces` along mesh axis `axis`, and attention goes by `method`."""
+
+    axis: str
+    pieces: int
+    method: Literal['ring', 'ulysses', 'all_gather']
+
+    def zigzag(self, length: int) -> bool:
+        """Whether tokens of rows of `length` are laid out in zig-zag, so that causal work is balanced."""
+        return self.method != 'ulysses' and length % (2 * self.pieces) == 0
+
+
+def sequence_cut() -> SequenceCut | None:
+    """How the rules in force cut rows; None where they do not, and outside of rules.
+
+    Raises:
+        UserError: rows are cut along two mesh axes.
+    """
+    current = _current.get()
+    if current is None:
+        return None
+    mesh, rules = current
+    axes = rules.partition(('sequence',), mesh, parameters=False)[0]
+    if axes is None:
+        return None
+    if not isinstance(axes, str):
+        raise UserError(f'rows are cut along {axes}', where='AxisRules.activations', fix='Use one mesh axis.')
+    return SequenceCut(axes, mesh.shape[axes], rules.sequence_method)
+
+
 def target_device() -> jax.Device:
     """A device of the mesh in force (of a topology that is only compiled for, perhaps), or else of this process."""
     current = _current.get()
@@ -80,14 +136,24 @@ def target_device() -> jax.Device:
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x."""
+    """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x.
+
+    Of the mesh axes that should split a dimension, the last are left out until the rest divides it: a single token, as
+    in decoding, is not split.
+    """
     if x.ndim != len(axes):
         raise ValueError(f'array of shape {x.shape} was given axes {axes}')
     current = _current.get()
     if current is None:
         return x
     mesh, rules = current
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.partition(axes, mesh, parameters=False)))
+    spec = []
+    for size, entry in zip(x.shape, rules.partition(axes, mesh, parameters=False), strict=True):
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        spec.append(names or None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def map_shards(

@@ -1,67 +1,88 @@
-"""Token losses, summed; whoever holds the global count of real tokens divides, once."""
+"""Token losses, summed; whoever holds the global count of real tokens divides, once. Logits never exist all at once."""
 
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
 
+from llm.errors import UserError
+from llm.kernels.cross_entropy import Placement, summed_cross_entropy, token_cross_entropy
+from llm.models.embedding import Projection
+from llm.parallel.sharding import MeshAxes, rules_in_force
 
-@jax.custom_vjp
-def token_negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of each target, and the log-partition function.
 
-    The backward pass is written out (softmax minus one-hot, one fused pass over the logits) because differentiating
-    a gather gives a scatter, which is slow, and gathers logits whose vocabulary axis is sharded.
+def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _placement(projection: Projection, targets: jax.Array) -> Placement:
+    """By the rules in force: tokens and vocabulary as of logits, the width of the kernel as of the parameter.
+
+    Raises:
+        UserError: a dimension is not divisible by the mesh axes that split it.
+    """
+    current = rules_in_force()
+    if current is None:
+        return Placement()
+    mesh, rules = current
+    batch, sequence, vocab = map(_mesh_axes, rules.partition(('batch', 'sequence', 'vocab'), mesh, parameters=False))
+    parameter = rules.partition(projection.axes, mesh, parameters=True)
+    # Where the two tables do not agree on the vocabulary the compiler moves the kernel.
+    embed = tuple(axis for axis in _mesh_axes(parameter[projection.axes.index('embed')]) if axis not in vocab)
+    sizes = (*targets.shape, projection.kernel.shape[1])
+    for name, size, axes in zip(('batch', 'sequence', 'vocab'), sizes, (batch, sequence, vocab), strict=True):
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            raise UserError(
+                f'{name!r} of size {size} cannot be divided over mesh axis {"*".join(axes)!r} of size {ways}',
+                where='AxisRules.activations',
+                fix=f'Make it a multiple of {ways}, or lower MeshConfig.{" or ".join(axes)}.',
+            )
+    return Placement(mesh, batch, sequence, vocab, embed)
+
+
+def token_negative_log_likelihood(
+    projection: Projection, hidden: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of each target, and the log-partition function; see `token_cross_entropy`.
 
     Args:
-        logits: [B, S, V], at least fp32.
-        targets: [B, S] int.
+        hidden: [B, S, D]; targets: [B, S] int. NaN stands where a target is outside the vocabulary.
 
     Returns:
         (nll [B, S], log_z [B, S]) in nats.
     """
-    return _forward(logits, targets)[0]
-
-
-def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-
-
-def _forward(logits: jax.Array, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
-    return (log_z - target_logits, log_z), (logits, targets, log_z)
-
-
-def _backward(residuals: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    logits, targets, log_z = residuals
-    nll_gradient, log_z_gradient = gradients
-    probabilities = jnp.exp(logits - log_z[..., None])
-    total = (nll_gradient + log_z_gradient)[..., None] * probabilities
-    return total - jnp.where(_is_target(logits, targets), nll_gradient[..., None], 0), None
-
-
-token_negative_log_likelihood.defvjp(_forward, _backward)
+    return token_cross_entropy(
+        hidden,
+        projection.kernel,
+        targets,
+        multiplier=projection.multiplier,
+        soft_cap=projection.soft_cap,
+        placement=_placement(projection, targets),
+    )
 
 
 def summed_loss(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
+    projection: Projection, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted sum of token losses, to be divided by the global sum of weights.
+    """Weighted sum of token losses, to be divided by the global sum of weights; see `summed_cross_entropy`.
 
     Args:
-        logits: [B, S, V]; targets: [B, S] int; weights: [B, S], 0 on padding.
+        hidden: [B, S, D]; targets: [B, S] int; weights: [B, S], 0 on padding.
         z_loss: coefficient of log_z ** 2 (Chowdhery et al. 2022, "PaLM", section 5), which keeps logits bounded.
 
     Returns:
         (sum of nll + z_loss * log_z ** 2 over tokens, {'nll': sum of nll, 'z_loss': sum of the second term,
-        'tokens': sum of weights}).
+        'tokens': sum of weights}). Only the first has a gradient.
     """
-    nll, log_z = token_negative_log_likelihood(logits, targets)
-    weights = weights.astype(nll.dtype)
-    sums = {
-        'nll': jnp.sum(nll * weights),
-        'z_loss': z_loss * jnp.sum(jnp.square(log_z) * weights),
-        'tokens': jnp.sum(weights),
-    }
-    return sums['nll'] + sums['z_loss'], sums
+    loss, sums = summed_cross_entropy(
+        hidden,
+        projection.kernel,
+        targets,
+        weights,
+        multiplier=projection.multiplier,
+        soft_cap=projection.soft_cap,
+        z_loss=z_loss,
+        placement=_placement(projection, targets),
+    )
+    return loss, sums | {'tokens': jnp.sum(weights.astype(loss.dtype))}

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from llm.errors import UserError
-from llm.parallel.sharding import constrain
+from llm.kernels.attention.sequence_axis import zigzag_order
+from llm.parallel.sharding import constrain, sequence_cut
 from llm.training.losses import summed_loss
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
@@ -48,10 +50,30 @@ class StepConfig:
             )
 
 
-def _apply(model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None) -> jax.Array:
-    return nnx.merge(model, parameters)(
-        batch['inputs'], positions=batch['positions'], segment_ids=batch['segment_ids'], dropout_key=dropout_key
+def _summed_loss(
+    model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
+) -> tuple[jax.Array, Metrics]:
+    decoder = nnx.merge(model, parameters)
+    hidden = decoder.hidden(
+        batch['inputs'],
+        positions=batch['positions'],
+        segment_ids=batch['segment_ids'],
+        dropout_key=dropout_key,
+        token_index=_token_order(batch['inputs'].shape[1]),
     )
+    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+
+
+def _token_order(length: int) -> np.ndarray | None:
+    """Index in the row of each token, where devices share rows and their tokens do not lie in order."""
+    cut = sequence_cut()
+    return zigzag_order(length, cut.pieces) if cut is not None and cut.zigzag(length) else None
+
+
+def _placed(batch: Batch) -> Batch:
+    """The batch on the mesh, its tokens in `_token_order`; all that a model is told of their order is in the batch."""
+    order = _token_order(batch['inputs'].shape[1])
+    return {name: constrain(x if order is None else x[:, order], ('batch', 'sequence')) for name, x in batch.items()}
 
 
 def make_train_step(
@@ -71,8 +93,7 @@ def make_train_step(
     microbatches = config.gradient_accumulation
 
     def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = _apply(model, parameters, batch, key)
-        return summed_loss(logits, batch['targets'], batch['loss_weights'], config.z_loss)
+        return _summed_loss(model, parameters, batch, key, config.z_loss)
 
     gradient_of_sum = jax.grad(summed, has_aux=True)
 
@@ -98,7 +119,7 @@ def make_train_step(
         return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
+        batch = _placed(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         gradients, sums = accumulated(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
@@ -125,9 +146,8 @@ def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch."""
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
-        batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
-        logits = _apply(model, parameters, batch, None)
-        sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
+        batch = _placed(batch)
+        sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step

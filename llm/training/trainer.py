@@ -1,6 +1,7 @@
 """Model, optimizer and mesh put together: where every array of the train state lives, and the compiled steps."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
-from llm.parallel.sharding import AxisRules, parameter_sharding, use_rules
+from llm.parallel.sharding import AxisRules, parameter_sharding, sequence_cut, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
@@ -47,6 +48,7 @@ class Trainer:
         self.mesh: Mesh = make_mesh(mesh, devices)
         self._check_batch()
         self._check_length()
+        self._check_sequence()
         decoder = Decoder(model)
         self.specs = parameter_specs(decoder)
         self.model: nnx.GraphDef = nnx.split(decoder)[0]
@@ -79,14 +81,11 @@ class Trainer:
 
     def _check_batch(self) -> None:
         rows = self.step_config.batch_size // self.step_config.gradient_accumulation
-        axes = self.rules.partition(('batch',), self.mesh, parameters=False)[0]
-        ways = functools.reduce(
-            lambda ways, axis: ways * self.mesh.shape[axis], (axes,) if isinstance(axes, str) else (axes or ()), 1
-        )
+        ways = self._ways('batch')
         if rows % ways:
             raise UserError(
                 f'{rows} rows (batch_size / gradient_accumulation) cannot be divided over {ways} devices '
-                f'(mesh axes {axes})',
+                f'(mesh axes {self.rules.partition(("batch",), self.mesh, parameters=False)[0]})',
                 where='StepConfig.batch_size',
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
             )
@@ -100,6 +99,32 @@ class Trainer:
                 where='StepConfig.sequence_length',
                 fix=f'Use at most {model.max_positions}, or raise DecoderConfig.max_positions.',
             )
+
+    def _check_sequence(self) -> None:
+        with use_rules(self.mesh, self.rules):
+            cut = sequence_cut()
+        length = self.step_config.sequence_length
+        if cut is not None and length % cut.pieces:
+            raise UserError(
+                f'rows of {length} tokens cannot be cut into {cut.pieces} pieces (mesh axis {cut.axis!r})',
+                where='StepConfig.sequence_length',
+                fix=f'Make it a multiple of {cut.pieces}, or of {2 * cut.pieces} to share causal work evenly.',
+            )
+        if cut is not None and cut.method == 'ulysses':
+            for layer in self.model_config.pattern:
+                ways = cut.pieces * self._ways('heads')
+                if layer.mixer.num_heads % ways:
+                    raise UserError(
+                        f'{layer.mixer.num_heads} heads cannot be divided over {ways} devices',
+                        where='AxisRules.sequence_method',
+                        fix="Use 'ring' or 'all_gather' instead of 'ulysses', or change the mesh.",
+                    )
+
+    def _ways(self, axis: str) -> int:
+        """Devices that share an activation along a logical axis."""
+        axes = self.rules.partition((axis,), self.mesh, parameters=False)[0]
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def _fresh_state(self, seed: int | jax.Array) -> State:
         parameters = initialize(self.specs, self.model_config.initialization, seed)

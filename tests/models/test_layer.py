@@ -133,13 +133,22 @@ def test_score_scale():
 
 
 def test_dropout_keeps_the_mean_and_the_type():
-    x = jnp.ones((200, 200), jnp.bfloat16)
+    x = jnp.ones((2, 100, 200), jnp.bfloat16)
     y = dropout(x, 0.2, jax.random.key(0), Purpose.MIXER)
     assert y.dtype == jnp.bfloat16
     assert set(np.unique(y.astype(jnp.float32))) == {0.0, 1.25}
     assert float(y.astype(jnp.float32).mean()) == pytest.approx(1, abs=0.02)
     assert (dropout(x, 0.2, jax.random.key(0), Purpose.FEED_FORWARD) != y).any()
     assert dropout(x, 0.2, None, Purpose.MIXER) is x
+
+
+def test_dropout_of_a_token_depends_on_its_index_and_not_on_where_it_lies():
+    x = jnp.ones((2, 8, 50))
+    order = np.array([0, 1, 6, 7, 2, 3, 4, 5])
+    in_order = dropout(x, 0.5, jax.random.key(0), Purpose.MIXER)
+    np.testing.assert_array_equal(dropout(x, 0.5, jax.random.key(0), Purpose.MIXER, order), in_order[:, order])
+    flat = np.asarray(in_order).reshape(16, 50)
+    assert len({row.tobytes() for row in flat}) == 16
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import jax
+import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from llm.errors import UserError
 from llm.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
@@ -20,9 +22,34 @@ def test_a_fixed_mesh_may_leave_devices_unused():
     assert make_mesh(MeshConfig(data=1, fsdp=3)).devices.size == 3
 
 
+def test_slices_hold_what_must_be_near_and_the_factor_of_an_axis_goes_across():
+    mesh = make_mesh(MeshConfig(data=4, dcn_data=2, fsdp=2))
+    devices = mesh.devices.reshape(4, 2)
+    first, second = set(jax.devices()[:4]), set(jax.devices()[4:])
+    assert set(devices[:2].flat) == first
+    assert set(devices[2:].flat) == second
+
+
+def test_two_axes_go_across_slices():
+    mesh = make_mesh(MeshConfig(pipeline=2, dcn_pipeline=2, data=2, dcn_data=2, tensor=2))
+    index = np.vectorize(lambda device: device.id)(mesh.devices).reshape(2, 2, 2)
+    np.testing.assert_array_equal(index, np.arange(8).reshape(2, 2, 2))
+
+
+@pytest.mark.tpu_compile
+def test_real_slices_are_told_apart():
+    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2', num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=2, dcn_data=2, fsdp=2, tensor=2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(2, 4)
+    np.testing.assert_array_equal(slices, [[0] * 4, [1] * 4])
+    with pytest.raises(UserError, match='goes over 4 slices, but the devices are 2 of 4, 4 devices'):
+        make_mesh(MeshConfig(data=4, dcn_data=4, fsdp=2), devices)
+
+
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
+        (MeshConfig(data=8, dcn_data=3), 'axis data of size 8 cannot go over 3 slices'),
         (MeshConfig(data=1, tensor=16), 'needs 16 devices but 8 exist'),
         (MeshConfig(data=-1, tensor=3), 'cannot use 8 devices evenly'),
         (MeshConfig(data=-1, fsdp=-1), 'is not valid'),

@@ -25,6 +25,8 @@ LAYER = LayerConfig(
 )
 WINDOWED = dataclasses.replace(LAYER, mixer=dataclasses.replace(LAYER.mixer, window=5))
 MODEL = DecoderConfig(vocab_size=64, d_model=32, num_layers=3, pattern=(LAYER, WINDOWED), compute_dtype='float64')
+# Whatever the loss can do: a kernel that is the table's transpose, a factor and a cap.
+CAPPED = dataclasses.replace(MODEL, tied_embeddings=True, final_logit_soft_cap=1.5, mup_base_width=64)
 # SGD at rate 1 without clipping: the change of a parameter is its gradient.
 GRADIENT = OptimizerConfig(
     kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
@@ -72,24 +74,24 @@ def _to_float64(tree):
 
 
 @functools.cache
-def _initial_state():
-    trainer = Trainer(MODEL, GRADIENT, StepConfig(BATCH, LENGTH), total_steps=10, devices=jax.devices()[:1])
+def _initial_state(model: DecoderConfig):
+    trainer = Trainer(model, GRADIENT, StepConfig(BATCH, LENGTH), total_steps=10, devices=jax.devices()[:1])
     return jax.device_get(_to_float64(trainer.fresh_state()))
 
 
 @functools.cache
-def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool):
+def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool, model: DecoderConfig = MODEL):
     """(loss, gradients, HLO text) of one step in float64."""
     with jax.enable_x64():
         trainer = Trainer(
-            dataclasses.replace(MODEL, scan_layers=scan),
+            dataclasses.replace(model, scan_layers=scan),
             GRADIENT,
             StepConfig(BATCH, LENGTH, accumulation, z_loss=1e-3),
             total_steps=10,
             mesh=mesh,
             devices=jax.devices()[: np.prod(mesh.sizes(8)) if mesh.data != -1 else 1],
         )
-        state = jax.device_put(_initial_state(), trainer.state_shardings)
+        state = jax.device_put(_initial_state(model), trainer.state_shardings)
         batch = jax.device_put(_batch(packed), trainer.batch_sharding)
         before = jax.device_get(state['parameters'])
         compiled = trainer.train_step.lower(state, batch).compile()
@@ -102,8 +104,29 @@ def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool):
 @pytest.mark.parametrize(('accumulation', 'scan'), [(1, True), (2, False)], ids=['scan', 'accumulated-unrolled'])
 @pytest.mark.parametrize('name', MESHES)
 def test_meshes_agree_with_one_device(name, accumulation, scan, packed):
-    loss, gradients, _ = _run(MeshConfig(), 1, True, packed)
-    parallel_loss, parallel_gradients, program = _run(MESHES[name], accumulation, scan, packed)
+    program = _agrees_with_one_device(MESHES[name], accumulation, scan, packed, MODEL)
+    for axis in name.split(' x '):
+        for collective in COLLECTIVES[axis]:
+            assert f'{collective}(' in program or f'{collective}-start(' in program, f'{axis} needs {collective}'
+
+
+@pytest.mark.parametrize(
+    'mesh',
+    [
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    ],
+    ids=str,
+)
+def test_tied_capped_and_scaled_logits_agree_with_one_device(mesh):
+    _agrees_with_one_device(mesh, 2, True, True, CAPPED)
+
+
+def _agrees_with_one_device(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool, model: DecoderConfig) -> str:
+    """Compares loss and gradients; gives the HLO text."""
+    loss, gradients, _ = _run(MeshConfig(), 1, True, packed, model)
+    parallel_loss, parallel_gradients, program = _run(mesh, accumulation, scan, packed, model)
     # The metric is stored in fp32.
     assert parallel_loss == pytest.approx(loss, rel=1e-7)
     for path, expected in jax.tree_util.tree_leaves_with_path(gradients):
@@ -111,9 +134,7 @@ def test_meshes_agree_with_one_device(name, accumulation, scan, packed):
         np.testing.assert_allclose(
             actual, expected, rtol=0, atol=1e-9 * np.abs(expected).max(), err_msg=jax.tree_util.keystr(path)
         )
-    for axis in name.split(' x '):
-        for collective in COLLECTIVES[axis]:
-            assert f'{collective}(' in program or f'{collective}-start(' in program, f'{axis} needs {collective}'
+    return program
 
 
 @pytest.mark.parametrize('accumulation', [2, 4, 8])

@@ -1,13 +1,14 @@
 """Softmax attention: one function, several implementations that agree with `reference.py`."""
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from llm.kernels.attention import chunked, flash, pallas_tpu, reference
+from llm.kernels.attention import chunked, flash, pallas_tpu, reference, sequence
 from llm.kernels.attention.masking import Options, Positions
+from llm.kernels.attention.sequence_axis import SequenceAxis
 
 Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
 
@@ -54,6 +55,7 @@ def dot_product_attention(
     key_lengths: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    sequence_axis: SequenceAxis | None = None,
     implementation: Implementation = 'auto',
     device: jax.Device | None = None,
 ) -> jax.Array:
@@ -75,7 +77,10 @@ def dot_product_attention(
         key_lengths: [B] integers; keys from there on are padding.
         alibi_slopes: [H], one positive slope per head; no gradient flows to them.
         sinks: [H].
-        implementation: 'auto' takes the fastest one for `device`.
+        sequence_axis: rows are cut along this mesh axis, and S = T tokens are one device's piece (inside
+            `jax.shard_map`); then query_offset is 0 and key_lengths None. See `sequence`.
+        implementation: 'auto' takes the fastest one for `device`. Pieces of rows need one that goes by blocks:
+            'reference' means 'chunked' there.
         device: one of those that will run this; default: the first there is.
 
     Returns:
@@ -99,6 +104,11 @@ def dot_product_attention(
     if alibi_slopes is not None:
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes)).astype(dtype)
+    if sequence_axis is not None:
+        if key_lengths is not None or not (isinstance(query_offset, int) and query_offset == 0):
+            raise ValueError('a row that is cut along a mesh axis has no query_offset and no key_lengths')
+        query_offset = jnp.zeros((), jnp.int32)  # each device has its own
+        implementation = 'chunked' if implementation == 'reference' else implementation
     if implementation == 'reference':
         return reference.dot_product_attention(
             query,
@@ -117,10 +127,12 @@ def dot_product_attention(
         )
     static, traced = (query_offset, None) if isinstance(query_offset, int) else (None, query_offset)
     positions = Positions(query_segment_ids, key_segment_ids, traced, key_lengths, slopes)
-    return flash.attention(
+    attend: Any = flash.attention if sequence_axis is None else functools.partial(sequence.attention, sequence_axis)
+    output: jax.Array = attend(
         by_blocks(implementation, device.device_kind if device.platform == 'tpu' else None),
         Options(scale, causal, window, soft_cap, static),
         *(jnp.asarray(x) for x in (query, key, value)),
         jax.tree.map(jnp.asarray, positions),
         None if sinks is None else jnp.asarray(sinks),
     )
+    return output

@@ -100,12 +100,12 @@ class Topology:
                 where='MeshConfig',
                 fix='Make its axes multiply to that; -1 for one axis takes what is left.',
             )
-        across = sizes[config.across_slices]
-        if across % self.num_slices:
+        across = math.prod(config.across_slices())
+        if across != self.num_slices:
             raise UserError(
-                f'mesh axis {config.across_slices}={across} cannot be divided over {self.num_slices} slices',
-                where='MeshConfig.across_slices',
-                fix=f'Make MeshConfig.{config.across_slices} a multiple of {self.num_slices}, or name another axis.',
+                f'the mesh goes over {across} slices, and there are {self.num_slices} of them',
+                where='MeshConfig',
+                fix='Let the product of dcn_data, dcn_fsdp and dcn_pipeline be the number of slices.',
             )
         return sizes
 

@@ -122,9 +122,9 @@ def test_axes_on_different_sides_send_at_once():
 @pytest.mark.tpu_compile
 def test_slices_are_joined_by_the_network():
     topology = find_topology('v5e:4x4', 2)
-    links = topology.links(MeshConfig(data=2, fsdp=16))
+    links = topology.links(MeshConfig(data=2, dcn_data=2, fsdp=16))
     assert links.across == {'data': 2}
     assert links.along(('data',), across_slices=True) == 3.125e9
-    with pytest.raises(UserError, match='cannot be divided over 2 slices'):
+    with pytest.raises(UserError, match='goes over 1 slices, and there are 2'):
         topology.sizes(MeshConfig(data=1, fsdp=32))
-    assert topology.links(MeshConfig(data=1, fsdp=32, across_slices='fsdp')).across == {'fsdp': 2}
+    assert topology.links(MeshConfig(data=1, fsdp=32, dcn_fsdp=2)).across == {'fsdp': 2}

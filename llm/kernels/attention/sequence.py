@@ -1,0 +1,112 @@
+"""Attention over rows that are cut into pieces along a mesh axis, one of which each device holds.
+
+Three ways, for use inside `jax.shard_map`; all are exact, for packed rows, grouped heads, windows, caps and sinks too.
+
+- 'ring' (Liu et al. 2023, "Ring Attention"): keys and values travel round the devices while queries stay. Memory per
+  device falls with the number of devices. See `ring`.
+- 'all_gather' (Llama 3, section 3.3.2): every device gathers all keys and values, few if heads are grouped.
+- 'ulysses' (Jacobs et al. 2023, DeepSpeed-Ulysses): two all-to-alls trade the cut through tokens for one through heads.
+  Moves least for many heads on few devices; the number of heads bounds the number of devices.
+
+With a causal mask a device that holds the last tokens would have most of the work. So for 'ring' and 'all_gather'
+tokens are laid out in zig-zag: of 2 n chunks, device i of n holds chunks i and 2 n - 1 - i (`zigzag_order`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.kernels.attention import flash
+from llm.kernels.attention.masking import Options, Positions
+from llm.kernels.attention.ring import ring_attention
+from llm.kernels.attention.sequence_axis import SequenceAxis, zigzag_order
+
+
+def attention(
+    axis: SequenceAxis,
+    implementation: flash.Implementation,
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: Positions,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """This device's part of attention over whole rows; shapes as in `llm.kernels.attention`, S = T the device's tokens.
+
+    Raises:
+        ValueError: the devices cannot share the heads ('ulysses').
+    """
+    if axis.method == 'ring':
+        return ring_attention(axis, implementation, options, query, key, value, positions, sinks)
+    if axis.method == 'all_gather':
+        return _gathered(axis, implementation, options, query, key, value, positions, sinks)
+    return _ulysses(axis, implementation, options, query, key, value, positions, sinks)
+
+
+def _all_gather(x: jax.Array, axis: SequenceAxis) -> jax.Array:
+    """[B, S, ...] of every device -> [B, n * S, ...], in order."""
+    x = jax.lax.all_gather(x, axis.name, axis=1, tiled=True)
+    if not axis.zigzag:
+        return x
+    chunks = x.reshape(x.shape[0], 2 * axis.size, -1, *x.shape[2:])
+    return chunks[:, np.argsort(zigzag_order(2 * axis.size, axis.size))].reshape(x.shape)
+
+
+def _gathered(
+    axis: SequenceAxis,
+    implementation: flash.Implementation,
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: Positions,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    rank, length = jax.lax.axis_index(axis.name), query.shape[1] // axis.parts
+    key, value = _all_gather(key, axis), _all_gather(value, axis)
+    key_ids = None if positions.key_ids is None else _all_gather(positions.key_ids, axis)
+    outputs = []
+    for part in range(axis.parts):
+        mine = slice(part * length, (part + 1) * length)
+        first = (rank if part == 0 else 2 * axis.size - 1 - rank) * length
+        ids = None if positions.query_ids is None else positions.query_ids[:, mine]
+        where = dataclasses.replace(positions, query_ids=ids, key_ids=key_ids, offset=first)
+        outputs.append(flash.attention(implementation, options, query[:, mine], key, value, where, sinks))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _ulysses(
+    axis: SequenceAxis,
+    implementation: flash.Implementation,
+    options: Options,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: Positions,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    heads, groups = query.shape[2], key.shape[2]
+    if heads % axis.size:
+        raise ValueError(f'{heads} heads cannot be divided over {axis.size} devices')
+    # Each device needs the key/value heads of its query heads: where they are fewer than devices, they are repeated.
+    repeats = axis.size // np.gcd(groups, axis.size)
+    key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
+    query, key, value = (
+        jax.lax.all_to_all(x, axis.name, split_axis=2, concat_axis=1, tiled=True) for x in (query, key, value)
+    )
+    share = heads // axis.size
+    first = jax.lax.axis_index(axis.name) * share
+
+    def mine(per_head: jax.Array | None) -> jax.Array | None:
+        return None if per_head is None else jax.lax.dynamic_slice_in_dim(per_head, first, share)
+
+    query_ids, key_ids = (
+        None if ids is None else _all_gather(ids, axis) for ids in (positions.query_ids, positions.key_ids)
+    )
+    where = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids, slopes=mine(positions.slopes))
+    options = dataclasses.replace(options, offset=0)
+    output = flash.attention(implementation, options, query, key, value, where, mine(sinks))
+    return jax.lax.all_to_all(output, axis.name, split_axis=1, concat_axis=2, tiled=True)

@@ -1,0 +1,43 @@
+"""How rows are cut along a mesh axis; see `sequence`."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import numpy as np
+
+SequenceMethod = Literal['ring', 'ulysses', 'all_gather']
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceAxis:
+    """The mesh axis that rows are cut along.
+
+    Attributes:
+        name: of the mesh axis. size: n, devices along it.
+        zigzag: whether tokens lie in zig-zag rather than in order.
+    """
+
+    name: str
+    size: int
+    method: SequenceMethod
+    zigzag: bool
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(SequenceMethod):
+            raise ValueError(f'no sequence method is called {self.method!r}')
+        if self.zigzag and self.method == 'ulysses':
+            raise ValueError('ulysses attends to whole rows, whose tokens must be in order')
+
+    @property
+    def parts(self) -> int:
+        """Runs of neighbouring tokens that a device holds."""
+        return 2 if self.zigzag else 1
+
+
+def zigzag_order(length: int, devices: int) -> np.ndarray:
+    """Index in the row of each token when `devices` equal pieces hold a row in zig-zag, [length].
+
+    `devices` times 2 must divide `length`.
+    """
+    chunks = np.arange(length).reshape(2 * devices, -1)
+    return np.concatenate([chunks[[i, 2 * devices - 1 - i]].reshape(-1) for i in range(devices)])

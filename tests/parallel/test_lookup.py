@@ -1,0 +1,73 @@
+"""Looking up in a table that is cut over eight devices, against one device: values and the gradient of the table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.parallel.lookup import lookup
+from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.sharding import AxisRules, use_rules
+
+MESHES = {
+    'data': MeshConfig(data=8),
+    'fsdp': MeshConfig(data=1, fsdp=8),
+    'rows': MeshConfig(data=1, tensor=8),
+    'sequence': MeshConfig(data=1, sequence=8),
+    'all': MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+    'data, rows, sequence': MeshConfig(data=2, sequence=2, tensor=2),
+}
+WIDTH_OVER_TENSOR = AxisRules(parameters=(('embed', 'tensor'),))
+ROWS_OVER_FSDP = AxisRules(parameters=(('embed', 'tensor'), ('vocab', 'fsdp')))
+
+
+def run(table, ids, weight, mesh, rules):
+    def loss(table):
+        with use_rules(mesh, rules):
+            found = lookup(table, ids, ('vocab', 'embed'), jnp.float32)
+        return jnp.sum(found * weight), found
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(table)
+    return found, gradient
+
+
+@pytest.mark.parametrize('rows', ['of the batch', 'shared'])
+@pytest.mark.parametrize(
+    ('mesh', 'rules'),
+    [(mesh, AxisRules()) for mesh in MESHES.values()]
+    + [(MESHES['all'], WIDTH_OVER_TENSOR), (MESHES['all'], ROWS_OVER_FSDP)],
+    ids=[*MESHES, 'width over an axis that tokens are not over', 'rows over an axis that tokens are over'],
+)
+def test_equals_one_device(mesh, rules, rows):
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((16, 24)).astype(np.float32)
+    # Each id several times, and ids outside of the table, which are clamped.
+    ids = rng.integers(-2, 19, (8 if rows == 'of the batch' else 1, 16)).astype(np.int32)
+    weight = rng.standard_normal((*ids.shape, 24)).astype(np.float32)
+    found, gradient = run(table, ids, weight, make_mesh(mesh), rules)
+    inside = np.clip(ids, 0, 15)
+    np.testing.assert_array_equal(found, table[inside])
+    expected = np.zeros_like(table)
+    np.add.at(expected, inside, weight)
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5)
+
+
+def test_neither_the_table_nor_all_results_are_gathered():
+    mesh = make_mesh(MESHES['all'])
+    table, ids = jax.ShapeDtypeStruct((4096, 64), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+
+    def value_and_gradient(table, ids):
+        def loss(table):
+            with use_rules(mesh, AxisRules()):
+                return jnp.sum(lookup(table, ids, ('vocab', 'embed'), jnp.float32) ** 2)
+
+        return jax.grad(loss)(table)
+
+    specs = [
+        jax.NamedSharding(mesh, AxisRules().partition(axes, mesh, parameters=parameters))
+        for axes, parameters in ((('vocab', 'embed'), True), (('batch', 'sequence'), False))
+    ]
+    program = jax.jit(value_and_gradient, in_shardings=specs, out_shardings=specs[0]).lower(table, ids).compile()
+    lines = [line for line in program.as_text().splitlines() if ' all-gather(' in line or ' all-gather-start(' in line]
+    assert lines
+    assert all('s32[' in line.split(' all-gather')[0] for line in lines)
