@@ -85,7 +85,7 @@ CASES = (
     Case('long rows, grouped queries', 'v6e:2x2', _FSDP, rows=4, length=8192, kv_heads=2),
     Case('large vocabulary', 'v5p:2x2x1', _FSDP, rows=16, vocabulary=32_768),
     Case('sixteen chips', 'v5e:4x4', {'fsdp': 16}, rows=16, length=2048, d_model=2048, d_ff=5632, heads=16),
-    Case('half chips', 'v4:2x2x1', {'fsdp': 8}, rows=16),
+    Case('another chip', 'v4:2x2x1', _FSDP),
     Case('data and fsdp', 'tpu7x:2x2x1', {'data': 2, 'fsdp': 4}, rows=16),
     Case('deep', 'v6e:2x2', _FSDP, layers=32),
     Case('muon', 'v5e:2x2', _FSDP, optimizer='muon', layers=4),

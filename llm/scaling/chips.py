@@ -46,7 +46,7 @@ class Chip:
     source: str
 
     def share(self, num_cores: int) -> float:
-        """Part of the chip that a device of `num_cores` cores is: 0.5 on v4 and tpu7x, where libtpu has two a chip."""
+        """Part of the chip that a device of `num_cores` cores is: 0.5 on tpu7x, where libtpu has two devices a chip."""
         return num_cores / self.cores
 
 
@@ -61,9 +61,9 @@ CHIPS = {
             cores=2,
             peak_flops=275e12,
             hbm_bytes=32 * _GIB,
-            reserved_bytes=0.75 * _GIB,
+            reserved_bytes=1.25 * _GIB,
             hbm_bandwidth=1200e9,
-            vmem_bytes=32 * _MIB,
+            vmem_bytes=160 * _MIB,  # 128 of them the CMEM of Jouppi et al. 2023
             link_bandwidth=50e9,
             torus_dimensions=3,
             wraps=4,

@@ -23,8 +23,10 @@ ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks'}
 _MANY = 128  # queries: when training, no row is a single token
 OTHER_ATTENTION: Scores = 'blocks_skipped'
 
-# What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept.
-PROJECTIONS = ('query', 'key', 'value', 'attention_output', 'up', 'gate', 'feed_forward_output')
+# What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept; its last product
+# only feeds a sum, and is never needed again.
+PROJECTIONS = ('query', 'key', 'value', 'attention_output', 'up', 'gate')
+_NEVER_KEPT = 'feed_forward_output'
 KEPT: dict[str, tuple[str, ...]] = {
     'none': ('*',),
     'full': (),
@@ -48,12 +50,14 @@ class Activation:
     Attributes:
         elements: per token on one device. bytes: per element.
         flops: per token on one device, forward, of the products that make it.
+        whole: elements while it is worked on, if then more of it is there than is kept.
     """
 
     name: str
     elements: float
     bytes: int
     flops: float = 0.0
+    whole: float = 0.0
 
     @property
     def size(self) -> float:
@@ -79,7 +83,7 @@ class LayerCosts:
         if model.remat == 'names':
             return tuple(each for name in model.remat_names for each in NAMED.get(name, ()))
         names = KEPT[model.remat]
-        return tuple(each.name for each in self.activations) if '*' in names else names
+        return tuple(each.name for each in self.activations if each.name != _NEVER_KEPT) if '*' in names else names
 
     def saved(self, model: DecoderConfig) -> float:
         """Bytes per token that wait for the backward pass, the input included."""
@@ -87,8 +91,8 @@ class LayerCosts:
         return self.input_size + sum(each.size for each in self.activations if each.name in kept)
 
     def all(self) -> float:
-        """Bytes per token of every activation."""
-        return sum(each.size for each in self.activations)
+        """Bytes per token of every activation, as they are worked on."""
+        return sum(max(each.elements, each.whole) * each.bytes for each in self.activations)
 
     def forward_flops(self) -> float:
         """Per token of one device."""
@@ -100,8 +104,8 @@ class LayerCosts:
         return 2 * (self.forward_flops() - attention) + self.backward_factor * attention
 
     def recomputed_flops(self, model: DecoderConfig) -> float:
-        """Per token of one device: what the backward pass makes again. Outputs that only feed sums are not needed."""
-        kept = {*self.kept(model), 'feed_forward_output'}
+        """Per token of one device: what the backward pass makes again."""
+        kept = {*self.kept(model), _NEVER_KEPT}
         if 'attention' in kept and self.backward_factor > 2:
             kept.add('scores')  # a kernel's backward pass makes its own, and that is counted there
         return sum(each.flops for each in self.activations if each.name not in kept)
@@ -134,24 +138,26 @@ def layer_costs(
     computed = float(seen)
     if scores == 'blocks_skipped':
         computed = seen * (1 - (seen - 1) / (2 * sequence_length))  # causal: a row of S sees (S + 1) / 2 on average
+    # The residual stream may be cut along the sequence more often than what attention works on.
+    residual = d * placement.ways('sequence') / placement.ways('residual')
     product = 2 * d * k
     activations = [
-        Activation('mixer_norm', d, size),
+        Activation('mixer_norm', residual, size, whole=d),
         Activation('query', heads * k, size, product * heads),
         Activation('key', kv_heads * k, size, product * kv_heads),
         Activation('value', kv_heads * k, size, product * kv_heads),
         # Held scores are there as fp32 and as weights in the compute type.
         Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
         Activation('attention', heads * k, size, 2 * heads * k * computed),
-        Activation('attention_output', d, size, product * heads),
+        Activation('attention_output', residual, size, product * heads, whole=d),
     ]
     if feed_forward is not None:
         f = feed_forward.d_ff / placement.ways('mlp')
-        activations += [Activation('feed_forward_norm', d, size), Activation('up', f, size, 2 * d * f)]
+        activations += [Activation('feed_forward_norm', residual, size, whole=d), Activation('up', f, size, 2 * d * f)]
         if feed_forward.gated:
             activations.append(Activation('gate', f, size, 2 * d * f))
         activations += [
             Activation('feed_forward_hidden', f, size),
-            Activation('feed_forward_output', d, size, 2 * d * f),
+            Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
         ]
-    return LayerCosts(tuple(activations), d * size, 2.0 if scores == 'held' else 2.5)
+    return LayerCosts(tuple(activations), residual * size, 2.0 if scores == 'held' else 2.5)

@@ -1,6 +1,6 @@
 """The analytic memory model: bytes on one device at the peak of a training step, by what they are.
 
-A step has three phases, and the peak is the largest: the loss, when all logits are there; the backward pass, when
+A step has three phases, and the peak is the largest: the loss, when a chunk of logits is there; the backward pass, when
 gradients, kept activations and one layer's recomputed ones are; and the update. What the model leaves out (padding of
 small arrays, fragmentation) `tools/planner_memory_error.py` measures against the compiler.
 """
@@ -8,17 +8,24 @@ small arrays, fragmentation) `tools/planner_memory_error.py` measures against th
 import dataclasses
 import math
 
+from llm.kernels.cross_entropy.chunked import default_chunk
 from llm.models.parameters import Role, named_specs
 from llm.scaling.planner.abstract import Placement, model_specs, names, state_bytes
 from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 
-# One layer's activations as often as the backward pass has them: recomputed, and their gradients.
-LAYER_AT_ONCE = 2.0
-# Bytes an element of what the loss has at once of logits: themselves in fp32 and their gradient in the compute type.
-BYTES_OF_LOGITS = 6.0
-# Layers whose gathered weights are there at once: one that is used, one on its way; and the gradients of one.
-GATHERED_LAYERS = 3.0
+# How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
+# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their gradients.
+LAYER_AT_ONCE = 2.45
+GATHERED_LAYERS = 2.4
+# Part of the memory beside HBM that takes arrays of the layer at work.
+ON_CHIP_SHARE = 0.85
+# What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
+SUMS_OF_GRADIENTS = 2.1
+# Bytes of an element of a chunk's logits: the logits and their gradient, both in fp32.
+BYTES_OF_LOGITS = 8.0
+# The head's gradient in fp32, before and after it is scattered or added to.
+HEAD_GRADIENTS = 2.0
 # A step's program on a TPU, whatever the model's size: the layers are a loop.
 CODE_BYTES = 40e6
 
@@ -30,7 +37,8 @@ class MemoryEstimate:
     Attributes:
         parameters, optimizer, batch: arguments of the step. gradients: in fp32, and their sum over microbatches.
         weights: copies of this device's part in the compute type, and weights gathered for the layers at work.
-        activations: kept for the backward pass. layer: of the layer at work. logits: of the loss. code: the program.
+        activations: kept for the backward pass. layer: of the layer at work. logits: of a chunk of the loss, and the
+            gradient of the head. code: the program.
         peak: the most that is there at once; less than the sum of the others.
     """
 
@@ -75,13 +83,16 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     stages = sizes['pipeline']
     saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens / stages
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
-    logits = BYTES_OF_LOGITS * tokens * model.vocab_size / placement.ways('vocab')
+    columns = model.vocab_size / placement.ways('vocab')
+    logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
+    # The loss takes its gradients along: the head's is whole until all chunks are added.
+    head_gradient = HEAD_GRADIENTS * 4 * model.d_model * columns
     cast, gathered, head = _weights(run, placement)
-    accumulated = state.gradients if step.gradient_accumulation > 1 else 0.0
+    accumulated = SUMS_OF_GRADIENTS * state.gradients if step.gradient_accumulation > 1 else 0.0
 
     always = cast + saved + accumulated
-    loss = always + logits + head
-    backward = always + state.gradients + max(0.0, at_work + gathered - on_chip)
+    loss = always + logits + head + head_gradient
+    backward = always + state.gradients + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
     update = state.gradients + accumulated
     batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
     arguments = state.parameters + state.optimizer + batch
@@ -94,7 +105,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         weights=cast + gathered,
         activations=saved,
         layer=at_work,
-        logits=logits,
+        logits=logits + head_gradient,
         code=code,
         peak=arguments + max(loss, backward, update) + code,
     )
@@ -116,7 +127,7 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
         cast += part if size != 4 else 0.0
-        is_gathered = whole > part
+        is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
         if spec.role is Role.HIDDEN:
             layers += whole if is_gathered else 0.0
         else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llm.evaluation.reports.document import bars, cards, details, document, grid
 from llm.evaluation.reports.escaping import escape
 from llm.scaling.planner.records import Record
-from llm.scaling.planner.text import gigabytes, mesh_words, milliseconds
+from llm.scaling.planner.text import duration, gigabytes, mesh_words
 from llm.training.progress import short_number
 
 _MOST_BARS = 24
@@ -73,7 +73,7 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
     share = 100 * memory['needed'] / memory['available']
     figures = [
         ('Memory of a device', gigabytes(memory['needed']), f'{share:.0f}% of {gigabytes(memory["available"])}'),
-        ('Step, at the least', milliseconds(roof['step']), f'bound by {roof["bottleneck"]}'),
+        ('Step, at the least', duration(roof['step']), f'bound by {roof["bottleneck"]}'),
         (
             'Model FLOPs utilization',
             f'{100 * roof["mfu"]:.1f}%',
@@ -102,8 +102,13 @@ def _memory(record: Record) -> str:
         rows.append(('total', float(kinds['total']), gigabytes(kinds['total'])))
         rows.append(('available', memory['available'], gigabytes(memory['available'])))
         pieces.append(f'<div class="card"><small>By kind, from the compiler</small>{bars(rows, own="total")}</div>')
+    peak = memory['estimate']['peak']
+    parts += [
+        ('at the peak', peak, gigabytes(peak)),
+        ('available', memory['available'], gigabytes(memory['available'])),
+    ]
     note = 'By what it is, from the analytic model; not all of it is there at once'
-    pieces.append(f'<div class="card"><small>{note}</small>{bars(parts)}</div>')
+    pieces.append(f'<div class="card"><small>{note}</small>{bars(parts, own="at the peak")}</div>')
     return f'<div class="grid charts">{"".join(pieces)}</div>'
 
 
@@ -117,7 +122,7 @@ def _time(record: Record) -> str:
         ('bubble of the pipeline', roof['bubble']),
         ('step', roof['step']),
     ]
-    drawn = [(name, value, milliseconds(value)) for name, value in rows if value or name == 'step']
+    drawn = [(name, value, duration(value)) for name, value in rows if value or name == 'step']
     source = escape(record['topology']['source'])
     return f'<div class="card">{bars(drawn, own="step")}</div><p class="soft">Rates: {source}</p>'
 
@@ -137,7 +142,7 @@ def _collectives(record: Record) -> str:
             gigabytes(each['payload']),
             gigabytes(each['link_bytes']),
             gigabytes(each['asynchronous_link_bytes']),
-            milliseconds(each['seconds']),
+            duration(each['seconds']),
         )
         for each in found
     ]
@@ -150,12 +155,12 @@ def _search(candidates: Sequence[Record]) -> str:
     if not candidates:
         return ''
     timed = [each for each in candidates if 'step' in each][:_MOST_BARS]
-    drawn = [(each['run'], each['step'], milliseconds(each['step'])) for each in timed]
+    drawn = [(each['run'], each['step'], duration(each['step'])) for each in timed]
     rows = [
         (
             each['run'],
             gigabytes(each['needed']) if 'needed' in each else '-',
-            milliseconds(each['step']) if 'step' in each else '-',
+            duration(each['step']) if 'step' in each else '-',
             f'{100 * each["mfu_causal"]:.1f}%' if 'mfu_causal' in each else '-',
             'compiler' if each['compiled'] else 'analytic model',
             each['reason'] or 'the best that was found',

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
+import jax
+
 from llm.errors import UserError
 from llm.models.remat import RematKind
 from llm.parallel.mesh import MESH_AXES
@@ -98,14 +100,27 @@ def search(
     if not promising:  # then what comes nearest, to see by how much it misses
         promising = sorted(possible, key=lambda each: each.needed)
     compiled: dict[RunConfig, Plan] = {}
+    failed: dict[RunConfig, str] = {}
     if topology.compiles:
         for number, each in enumerate(promising[: config.compile_best]):
             say(f'compiling {number + 1} of {min(len(promising), config.compile_best)}: {each.run.describe()}')
-            compiled[each.run] = plan(each.run, topology)
-    final = [compiled.get(each.run, each) for each in possible]
+            try:
+                compiled[each.run] = plan(each.run, topology)
+            except UserError as error:
+                failed[each.run] = error.what
+            except jax.errors.JaxRuntimeError as error:
+                failed[each.run] = f'the compiler fails: {" ".join(str(error).split())[:200]}'
+    final = [compiled.get(each.run, each) for each in possible if each.run not in failed]
+    if not final:
+        raise UserError(
+            f'nothing that should run compiles: {next(iter(failed.values()))}',
+            where='SearchConfig',
+            fix='Plan the run as it is, with search = None, to see all of the message.',
+        )
     ranked = sorted(final, key=lambda each: (not each.fits, bool(compiled) and each.compiled is None, _order(each)))
     best = ranked[0]
     rows = [Candidate(each.run, each, '' if each is best and each.fits else _reason(each, best)) for each in ranked]
+    rows += [Candidate(candidate, None, reason) for candidate, reason in failed.items()]
     return rows + [Candidate(candidate, None, reason) for candidate, each, reason in found if each is None]
 
 
@@ -148,5 +163,5 @@ def _reason(each: Plan, best: Plan) -> str:
         return f'needs {each.needed / 1e9:.2f} GB of {each.available / 1e9:.2f} GB ({source})'
     slower = each.roofline.step / best.roofline.step - 1
     if slower < 0:
-        return f'{-100 * slower:.0f}% faster by the analytic model, not among those compiled'
-    return f'{100 * slower:.0f}% slower, bound by {each.roofline.bottleneck} ({source})'
+        return f'{-100 * slower:.1f}% faster by the analytic model, not among those compiled'
+    return f'{100 * slower:.1f}% slower, bound by {each.roofline.bottleneck} ({source})'

@@ -13,9 +13,9 @@ def gigabytes(size: float) -> str:
     return f'{size / 1e9:.2f} GB'
 
 
-def milliseconds(seconds: float) -> str:
-    """'123.4 ms'."""
-    return f'{1e3 * seconds:.1f} ms'
+def duration(seconds: float) -> str:
+    """'123.4 ms', '1.88 s'."""
+    return f'{seconds:.2f} s' if seconds >= 1 else f'{1e3 * seconds:.1f} ms'
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = '  ') -> str:
@@ -107,14 +107,14 @@ def _work(record: Record) -> str:
 def _time(record: Record) -> str:
     roof = record['roofline']
     rows = [
-        ('compute', milliseconds(roof['compute'])),
-        (f'HBM ({gigabytes(roof["hbm_bytes"])})', milliseconds(roof['hbm'])),
-        ('links, beside other work', milliseconds(roof['asynchronous_links'])),
-        ('links, that other work waits for', milliseconds(roof['synchronous_links'])),
+        ('compute', duration(roof['compute'])),
+        (f'HBM ({gigabytes(roof["hbm_bytes"])})', duration(roof['hbm'])),
+        ('links, beside other work', duration(roof['asynchronous_links'])),
+        ('links, that other work waits for', duration(roof['synchronous_links'])),
     ]
     if roof['bubble']:
-        rows.append(('bubble of the pipeline', milliseconds(roof['bubble'])))
-    rows.append(('step, at the least', milliseconds(roof['step'])))
+        rows.append(('bubble of the pipeline', duration(roof['bubble'])))
+    rows.append(('step, at the least', duration(roof['step'])))
     lines = ['Time of a step at published rates', table(rows)]
     lines.append(
         f'  at most {roof["tokens_per_second"]:,.0f} tokens/s, MFU {100 * roof["mfu"]:.1f}% '
@@ -141,7 +141,7 @@ def _collectives(record: Record) -> str:
                 gigabytes(each['payload']),
                 gigabytes(each['link_bytes']),
                 f'{100 * share:.0f}%',
-                milliseconds(each['seconds']),
+                duration(each['seconds']),
             )
         )
     source = 'in the compiled program' if 'memory' in record.get('compiler', {}) else 'by the analytic model'
@@ -157,7 +157,7 @@ def format_search(candidates: Sequence[Record]) -> str:
     rows = [('', 'memory', 'step', 'MFU', 'why not')]
     for each in candidates[:_MOST_CANDIDATES]:
         if 'step' in each:
-            figures = (gigabytes(each['needed']), milliseconds(each['step']), f'{100 * each["mfu_causal"]:.1f}%')
+            figures = (gigabytes(each['needed']), duration(each['step']), f'{100 * each["mfu_causal"]:.1f}%')
         else:
             figures = ('-', '-', '-')
         rows.append((each['run'], *figures, each['reason'] or 'the best that was found'))

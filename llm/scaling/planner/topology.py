@@ -251,6 +251,8 @@ def _described(name: str, shape: tuple[int, ...], num_slices: int) -> tuple[jax.
     options: dict[str, Any] = {}
     if 1 in shape[:2] and max(shape) <= 2:
         options['chips_per_host_bounds'] = (*shape, 1)[:3]
+    if name.startswith('v4:'):
+        options['chip_config_name'] = 'megacore'  # one device a chip, as jax has it there
     if num_slices > 1:
         options['num_slices'] = num_slices
     return tuple(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)

@@ -146,36 +146,56 @@ def _replicated_gradients(run: RunConfig, placement: Placement, platform: str) -
 
 
 def _split_products(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Outputs of the products that `tensor` cuts: two sums a layer forward, again where recomputed, two backward."""
+    """Inputs and outputs of the products that `tensor` cuts, two of each a layer.
+
+    Outputs are summed. Where the residual stream is cut along the same axis they are summed into parts of it, and the
+    parts are gathered before the next product: a sum of both takes the bytes of one all-reduce.
+    """
     axes = placement.over('heads') or placement.over('mlp')
     if not axes:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = tokens_per_device(run, placement)
+    layers = run.model.num_layers / placement.mesh.shape['pipeline']
     kept = run.model.remat in ('none', 'dots', 'dots_no_batch')
-    sums = 4 + (0 if kept else 1)  # the last product of a layer is not computed again
-    times = sums * run.model.num_layers / placement.mesh.shape['pipeline'] + 2  # and embedding and head
-    payload = times * tokens * run.model.d_model * _compute_bytes(run)
-    return [_traffic('all-reduce', axes, ways, payload, times * run.step.gradient_accumulation, False)]
+    array = tokens * run.model.d_model * _compute_bytes(run)
+    microbatches = run.step.gradient_accumulation
+
+    def row(kind: str, times: float) -> Traffic:
+        return _traffic(kind, axes, ways, times * array, times * microbatches, False)
+
+    # Forward, backward, and the embedding's and the head's; the last product of a layer is not computed again.
+    sums = layers * (4 if kept else 5) + 2
+    if not set(axes) <= set(placement.over('residual')):
+        return [row('all-reduce', sums)]
+    return [row('reduce-scatter', sums), row('all-gather', layers * (4 if kept else 6) + 2)]
 
 
 def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Keys and values over the axis that splits the sequence: gathered forward and backward, gradients scattered."""
+    """What attention needs of the tokens of other devices, by the method of the rules."""
     axes = placement.over('sequence')
     if not axes:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
-    rows = run.step.batch_size / placement.ways('batch')
-    size = sum(
-        2 * layer.mixer.num_kv_heads / placement.ways('kv_heads') * layer.mixer.head_dim
-        for layer in (run.model.layer(index) for index in range(run.model.num_layers))
-    )
-    payload = rows * run.step.sequence_length * size * _compute_bytes(run) / placement.mesh.shape['pipeline']
-    times = run.model.num_layers * run.step.gradient_accumulation
-    return [
-        _traffic('all-gather', axes, ways, 2 * payload, 2 * times, True),
-        _traffic('reduce-scatter', axes, ways, payload, times, True),
-    ]
+    tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
+    layers = [run.model.layer(index) for index in range(run.model.num_layers)]
+    size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
+    keys = sum(2 * each.mixer.num_kv_heads * each.mixer.head_dim for each in layers) / placement.ways('kv_heads')
+    queries = sum(2 * each.mixer.num_heads * each.mixer.head_dim for each in layers) / placement.ways('heads')
+    kept = 'attention' in run.model.remat_names or run.model.remat in ('none', 'dots')
+    forward = 1 if kept else 2  # and once more where attention is computed again
+    times = len(layers) * run.step.gradient_accumulation
+
+    def row(kind: str, payload: float) -> Traffic:
+        return _traffic(kind, axes, ways, payload, forward * times, True)
+
+    # Keys, values and, backward, their gradients go round; or heads change places with tokens, of queries and outputs
+    # too; or keys and values are gathered and their gradients scattered.
+    if run.rules.sequence_method == 'ring':
+        return [row('collective-permute', (forward + 2) * keys * size * (ways - 1) / ways)]
+    if run.rules.sequence_method == 'ulysses':
+        return [row('all-to-all', (forward + 1) * (keys + queries) * size / ways)]
+    return [row('all-gather', (forward + 1) * keys * size), row('reduce-scatter', keys * size)]
 
 
 def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:

@@ -63,7 +63,7 @@ def test_cpu_shares_its_memory():
         ('v5e:1x1', 1, 1, 1),
         ('v5p:2x2x2', 3, 24, 24),
         ('tpu7x:2x2x1', 1, 4, 8),
-        ('v4:2x2x1', 1, 4, 8),
+        ('v4:2x2x1', 1, 4, 4),
     ],
 )
 def test_tpu_slices(name, slices, chips, devices):

@@ -89,13 +89,35 @@ def test_replicated_weights_have_their_gradients_summed():
 
 def test_split_products_sum_activations():
     found = traffic(mesh={'tensor': 4}, remat='none')
-    # Two sums a layer in each direction, and the embedding's and the head's.
-    assert found['all-reduce', ('tensor',)].payload == (4 * L + 2) * TOKENS * D * 2
+    # Two sums a layer in each direction, and the embedding's and the head's; each gathered again.
+    assert found['reduce-scatter', ('tensor',)].payload == (4 * L + 2) * TOKENS * D * 2
+    assert found['all-gather', ('tensor',)].payload == (4 * L + 2) * TOKENS * D * 2
 
 
-def test_split_sequences_gather_keys_and_values():
-    run = small_run(mesh={'sequence': 2})
-    rules = dataclasses.replace(run.rules, parameters=tuple(row for row in run.rules.parameters if row[0] != 'embed'))
+def test_split_products_with_a_whole_residual_stream_sum_it():
+    run = small_run(mesh={'tensor': 4}, remat='none')
+    activations = tuple(row for row in run.rules.activations if row[0] != 'residual')
+    rules = dataclasses.replace(run.rules, activations=(*activations, ('residual', 'sequence')))
+    (row,) = step_traffic(dataclasses.replace(run, rules=rules), sizes_of(run), 'tpu')
+    assert (row.kind, row.axes, row.payload) == ('all-reduce', ('tensor',), (4 * L + 2) * TOKENS * D * 2)
+
+
+@pytest.mark.parametrize(
+    ('method', 'kind', 'payload'),
+    [
+        # Keys and values go round once forward; then they do again, and their gradients with them.
+        ('ring', 'collective-permute', 3 * 1 / 2 * 2 * H * K),
+        ('ulysses', 'all-to-all', 2 * 1 / 2 * 4 * H * K),
+        ('all_gather', 'all-gather', 2 * 2 * H * K),
+    ],
+)
+def test_split_sequences(method, kind, payload):
+    run = small_run(mesh={'sequence': 2}, remat='none')
+    rules = dataclasses.replace(
+        run.rules,
+        parameters=tuple(row for row in run.rules.parameters if row[0] != 'embed'),
+        sequence_method=method,
+    )
     rows = step_traffic(dataclasses.replace(run, rules=rules), sizes_of(run), 'tpu')
     found = {(row.kind, row.axes): row for row in rows}
-    assert found['all-gather', ('sequence',)].payload == 2 * L * ROWS * LENGTH * 2 * H * K * 2
+    assert found[kind, ('sequence',)].payload == L * TOKENS * payload * 2
