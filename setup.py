@@ -20,6 +20,7 @@ CORE = [
     'tensorboard>=2.21',
     'numpy',
     'tqdm',
+    'PyYAML',
     # Data. SeqIO brings TensorFlow and TensorFlow Text; llm.data alone imports them, and only to read a SeqIO task.
     'seqio>=0.0.20',
     # 0.2.3 was generated for protobuf 7, which Apache Beam does not take yet, and fails to import beside protobuf 6.
@@ -54,6 +55,9 @@ TEST = [
     'psutil',
     'scipy',
     'hypothesis',
+    # The schemas of JobSet and Kubernetes, and what checks others.
+    'kubeflow-trainer-api',
+    'jsonschema',
     'ruff',
     'import-linter',
     'mypy',

@@ -1,5 +1,8 @@
 """The one exception type that means "the user can fix this"; everything else that escapes is a bug."""
 
+# The exit code of what stopped before its end and goes on when it is started again: EX_TEMPFAIL of sysexits.h.
+TRY_AGAIN = 75
+
 
 class UserError(Exception):
     """A mistake in the user's configuration, data, checkpoint, disk or mesh.

@@ -1,8 +1,9 @@
 """The one entry point: `python -m llm.main --gin_file=A.gin [--gin_bindings='x=y'] [--dry_run]`.
 
 Reads the flags, resolves the gin config into a job, runs it. It knows no job by name: the gin file says which one runs.
-Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 130 interrupted; 141 what reads
-the output (`| head`) has stopped.
+Exit codes: 0 done; 1 a bug, with its traceback; 2 a mistake of the user's, in one line; 75 stopped before the end, by a
+signal or because another process of the run was lost: the same command goes on; 130 interrupted; 141 what reads the
+output (`| head`) has stopped.
 """
 
 import importlib.metadata
@@ -10,6 +11,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from llm.errors import UserError
 
     try:
-        _run(sys.argv[1:] if arguments is None else list(arguments))
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _abandoned_output():
             raise
         return 141
-    return 0
+    return code
 
 
 def _abandoned_output() -> bool:
@@ -51,22 +53,34 @@ def _abandoned_output() -> bool:
     return True
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     from llm import configuration
     from llm.command_line import parse_flags
+    from llm.parallel import processes, supervision
     from llm.parallel.accelerators import skip_absent_tpu
 
     flags = parse_flags(arguments)
     skip_absent_tpu()
-    job, operative_config = configuration.load_job(flags.gin_file, flags.gin_bindings)
-    job(
-        configuration.Invocation(
-            dry_run=flags.dry_run,
-            operative_config=operative_config,
-            command=('python', '-m', 'llm.main', *arguments),
-            config_files=tuple(flags.gin_file),
-        )
+    found = processes.find_processes(
+        flags.coordinator_address,
+        flags.num_processes,
+        flags.process_id,
+        initialization_timeout_seconds=flags.initialization_timeout_seconds,
+        heartbeat_timeout_seconds=flags.heartbeat_timeout_seconds,
     )
+    if found is not None and not supervision.is_supervised():
+        return supervision.supervise([sys.executable, '-m', 'llm.main', *arguments], found)
+    job, operative_config = configuration.load_job(flags.gin_file, flags.gin_bindings)
+    with processes.joined(found):
+        code = job(
+            configuration.Invocation(
+                dry_run=flags.dry_run,
+                operative_config=operative_config,
+                command=('python', '-m', 'llm.main', *arguments),
+                config_files=tuple(flags.gin_file),
+            )
+        )
+    return code or 0
 
 
 def _foreign_package() -> str:
@@ -94,5 +108,14 @@ def _foreign_package() -> str:
     return f"PyPI's package llm {other.version} is installed over this one in {here}. {remedy}"
 
 
+def _exit(code: int) -> NoReturn:
+    """Leave; a process of many that failed does not wait for the others, who cannot go on without it."""
+    if code and 'llm.parallel.processes' in sys.modules:
+        from llm.parallel.processes import leave_at_once
+
+        leave_at_once(code)
+    sys.exit(code)
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    _exit(main())

@@ -146,8 +146,9 @@ def test_help_lists_the_run_files_and_loads_nothing_heavy(llm, tmp_path):
 def package(tmp_path):
     """A copy of what start-up needs of our package, as if installed in site-packages."""
     site = tmp_path / 'site-packages'
-    shutil.copytree(ROOT / 'llm' / 'configuration', site / 'llm' / 'configuration')
-    for name in ('__init__.py', 'errors.py', 'main.py'):
+    for name in ('configuration', 'parallel'):
+        shutil.copytree(ROOT / 'llm' / name, site / 'llm' / name)
+    for name in ('__init__.py', 'command_line.py', 'errors.py', 'main.py'):
         shutil.copy(ROOT / 'llm' / name, site / 'llm' / name)
     return site
 

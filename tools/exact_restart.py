@@ -111,15 +111,15 @@ class Run:
         self._log_before = self.log.stat().st_size if self.log.exists() else 0
         self.process = self._start_process(self.arguments, variables, self.log)
 
-    def finish(self) -> str:
+    def finish(self, expected: int = 0) -> str:
         """Wait for the process to end well; what it printed.
 
         Raises:
-            RuntimeError: its exit code is not 0.
+            RuntimeError: its exit code is not the one that is expected.
         """
         code = self.process.wait(_PATIENCE_SECONDS)
         printed = self.log.read_bytes()[self._log_before :].decode(errors='replace')
-        if code != 0:
+        if code != expected:
             raise RuntimeError(f'{self.directory}: exit code {code}\n{printed[-3000:]}')
         return printed
 

@@ -41,7 +41,8 @@ class Invocation:
     config_files: tuple[str, ...]
 
 
-Job = Callable[[Invocation], None]
+# It returns the exit code, None for 0.
+Job = Callable[[Invocation], int | None]
 
 
 def load_job(files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Job, str]:

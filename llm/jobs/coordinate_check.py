@@ -10,6 +10,7 @@ from llm.configuration import Invocation
 from llm.evaluation.reports.charts import Line
 from llm.evaluation.reports.log_log import log_log_svg
 from llm.models.decoder import DecoderConfig
+from llm.parallel.processes import require_one
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.run_directory import write_atomically
@@ -45,6 +46,7 @@ class CoordinateCheck:
         if invocation.dry_run:
             print(f'would train {", ".join(v.name for v in self.variants)} at widths {self.widths}, {self.steps} steps')
             return
+        require_one('coordinate_check')
         results: dict[str, list[Coordinate]] = {}
         for variant in self.variants:
             results[variant.name] = check_coordinates(

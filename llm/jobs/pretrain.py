@@ -17,17 +17,18 @@ from llm.data.sources import ReadCounts, read_documents
 from llm.data.sources.standard_library import StandardLibrary
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, load_vocabulary
 from llm.data.vocabularies.training import sample_documents, train_on_sample
-from llm.errors import UserError
+from llm.errors import TRY_AGAIN, UserError
 from llm.evaluation.reports import update_summary, write_report
 from llm.jobs.baselines import Baselines, result_lines
 from llm.jobs.compilation_cache import enable_compilation_cache
 from llm.jobs.describe import describe
 from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
 from llm.models.decoder import DecoderConfig
+from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
-from llm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
+from llm.training.checkpoints import CheckpointConfig, Checkpointer, committed_steps, restore_parameters
 from llm.training.environment import environment
 from llm.training.loop import Evaluation, LoopConfig, TrainingLoop
 from llm.training.metrics import MetricsWriter
@@ -46,7 +47,8 @@ _CHANGEABLE = (
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,29 +78,42 @@ class Pretrain:
     initial_parameters: str | None = None
     xz_baselines: bool = False
 
-    def __call__(self, invocation: Invocation) -> None:
-        """Run it: a fresh run starts, a stopped one resumes, a finished one says so."""
+    def __call__(self, invocation: Invocation) -> int:
+        """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""
         if invocation.dry_run:
             print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
-            return
+            return 0
         directory = Path(self.run_directory)
         trainer = Trainer(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules)
-        with RunLock(directory), contextlib.ExitStack() as stack:
-            resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
+        # Process 0 writes the run directory; the others read there what it has made.
+        first = processes.is_first()
+        with contextlib.ExitStack() as stack:
+            begin = processes.from_first(
+                'claiming the run directory', lambda: self._claim(directory, invocation, stack)
+            )
+            processes.check_shared(directory / 'config.json')
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
-            if checkpointer.latest_step() == self.loop.total_steps and (directory / _COMPLETE).exists():
-                print(f'{directory}: already complete; see {write_report(directory)}')
-                return
+            if begin == _COMPLETE:
+                if first:
+                    print(f'{directory}: already complete; see {write_report(directory)}')
+                return 0
             enable_compilation_cache()
-            _say(f'{"resuming" if resumed else "starting"} {directory}')
-            vocabulary = self._open_vocabulary(directory)
-            examples = self.data.open_training(vocabulary, self.step.sequence_length)
+            _say(f'{begin} {directory}')
+            vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
+            length = self.step.sequence_length
+            examples = processes.first_then_others(
+                'tokenising the training text', lambda: self.data.open_training(vocabulary, length)
+            )
             batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
             # The digest of the data covers the vocabulary: that comes first, to be named if it is what differs.
             data = {'vocabulary': vocabulary.digest, 'data': examples.digest}
+            for name, digest in data.items():
+                processes.check_same(name, digest)
             state, rejected = self._state(trainer, checkpointer, data)
             start = int(state['step'])
-            evaluation_sets = self.data.open_evaluation(vocabulary, self.step.sequence_length)
+            evaluation_sets = processes.first_then_others(
+                'tokenising the evaluation sets', lambda: self.data.open_evaluation(vocabulary, length)
+            )
             self._check_best_metric(evaluation_sets)
             evaluations = {
                 name: Evaluation(
@@ -108,8 +123,10 @@ class Pretrain:
                 )
                 for name, each in evaluation_sets.items()
             }
-            flops = self._record_facts(directory, trainer, vocabulary, examples, evaluation_sets, rejected)
-            baselines = stack.enter_context(Baselines(self.data if self.xz_baselines else None, directory))
+            flops = flops_per_token(self.model, trainer.specs, length)
+            if first:
+                self._record_facts(directory, trainer, vocabulary, examples, evaluation_sets, rejected, flops)
+            baselines = stack.enter_context(Baselines(self.data if self.xz_baselines and first else None, directory))
             sample = None
             if self.samples is not None:
                 path = directory / 'samples.jsonl'
@@ -122,7 +139,7 @@ class Pretrain:
                 batches=batches,
                 evaluations=evaluations,
                 checkpointer=checkpointer,
-                writer=stack.enter_context(MetricsWriter(directory, start)),
+                writer=stack.enter_context(MetricsWriter(directory, start, enabled=first)),
                 run_directory=directory,
                 metadata=data,
                 sample=sample,
@@ -131,7 +148,12 @@ class Pretrain:
                 peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
             )
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
-            complete = loop.run(state) and checkpointer.latest_step() == self.loop.total_steps
+            ran = loop.run(state)
+            saved = processes.from_first('the last checkpoint', lambda: str(checkpointer.latest_step()))
+            complete = ran and saved == str(self.loop.total_steps)
+            code = 0 if complete else TRY_AGAIN
+            if not first:
+                return code
             if complete:
                 baselines.finish()
                 if sample is not None and sample.last:
@@ -140,6 +162,16 @@ class Pretrain:
             report = write_report(directory)
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
+        return code
+
+    def _claim(self, directory: Path, invocation: Invocation, stack: contextlib.ExitStack) -> str:
+        """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""
+        stack.enter_context(RunLock(directory))
+        resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
+        saved = committed_steps(directory / 'checkpoints')
+        if saved and saved[-1] == self.loop.total_steps and (directory / _COMPLETE).exists():
+            return _COMPLETE
+        return 'resuming' if resumed else 'starting'
 
     def _open_vocabulary(self, directory: Path) -> Vocabulary:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
@@ -181,7 +213,8 @@ class Pretrain:
 
     def _state(self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str]) -> tuple[State, list[str]]:
         """The train state to go on from, and what was wrong with newer checkpoints."""
-        if checkpointer.latest_step() is not None:
+        saved = processes.from_first('looking for checkpoints', lambda: str(checkpointer.latest_step() is not None))
+        if saved == str(True):
             abstract = trainer.state_dict(trainer.abstract_state)
             restored = checkpointer.restore(abstract)
             for name, digest in data.items():
@@ -223,11 +256,11 @@ class Pretrain:
         examples: MixedExamples,
         evaluation_sets: dict[str, EvaluationSet],
         rejected: list[str],
-    ) -> TokenFlops:
+        flops: TokenFlops,
+    ) -> None:
         """Write what is known before the first step: environment.json and summary.json."""
         here = environment(dict(trainer.mesh.shape))
         write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
-        flops = flops_per_token(self.model, trainer.specs, self.step.sequence_length)
         records = [source.records for source in examples.sources] + [each.examples for each in evaluation_sets.values()]
         caches = [rows.cache for rows in records if isinstance(rows, PackedRows)]
         update_summary(
@@ -250,4 +283,3 @@ class Pretrain:
                 **bad_records(caches),
             },
         )
-        return flops

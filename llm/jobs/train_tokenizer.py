@@ -16,6 +16,7 @@ from llm.data.vocabularies.measuring import measure_fit
 from llm.data.vocabularies.training import sample_documents, train_on_sample
 from llm.errors import UserError
 from llm.jobs.tokenizer_report import render
+from llm.parallel.processes import require_one
 from llm.training.run_directory import claim, write_atomically
 from llm.training.run_lock import RunLock
 
@@ -70,6 +71,7 @@ class TrainTokenizer:
         if invocation.dry_run:
             print(self._plan(share))
             return
+        require_one('train_tokenizer')
         directory = Path(self.output_directory)
         with RunLock(directory):
             claim(directory, self, invocation.operative_config, changeable=('output_directory',))

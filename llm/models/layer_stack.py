@@ -40,7 +40,8 @@ def run_layers(
         x after the last layer, and the cache with the new tokens (None if there was none).
     """
     scan = scan and repeats > 1
-    run_layer = rematerialized(_run_layer, remat, remat_names, in_scan=scan)
+    run_layer = _run_fenced_layer if scan and remat != 'none' else _run_layer
+    run_layer = rematerialized(run_layer, remat, remat_names, in_scan=scan)
 
     def run_repeat(
         x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
@@ -72,3 +73,13 @@ def _run_layer(
     layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array | int
 ) -> tuple[jax.Array, Cache | None]:
     return layer(x, context, key, cache, repeat)
+
+
+def _run_fenced_layer(
+    layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array
+) -> tuple[jax.Array, Cache | None]:
+    # Else the compiler casts the parameters of all layers before the loop and keeps the copy. It does not see that this
+    # is 1 at every turn.
+    one = jax.lax.optimization_barrier((repeat >= 0).astype(jnp.float32))
+    layer = jax.tree.map(lambda parameter: parameter * one.astype(parameter.dtype), layer)
+    return _run_layer(layer, x, context, key, cache, repeat)

@@ -8,6 +8,11 @@ _GOOGLE = '0x1ae0'  # vendor of a TPU on the PCI bus
 _GPUS = ('nvidia0', 'nvidiactl', 'dxg', 'kfd')  # under /dev: NVIDIA's, also in containers and WSL 2; AMD's
 
 
+def has_tpu(devices: Path = Path('/sys/bus/pci/devices')) -> bool:
+    """Whether a TPU is on the PCI bus, whose devices each have a file `vendor`."""
+    return any(path.read_text().strip() == _GOOGLE for path in devices.glob('*/vendor'))
+
+
 def skip_absent_tpu(devices: Path = Path('/sys/bus/pci/devices'), dev: Path = Path('/dev')) -> None:
     """Keep JAX to the CPU where libtpu is installed without a TPU or GPU; JAX_PLATFORMS, if set, has the last word.
 
@@ -19,7 +24,7 @@ def skip_absent_tpu(devices: Path = Path('/sys/bus/pci/devices'), dev: Path = Pa
     """
     if 'JAX_PLATFORMS' in os.environ or importlib.util.find_spec('libtpu') is None:
         return
-    if any(path.read_text().strip() == _GOOGLE for path in devices.glob('*/vendor')):
+    if has_tpu(devices):
         return
     if not any((dev / name).exists() for name in _GPUS):
         os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -14,10 +14,10 @@ import jax
 _PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 # What XLA's CPU thread pool and linear algebra libraries read.
 _THREAD_VARIABLES = ('NPROC', 'PJRT_NPROC', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
-# Same values here, same bits; the rest is recorded for people.
+# Same values here, same bits; the rest is recorded for people. One mesh gives the same on any number of processes.
 _DECIDES_BITS = (
     *('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'numpy'),
-    *('platform', 'device_kind', 'device_count', 'process_count', 'cpu_model', 'threads', 'thread_variables'),
+    *('platform', 'device_kind', 'device_count', 'cpu_model', 'threads', 'thread_variables'),
     *('collectives', 'mesh', 'xla_flags', 'x64', 'matmul_precision', 'git_commit', 'git_dirty'),
 )
 
@@ -94,8 +94,9 @@ def _version(package: str) -> str | None:
 def _collectives(settings: Any) -> str:
     if jax.default_backend() != 'cpu':
         return jax.default_backend()
-    # Within one process CPU devices exchange through memory; across processes through this library.
-    return str(settings.jax_cpu_collectives_implementation) if jax.process_count() > 1 else 'in-process'
+    # CPU devices of a process that started alone exchange through memory; those of joined ones, be it only one, through
+    # this library.
+    return str(settings.jax_cpu_collectives_implementation) if jax.distributed.is_initialized() else 'in-process'
 
 
 @functools.cache

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ from llm.training.checkpoints import Checkpointer
 from llm.training.metrics import MetricsWriter
 from llm.training.progress import Progress
 from llm.training.step import Batch, State
+from llm.training.stopping import stop_requests
 from llm.training.trainer import Trainer
 
 
@@ -80,27 +79,6 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     return values
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in the list given, instead of dying; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 @dataclasses.dataclass
 class TrainingLoop:
     """One run from its current state to its last step.
@@ -134,11 +112,11 @@ class TrainingLoop:
         """
         total = self.config.total_steps
         step = int(state['step'])
-        with stop_signals() as signals, Progress(total, step, enabled=jax.process_index() == 0) as progress:
+        with stop_requests() as stop, Progress(total, step, enabled=jax.process_index() == 0) as progress:
             self._progress = progress
             clock = time.perf_counter()
             pending: tuple[int, Any] | None = None
-            while step < total and not signals:
+            while step < total and not stop.due(step):
                 self._profile(step, state)
                 batch = self.batches.batch(step)
                 state, metrics = self.trainer.train_step(state, batch)
@@ -155,10 +133,9 @@ class TrainingLoop:
             if pending:
                 self._record(*pending, clock)
             self._profile(math.inf, state)
-            if signals and step < total:
-                if self.checkpointer.latest_step() != step:
-                    self._save(step, state)
-                progress.say(f'stopped by {signal.Signals(signals[0]).name} after step {step}, which is saved')
+            if step < total:
+                self._save(step, state)  # nothing, if this step is saved already
+                progress.say(f'stopped by {stop.reason} after step {step}, which is saved')
             self.checkpointer.wait()
         return step >= total
 
@@ -227,6 +204,8 @@ class TrainingLoop:
     def _profile(self, step: float, state: State) -> None:
         """Start or stop the profiler's trace before `step`; infinity is after the last."""
         first, steps = self.config.profile_first_step, self.config.profile_steps
+        if jax.process_index() > 0:  # the others do the same
+            return
         if not self._tracing and first <= step < first + steps:
             jax.profiler.start_trace(str(self.run_directory / 'profile'))
             self._tracing = True

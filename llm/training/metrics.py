@@ -188,13 +188,19 @@ class MetricsWriter:
     """Writes what is measured to `<run_directory>/metrics.jsonl` and `<run_directory>/tensorboard/`.
 
     Opened at the step that was restored, it cuts the lines after it, so that they are not there twice; 0 means a fresh
-    start. In a run of several hosts only the first one writes.
+    start.
+
+    Args:
+        enabled: False writes nothing, in processes other than the first.
 
     Raises:
         UserError: the directory cannot be written to.
     """
 
-    def __init__(self, run_directory: Path, start_step: int):
+    def __init__(self, run_directory: Path, start_step: int, *, enabled: bool = True):
+        self._enabled = enabled
+        if not enabled:
+            return
         self._lines = JsonLines(Path(run_directory) / METRICS_FILE, start_step)
         self._events = self._open_events(Path(run_directory) / 'tensorboard', start_step)
         self._started, self._clock = time.time(), time.perf_counter()
@@ -222,6 +228,8 @@ class MetricsWriter:
         """
         if reserved := _RESERVED.intersection(values):
             raise ValueError(f'the names {sorted(reserved)} are taken')
+        if not self._enabled:
+            return
         scalars = {name: _plain(value) for name, value in values.items()}
         clocks = {name: _plain(value) for name, value in (timing or {}).items()}
         stamps = {'started': self._started, 'elapsed': time.perf_counter() - self._clock}
@@ -238,12 +246,14 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Return when all lines are on the disk; for the moment before a checkpoint is committed."""
-        self._lines.sync()
+        if self._enabled:
+            self._lines.sync()
 
     def close(self) -> None:
         """Close both files."""
-        self._lines.close()
-        self._events.close()
+        if self._enabled:
+            self._lines.close()
+            self._events.close()
 
     def __enter__(self) -> Self:
         return self

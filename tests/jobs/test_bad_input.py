@@ -16,7 +16,7 @@ import zstandard
 
 from llm.configuration import Invocation, load_job
 from llm.data.vocabularies import ByteVocabulary, SpecialTokens
-from llm.errors import UserError
+from llm.errors import TRY_AGAIN, UserError
 from llm.main import main
 from llm.training.metrics import read_metrics
 
@@ -287,7 +287,7 @@ def test_a_full_disk(tiny_run, refused):
 def test_a_full_disk_may_be_passed_over(tiny_run, capfd):
     go_on = "checkpoints.CheckpointConfig.on_full_disk = 'continue'"
     with largest_file(60_000):
-        assert tiny_run(go_on) == 0
+        assert tiny_run(go_on) == TRY_AGAIN
     captured = capfd.readouterr()
     assert captured.err.count('was not saved: the disk is full') == 4
     assert 'stopped, run the same command to go on' in captured.out

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from llm.data.vocabularies import load_vocabulary
+from llm.errors import TRY_AGAIN
 from llm.evaluation.reports import read_run
 from llm.main import main
 from llm.training.checkpoints.directory import step_path
@@ -177,7 +178,7 @@ def test_signals_save_and_a_second_process_is_refused(new_run, expected, capfd):
             assert f'another process is using this run directory: pid {run.process.pid} ' in capfd.readouterr().err
         os.kill(run.process.pid, number)
         os.kill(run.process.pid, signal.SIGCONT)
-        printed = run.finish()
+        printed = run.finish(TRY_AGAIN)
         last = run.saved()[-1]
         assert step <= last <= step + 3
         assert f'stopped by {number.name} after step {last}, which is saved\n' in printed

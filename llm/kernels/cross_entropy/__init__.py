@@ -215,6 +215,8 @@ def _summed_forward(options: _Options, *arrays: jax.Array) -> tuple[Any, Any]:
 
     def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
         nll, log_z, *gradients = _losses_and_gradients(options, hidden, kernel, targets, cotangents, weights)
+        # Else the compiler scatters the kernel's gradient when it is used, and keeps all of it until then.
+        gradients = jax.lax.optimization_barrier(gradients)
         return _summed(options.placement, nll, log_z, weights, options.z_loss), gradients
 
     hidden, kernel, spec = options.specs()
