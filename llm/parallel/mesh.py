@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = devices[: math.prod(sizes)]
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     if math.prod(across) == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+        return Mesh(_near(sizes, devices), MESH_AXES, axis_types=kinds)
     for axis, size, factor in zip(MESH_AXES, sizes, across, strict=True):
         if factor < 1 or size % factor:
             raise UserError(
@@ -92,11 +92,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             )
     within = tuple(size // factor for size, factor in zip(sizes, across, strict=True))
     slices = _slices(devices, math.prod(across))
-    blocks = [mesh_utils.create_device_mesh(within, devices=part) for part in slices]
+    blocks = [_near(within, part) for part in slices]
     # Axis by axis the slices come first: [*across, *within] -> [across_0, within_0, across_1, ...].
     grid = np.array(blocks).reshape(*across, *within)
     order = [axis for pair in zip(range(len(sizes)), range(len(sizes), 2 * len(sizes)), strict=True) for axis in pair]
     return Mesh(grid.transpose(order).reshape(sizes), MESH_AXES, axis_types=kinds)
+
+
+def _near(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices so that neighbours along an axis are neighbours on the links, as far as that goes."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # no whole sides of the torus multiply to these sizes
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: list[jax.Device], count: int) -> list[list[jax.Device]]:

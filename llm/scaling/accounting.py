@@ -8,7 +8,6 @@ forward pass.
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 
 from llm.models.decoder import DecoderConfig
 from llm.models.parameters import Role, named_specs
+from llm.scaling.chips import device_peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,29 +121,6 @@ def training_memory(parameters: Any, optimizer: Any) -> TrainingMemory:
     return TrainingMemory(parameters=held, optimizer=bytes_per_device(optimizer), gradients=held)
 
 
-# Peak dense bf16 FLOP/s of a TPU chip and its number of cores, by jax's device_kind. A jax device has `num_cores` of
-# them. Source: the page of each generation at https://cloud.google.com/tpu/docs (v2, v3, v4, v5e, v5p, v6e, tpu7x).
-_TPU_CHIPS = {
-    'TPU v2': (45e12, 2),
-    'TPU v3': (123e12, 2),
-    'TPU v4': (275e12, 2),
-    'TPU v5 lite': (197e12, 1),  # v5e
-    'TPU v5': (459e12, 2),  # v5p
-    'TPU v6 lite': (918e12, 1),  # v6e
-    'TPU7x': (2307e12, 2),
-}
-
-# Peak dense bf16 FLOP/s of a GPU; the first pattern found in device_kind counts. Source: NVIDIA's data sheets of A100,
-# H100 and H200, whose figures for the Hopper cards are with sparsity, twice the dense ones.
-_GPUS = (
-    (r'\bMIG\b', 0.0),  # a slice of a card
-    (r'\bA100\b', 312e12),
-    (r'\bH100 PCIe\b', 756e12),
-    (r'\bH[12]00 NVL\b', 835e12),
-    (r'\bG?H[12]00\b', 989e12),
-)
-
-
 def peak_flops(devices: Sequence[jax.Device]) -> float:
     """Peak FLOP/s of all `devices` together: dense bf16 by table on TPU and GPU, measured in fp32 on CPU.
 
@@ -156,10 +133,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float:
 
 
 def _device_peak(device: jax.Device) -> float:
-    if device.device_kind in _TPU_CHIPS:
-        peak, cores = _TPU_CHIPS[device.device_kind]
-        return peak * device.num_cores / cores
-    return next((peak for pattern, peak in _GPUS if re.search(pattern, device.device_kind)), 0.0)
+    return device_peak_flops(device.device_kind, getattr(device, 'num_cores', 1))
 
 
 @functools.cache

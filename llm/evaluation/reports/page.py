@@ -2,14 +2,13 @@
 
 import functools
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llm.evaluation.reports.charts import Level, Line, line_chart
+from llm.evaluation.reports.document import cards, details, document, table
 from llm.evaluation.reports.escaping import escape
 from llm.evaluation.reports.run_record import RunRecord, read_run
-from llm.evaluation.reports.style import SCRIPT, STYLE
 from llm.training.progress import short_duration, short_number
 from llm.training.run_directory import write_atomically
 
@@ -44,16 +43,10 @@ def render(run: RunRecord) -> str:
         _charts(run),
         _samples(run.samples),
         _bad_records(run.summary),
-        _details('Configuration', f'<pre>{escape(run.config)}</pre>' if run.config else ''),
-        _details('Environment', _table(_flat(run.environment))),
+        details('Configuration', f'<pre>{escape(run.config)}</pre>' if run.config else ''),
+        details('Environment', table(_flat(run.environment))),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(run.name)}</title><style>{STYLE}</style></head>\n<body><main>\n'
-        + '\n'.join(part for part in body if part)
-        + f'\n</main>\n<script>{SCRIPT}</script></body></html>\n'
-    )
+    return document(run.name, body)
 
 
 def _header(run: RunRecord) -> str:
@@ -129,14 +122,8 @@ def _figures(run: RunRecord) -> str:
     facts = run.summary.get('facts')
     facts = {name: _number(value) for name, value in facts.items()} if isinstance(facts, dict) else {}
     figures += [(name, value, '') for name, value in facts.items() if len(value) <= 14]
-    table = _table((name, value) for name, value in facts.items() if len(value) > 14)
-    cards = ''.join(
-        f'<div class="card"><small>{escape(name)}</small><b class="figure">{escape(value)}</b>'
-        f'<small>{escape(note)}</small></div>'
-        for name, value, note in figures
-    )
-    grid = f'<section class="grid figures">{cards}</section>' if cards else ''
-    return grid + (f'<section class="card facts">{table}</section>' if table else '')
+    long_facts = table((name, value) for name, value in facts.items() if len(value) > 14)
+    return cards(figures) + (f'<section class="card facts">{long_facts}</section>' if long_facts else '')
 
 
 def _measured_figures(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -213,7 +200,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     last, *earlier = sorted(by_step, reverse=True)
     # Evenly spread over the run, where there are too many to show.
     shown = earlier[:: -(-len(earlier) // _SAMPLED_STEPS)] if earlier else []
-    older = ''.join(_details(f'Step {step:,}', ''.join(by_step[step])) for step in shown)
+    older = ''.join(details(f'Step {step:,}', ''.join(by_step[step])) for step in shown)
     key = '<p class="key"><span class="prompt">&nbsp;Shaded&nbsp;</span> is the prompt, the rest is the model\'s.</p>'
     return f'<section><h2>Samples at step {last:,}</h2>{key}{"".join(by_step[last])}{older}</section>'
 
@@ -222,7 +209,7 @@ def _bad_records(summary: dict[str, Any]) -> str:
     counts, examples = summary.get('bad_records'), summary.get('bad_examples')
     if not isinstance(counts, dict) or not counts:
         return ''
-    table = _table((reason, f'{number:,}' if isinstance(number, int) else number) for reason, number in counts.items())
+    reasons = table((reason, f'{number:,}' if isinstance(number, int) else number) for reason, number in counts.items())
     rows = ''
     if isinstance(examples, list):
         found = [example for example in examples if isinstance(example, dict)][:_EXAMPLES]
@@ -232,16 +219,9 @@ def _bad_records(summary: dict[str, Any]) -> str:
             for example in found
         )
     shown = f'<details><summary>Some of them</summary><div class="scroll"><table>{rows}</table></div></details>'
-    return f'<section><h2>Bad records in the data</h2><div class="card">{table}</div>{shown if rows else ""}</section>'
-
-
-def _details(title: str, content: str) -> str:
-    return f'<details><summary>{escape(title)}</summary><div>{content}</div></details>' if content else ''
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    cells = ''.join(f'<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
-    return f'<table>{cells}</table>' if cells else ''
+    return (
+        f'<section><h2>Bad records in the data</h2><div class="card">{reasons}</div>{shown if rows else ""}</section>'
+    )
 
 
 def _flat(value: Any, prefix: str = '') -> list[tuple[str, Any]]:

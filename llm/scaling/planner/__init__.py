@@ -1,0 +1,1 @@
+"""What a training run needs and how fast it can be, on machines that need not exist."""

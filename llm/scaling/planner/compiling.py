@@ -1,0 +1,141 @@
+"""A run's own training step, compiled for a topology on this machine's CPU, and what the compiler says of it."""
+
+import dataclasses
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.topology import Topology
+from llm.scaling.program import Program, WeightTraffic, hbm_bytes, read_program, weight_traffic
+from llm.training.step import StepConfig
+from llm.training.trainer import Trainer
+
+_SIZES = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
+# Both forms of the TPU compiler's complaint; the second leaves out arguments.
+_USED = re.compile(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm')
+_TEMPORARIES = re.compile(r'HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)')
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledMemory:
+    """Bytes on one device, as the compiler lays them out.
+
+    Attributes:
+        arguments: train state and batch. outputs: new train state and metrics. aliased: outputs in the place of
+            arguments. temporaries: everything in between. code: the program.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """What the program holds at its peak."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A training step that compiled.
+
+    Attributes:
+        program: its collectives. weights: what it moves of sharded parameters, against the least.
+        hbm_bytes: to and from HBM on one device; counted as on a TPU.
+        has_kernels: whether it calls hand-written kernels. seconds: that lowering and compiling took.
+    """
+
+    memory: CompiledMemory
+    program: Program
+    weights: WeightTraffic
+    hbm_bytes: float
+    has_kernels: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """A training step that the compiler refused.
+
+    Attributes:
+        needed: bytes on one device that it says the program needs. partial: whether that leaves out the arguments.
+        available: that it says there are. seconds: it took. message: its own words.
+    """
+
+    needed: float
+    partial: bool
+    available: float
+    seconds: float
+    message: str
+
+
+def abstract_batch(trainer: Trainer, step: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, types and shardings of a batch of this step."""
+    shape = (step.batch_size, step.sequence_length)
+    names = ('inputs', 'targets', 'loss_weights', 'segment_ids', 'positions')
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32 if name == 'loss_weights' else jnp.int32, sharding=trainer.batch_sharding
+        )
+        for name in names
+    }
+
+
+def compile_step(run: RunConfig, topology: Topology) -> CompiledStep | OutOfMemory:
+    """Compile the training step of `run` for `topology`, which must have devices.
+
+    Raises:
+        UserError: mesh, model and batch do not go together.
+    """
+    trainer = run.trainer(topology)
+    start = time.perf_counter()
+    lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(trainer, run.step))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = read_refusal(str(error), time.perf_counter() - start)
+        if refused is None:
+            raise
+        return refused
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    program = read_program(text, trainer.mesh)
+    sizes = compiled.memory_analysis()
+    return CompiledStep(
+        memory=CompiledMemory(
+            arguments=sizes.argument_size_in_bytes,
+            outputs=sizes.output_size_in_bytes,
+            temporaries=sizes.temp_size_in_bytes,
+            aliased=sizes.alias_size_in_bytes,
+            code=sizes.generated_code_size_in_bytes,
+        ),
+        program=program,
+        weights=weight_traffic(
+            program,
+            trainer.specs,
+            trainer.mesh,
+            run.rules,
+            compute_dtype=run.model.compute_dtype,
+            microbatches=run.step.gradient_accumulation,
+        ),
+        hbm_bytes=hbm_bytes(text),
+        has_kernels='custom_call_target="tpu_custom_call"' in text,
+        seconds=seconds,
+    )
+
+
+def read_refusal(message: str, seconds: float) -> OutOfMemory | None:
+    """The sizes in a compiler's complaint about memory; None if it complains of something else."""
+    if 'RESOURCE_EXHAUSTED' not in message:
+        return None
+    found = _USED.search(message) or _TEMPORARIES.search(message)
+    if found is None:
+        return None
+    needed, available = (float(found[i]) * _SIZES[found[i + 1]] for i in (1, 3))
+    partial = _USED.search(message) is None
+    return OutOfMemory(needed, partial, available, seconds, ' '.join(message.split())[:500])

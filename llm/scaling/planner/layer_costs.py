@@ -1,0 +1,163 @@
+"""What one layer holds, computes and computes again, by the names of its activations: a row each.
+
+Figures are per token of one device. A remat policy is the set of activations that the backward pass finds kept; an
+attention kernel is whether scores are held and whether masked blocks are computed. A new policy or kernel is a new row.
+"""
+
+import dataclasses
+from typing import Literal, cast
+
+import jax
+
+from llm.kernels.attention import choose
+from llm.models.decoder import DecoderConfig
+from llm.models.layer import LayerConfig
+from llm.scaling.planner.abstract import Placement
+
+Scores = Literal['held', 'blocks', 'blocks_skipped']
+
+# Attention implementation -> what it does with the scores. Held: [B, H, S, T] arrays in HBM. Blocks: never more than
+# a block of them. Skipped: blocks that the causal mask hides are not computed. The backward pass of those that hold
+# none computes them again: five products where the forward pass has two (Dao et al. 2022, FlashAttention, algorithm 4).
+ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks'}
+_MANY = 128  # queries: when training, no row is a single token
+OTHER_ATTENTION: Scores = 'blocks_skipped'
+
+# What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept; its last product
+# only feeds a sum, and is never needed again.
+PROJECTIONS = ('query', 'key', 'value', 'attention_output', 'up', 'gate')
+_NEVER_KEPT = 'feed_forward_output'
+KEPT: dict[str, tuple[str, ...]] = {
+    'none': ('*',),
+    'full': (),
+    'dots': (*PROJECTIONS, 'scores', 'attention'),
+    'dots_no_batch': PROJECTIONS,
+}
+# names that remat 'names' may give -> activations here.
+NAMED = {
+    'query': ('query',),
+    'key': ('key',),
+    'value': ('value',),
+    'attention': ('attention',),
+    'feed_forward_hidden': ('feed_forward_hidden',),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """One array that a layer makes.
+
+    Attributes:
+        elements: per token on one device. bytes: per element.
+        flops: per token on one device, forward, of the products that make it.
+        whole: elements while it is worked on, if then more of it is there than is kept.
+    """
+
+    name: str
+    elements: float
+    bytes: int
+    flops: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """Bytes per token."""
+        return self.elements * self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """The activations of one layer, per token of one device.
+
+    Attributes:
+        input_size: bytes per token of what the layer reads. backward_factor: FLOPs of the backward pass of attention
+            over those of its forward pass; of everything else it is 2.
+    """
+
+    activations: tuple[Activation, ...]
+    input_size: float
+    backward_factor: float
+
+    def kept(self, model: DecoderConfig) -> tuple[str, ...]:
+        """Names of the activations that the model's remat policy keeps."""
+        if model.remat == 'names':
+            return tuple(each for name in model.remat_names for each in NAMED.get(name, ()))
+        names = KEPT[model.remat]
+        return tuple(each.name for each in self.activations if each.name != _NEVER_KEPT) if '*' in names else names
+
+    def saved(self, model: DecoderConfig) -> float:
+        """Bytes per token that wait for the backward pass, the input included."""
+        kept = self.kept(model)
+        return self.input_size + sum(each.size for each in self.activations if each.name in kept)
+
+    def all(self) -> float:
+        """Bytes per token of every activation, as they are worked on."""
+        return sum(max(each.elements, each.whole) * each.bytes for each in self.activations)
+
+    def forward_flops(self) -> float:
+        """Per token of one device."""
+        return sum(each.flops for each in self.activations)
+
+    def backward_flops(self) -> float:
+        """Per token of one device, recomputation not included."""
+        attention = sum(each.flops for each in self.activations if each.name in ('scores', 'attention'))
+        return 2 * (self.forward_flops() - attention) + self.backward_factor * attention
+
+    def recomputed_flops(self, model: DecoderConfig) -> float:
+        """Per token of one device: what the backward pass makes again."""
+        kept = {*self.kept(model), _NEVER_KEPT}
+        if 'attention' in kept and self.backward_factor > 2:
+            kept.add('scores')  # a kernel's backward pass makes its own, and that is counted there
+        return sum(each.flops for each in self.activations if each.name not in kept)
+
+
+def scores_of(layer: LayerConfig, platform: str) -> Scores:
+    """How a layer's attention treats its scores on a platform."""
+    name = choose(layer.mixer.implementation, cast(jax.Device, _DeviceOf(platform)), queries=_MANY)
+    return ATTENTION_SCORES.get(name, OTHER_ATTENTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DeviceOf:
+    """As much of a jax.Device as decides which attention runs on it."""
+
+    platform: str
+
+
+def layer_costs(
+    layer: LayerConfig, model: DecoderConfig, placement: Placement, sequence_length: int, platform: str
+) -> LayerCosts:
+    """The activations of one layer of `model`, in its own order of computation."""
+    size = 4 if model.compute_dtype == 'float32' else 8 if model.compute_dtype == 'float64' else 2
+    mixer, feed_forward = layer.mixer, layer.feed_forward
+    d, k = model.d_model, mixer.head_dim
+    heads = mixer.num_heads / placement.ways('heads')
+    kv_heads = mixer.num_kv_heads / placement.ways('kv_heads')
+    scores = scores_of(layer, platform)
+    seen = sequence_length if mixer.window is None or scores == 'held' else min(mixer.window, sequence_length)
+    computed = float(seen)
+    if scores == 'blocks_skipped':
+        computed = seen * (1 - (seen - 1) / (2 * sequence_length))  # causal: a row of S sees (S + 1) / 2 on average
+    # The residual stream may be cut along the sequence more often than what attention works on.
+    residual = d * placement.ways('sequence') / placement.ways('residual')
+    product = 2 * d * k
+    activations = [
+        Activation('mixer_norm', residual, size, whole=d),
+        Activation('query', heads * k, size, product * heads),
+        Activation('key', kv_heads * k, size, product * kv_heads),
+        Activation('value', kv_heads * k, size, product * kv_heads),
+        # Held scores are there as fp32 and as weights in the compute type.
+        Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
+        Activation('attention', heads * k, size, 2 * heads * k * computed),
+        Activation('attention_output', residual, size, product * heads, whole=d),
+    ]
+    if feed_forward is not None:
+        f = feed_forward.d_ff / placement.ways('mlp')
+        activations += [Activation('feed_forward_norm', residual, size, whole=d), Activation('up', f, size, 2 * d * f)]
+        if feed_forward.gated:
+            activations.append(Activation('gate', f, size, 2 * d * f))
+        activations += [
+            Activation('feed_forward_hidden', f, size),
+            Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
+        ]
+    return LayerCosts(tuple(activations), residual * size, 2.0 if scores == 'held' else 2.5)

@@ -1,0 +1,135 @@
+"""The analytic memory model: bytes on one device at the peak of a training step, by what they are.
+
+A step has three phases, and the peak is the largest: the loss, when a chunk of logits is there; the backward pass, when
+gradients, kept activations and one layer's recomputed ones are; and the update. What the model leaves out (padding of
+small arrays, fragmentation) `tools/planner_memory_error.py` measures against the compiler.
+"""
+
+import dataclasses
+import math
+
+from llm.kernels.cross_entropy.chunked import default_chunk
+from llm.models.parameters import Role, named_specs
+from llm.scaling.planner.abstract import Placement, model_specs, names, state_bytes
+from llm.scaling.planner.layer_costs import layer_costs
+from llm.scaling.planner.run_config import RunConfig
+
+# How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
+# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their gradients.
+LAYER_AT_ONCE = 2.45
+GATHERED_LAYERS = 2.4
+# Part of the memory beside HBM that takes arrays of the layer at work.
+ON_CHIP_SHARE = 0.85
+# What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
+SUMS_OF_GRADIENTS = 2.1
+# Bytes of an element of a chunk's logits: the logits and their gradient, both in fp32.
+BYTES_OF_LOGITS = 8.0
+# The head's gradient in fp32, before and after it is scattered or added to.
+HEAD_GRADIENTS = 2.0
+# A step's program on a TPU, whatever the model's size: the layers are a loop.
+CODE_BYTES = 40e6
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device.
+
+    Attributes:
+        parameters, optimizer, batch: arguments of the step. gradients: in fp32, and their sum over microbatches.
+        weights: copies of this device's part in the compute type, and weights gathered for the layers at work.
+        activations: kept for the backward pass. layer: of the layer at work. logits: of a chunk of the loss, and the
+            gradient of the head. code: the program.
+        peak: the most that is there at once; less than the sum of the others.
+    """
+
+    parameters: float
+    optimizer: float
+    batch: float
+    gradients: float
+    weights: float
+    activations: float
+    layer: float
+    logits: float
+    code: float
+    peak: float
+
+    @property
+    def arguments(self) -> float:
+        """Bytes of train state and batch."""
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def temporaries(self) -> float:
+        """Bytes of everything else at the peak."""
+        return self.peak - self.arguments - self.code
+
+
+def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chip: float = 0.0) -> MemoryEstimate:
+    """The memory of a run on a mesh with axes of these sizes.
+
+    Args:
+        on_chip: bytes beside HBM that take part of what the backward pass works on.
+
+    Raises:
+        UserError: the mesh cannot divide a parameter.
+    """
+    placement = Placement.of(sizes, run.rules)
+    model, step = run.model, run.step
+    state = state_bytes(model, run.optimizer, placement, platform)
+    rows = step.batch_size / placement.ways('batch')
+    tokens = rows * step.sequence_length / placement.ways('sequence') / step.gradient_accumulation
+
+    costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
+    stages = sizes['pipeline']
+    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens / stages
+    at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
+    columns = model.vocab_size / placement.ways('vocab')
+    logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
+    # The loss takes its gradients along: the head's is whole until all chunks are added.
+    head_gradient = HEAD_GRADIENTS * 4 * model.d_model * columns
+    cast, gathered, head = _weights(run, placement)
+    accumulated = SUMS_OF_GRADIENTS * state.gradients if step.gradient_accumulation > 1 else 0.0
+
+    always = cast + saved + accumulated
+    loss = always + logits + head + head_gradient
+    backward = always + state.gradients + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
+    update = state.gradients + accumulated
+    batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
+    arguments = state.parameters + state.optimizer + batch
+    code = CODE_BYTES if platform == 'tpu' else 0.0
+    return MemoryEstimate(
+        parameters=state.parameters,
+        optimizer=state.optimizer,
+        batch=batch,
+        gradients=state.gradients + accumulated,
+        weights=cast + gathered,
+        activations=saved,
+        layer=at_work,
+        logits=logits + head_gradient,
+        code=code,
+        peak=arguments + max(loss, backward, update) + code,
+    )
+
+
+def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]:
+    """Bytes of (this device's part in the compute type, the layers' weights gathered, the head's gathered)."""
+    size = {'float32': 4, 'float64': 8}.get(run.model.compute_dtype, 2)
+    cast = layers = head = 0.0
+    for _, spec in named_specs(model_specs(run.model)):
+        if spec.role in (Role.VECTOR, Role.EMBEDDING) and not (run.model.tied_embeddings and 'vocab' in spec.axes):
+            continue
+        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
+        part, whole = float(size), float(size)
+        for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):
+            own = math.prod(placement.mesh.shape[name] for name in names(here))
+            kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
+            part *= length / own
+            whole *= 1 if axis in ('layers', 'remainder') else length / kept
+        cast += part if size != 4 else 0.0
+        is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
+        if spec.role is Role.HIDDEN:
+            layers += whole if is_gathered else 0.0
+        else:
+            head += whole if is_gathered else 0.0
+    return cast, GATHERED_LAYERS * layers / len(run.model.pattern), head

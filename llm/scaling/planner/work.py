@@ -1,0 +1,224 @@
+"""The analytic model of a step's work on one device: FLOPs, bytes to and from HBM, and bytes on the links by mesh axis.
+
+Where a program was compiled, its own collectives take the place of these; they rank what has not been compiled, and
+speak for machines that nothing compiles for here. What each mesh axis moves is one function of a table.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from llm.models.parameters import Role, named_specs
+from llm.scaling.accounting import TokenFlops, flops_per_token
+from llm.scaling.planner.abstract import Placement, model_specs, names, state_bytes
+from llm.scaling.planner.layer_costs import LayerCosts, layer_costs
+from llm.scaling.planner.memory import estimate_memory
+from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.program import Traffic
+from llm.scaling.program.collectives import RING_FACTORS
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step.
+
+    Attributes:
+        model, model_causal: of the model on all devices, in both conventions for attention (see TokenFlops).
+        hardware: on one device, with what is computed again, and without blocks that a kernel skips.
+        recomputed: the part of `hardware` that is computed again.
+    """
+
+    model: float
+    model_causal: float
+    hardware: float
+    recomputed: float
+
+
+def step_flops(run: RunConfig, sizes: dict[str, int], platform: str) -> StepFlops:
+    """FLOPs of one step on a mesh with axes of these sizes."""
+    placement = Placement.of(sizes, run.rules)
+    per_token: TokenFlops = flops_per_token(run.model, model_specs(run.model), run.step.sequence_length)
+    tokens = tokens_per_device(run, placement)
+    costs = _layers(run, placement, platform)
+    share = 1 / sizes['pipeline']
+    head = 2 * run.model.d_model * run.model.vocab_size / placement.ways('vocab')
+    layers = sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
+    recomputed = sum(cost.recomputed_flops(run.model) for cost in costs)
+    return StepFlops(
+        model=run.tokens_per_step * per_token.training(causal=False),
+        model_causal=run.tokens_per_step * per_token.training(causal=True),
+        hardware=tokens * (share * (layers + recomputed) + 3 * head),
+        recomputed=tokens * share * recomputed,
+    )
+
+
+def tokens_per_device(run: RunConfig, placement: Placement) -> float:
+    """Tokens of a step whose activations are on one device, all microbatches together."""
+    return run.tokens_per_step / placement.ways('batch') / placement.ways('sequence')
+
+
+def _layers(run: RunConfig, placement: Placement, platform: str) -> list[LayerCosts]:
+    costs = [layer_costs(each, run.model, placement, run.step.sequence_length, platform) for each in run.model.pattern]
+    return [costs[index % len(costs)] for index in range(run.model.num_layers)]
+
+
+def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
+    """Bytes that one device reads from and writes to HBM in a step, about.
+
+    Every activation is written and read once in each of the forward pass, the recomputation and the two products of the
+    backward pass that use it; gathered weights are written and read in each pass of each microbatch; the update reads
+    and writes the train state once.
+    """
+    placement = Placement.of(sizes, run.rules)
+    tokens = tokens_per_device(run, placement)
+    memory = estimate_memory(run, sizes, platform)
+    state = state_bytes(run.model, run.optimizer, placement, platform)
+    again = run.model.remat not in ('none', 'dots')
+    passes = 4 if again else 3
+    activations = 2 * passes * tokens * sum(cost.all() for cost in _layers(run, placement, platform))
+    weights = sum(_whole(run, placement, spec) for _, spec in named_specs(model_specs(run.model)))
+    moved = 2 * passes * weights * run.step.gradient_accumulation
+    logits = 2 * memory.logits * run.step.gradient_accumulation
+    update = 2 * (state.parameters + state.optimizer) + 2 * state.gradients * run.step.gradient_accumulation
+    return (activations / sizes['pipeline']) + moved + logits + update
+
+
+def _compute_bytes(run: RunConfig) -> int:
+    return {'float32': 4, 'float64': 8}.get(run.model.compute_dtype, 2)
+
+
+def _whole(run: RunConfig, placement: Placement, spec: object) -> float:
+    """Bytes of a parameter on one device in the compute type when it is gathered; all layers that the device runs."""
+    stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)  # type: ignore[attr-defined]
+    used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)  # type: ignore[attr-defined]
+    total = float(_compute_bytes(run))
+    for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):  # type: ignore[attr-defined]
+        own = [name for name in names(here) if name in names(there) or axis in ('layers', 'experts')]
+        total *= length / math.prod(placement.mesh.shape[name] for name in own)
+    return total
+
+
+def _traffic(kind: str, axes: tuple[str, ...], ways: int, payload: float, executions: float, beside: bool) -> Traffic:
+    link_bytes = payload * RING_FACTORS[kind](ways)
+    return Traffic(kind, axes, False, round(executions), payload, link_bytes, link_bytes if beside else 0.0)
+
+
+def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered."""
+    by_axes: dict[tuple[str, ...], float] = {}
+    for _, spec in named_specs(model_specs(run.model)):
+        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
+        moved = tuple(
+            name
+            for axis, here, there in zip(spec.axes, stored, used, strict=True)
+            for name in names(here)
+            if name not in names(there) and axis not in ('layers', 'experts')
+        )
+        if moved and (spec.role is not Role.EMBEDDING or run.model.tied_embeddings):
+            by_axes[moved] = by_axes.get(moved, 0.0) + _whole(run, placement, spec)
+    times = run.step.gradient_accumulation
+    rows = []
+    for axes, size in by_axes.items():
+        ways = math.prod(placement.mesh.shape[name] for name in axes)
+        layers = run.model.num_layers * times
+        rows.append(_traffic('all-gather', axes, ways, 2 * size * times, 2 * layers, True))
+        rows.append(_traffic('reduce-scatter', axes, ways, size * times, layers, False))
+    return rows
+
+
+def _replicated_gradients(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """Gradients summed over the axes that split the batch and not the parameter."""
+    over = [name for axis in ('batch', 'sequence') for name in placement.over(axis)]
+    by_axes: dict[tuple[str, ...], float] = {}
+    for _, spec in named_specs(model_specs(run.model)):
+        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        splits = {name for entry in stored for name in names(entry)}
+        axes = tuple(name for name in over if name not in splits)
+        if axes:
+            part = math.prod(spec.shape) / math.prod(placement.mesh.shape[name] for name in splits)
+            by_axes[axes] = by_axes.get(axes, 0.0) + _compute_bytes(run) * part
+    times = run.step.gradient_accumulation
+    return [
+        _traffic('all-reduce', axes, math.prod(placement.mesh.shape[n] for n in axes), size * times, times, False)
+        for axes, size in by_axes.items()
+    ]
+
+
+def _split_products(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """Inputs and outputs of the products that `tensor` cuts, two of each a layer.
+
+    Outputs are summed. Where the residual stream is cut along the same axis they are summed into parts of it, and the
+    parts are gathered before the next product: a sum of both takes the bytes of one all-reduce.
+    """
+    axes = placement.over('heads') or placement.over('mlp')
+    if not axes:
+        return []
+    ways = math.prod(placement.mesh.shape[name] for name in axes)
+    tokens = tokens_per_device(run, placement)
+    layers = run.model.num_layers / placement.mesh.shape['pipeline']
+    kept = run.model.remat in ('none', 'dots', 'dots_no_batch')
+    array = tokens * run.model.d_model * _compute_bytes(run)
+    microbatches = run.step.gradient_accumulation
+
+    def row(kind: str, times: float) -> Traffic:
+        return _traffic(kind, axes, ways, times * array, times * microbatches, False)
+
+    # Forward, backward, and the embedding's and the head's; the last product of a layer is not computed again.
+    sums = layers * (4 if kept else 5) + 2
+    if not set(axes) <= set(placement.over('residual')):
+        return [row('all-reduce', sums)]
+    return [row('reduce-scatter', sums), row('all-gather', layers * (4 if kept else 6) + 2)]
+
+
+def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """What attention needs of the tokens of other devices, by the method of the rules."""
+    axes = placement.over('sequence')
+    if not axes:
+        return []
+    ways = math.prod(placement.mesh.shape[name] for name in axes)
+    tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
+    layers = [run.model.layer(index) for index in range(run.model.num_layers)]
+    size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
+    keys = sum(2 * each.mixer.num_kv_heads * each.mixer.head_dim for each in layers) / placement.ways('kv_heads')
+    queries = sum(2 * each.mixer.num_heads * each.mixer.head_dim for each in layers) / placement.ways('heads')
+    kept = 'attention' in run.model.remat_names or run.model.remat in ('none', 'dots')
+    forward = 1 if kept else 2  # and once more where attention is computed again
+    times = len(layers) * run.step.gradient_accumulation
+
+    def row(kind: str, payload: float) -> Traffic:
+        return _traffic(kind, axes, ways, payload, forward * times, True)
+
+    # Keys, values and, backward, their gradients go round; or heads change places with tokens, of queries and outputs
+    # too; or keys and values are gathered and their gradients scattered.
+    if run.rules.sequence_method == 'ring':
+        return [row('collective-permute', (forward + 2) * keys * size * (ways - 1) / ways)]
+    if run.rules.sequence_method == 'ulysses':
+        return [row('all-to-all', (forward + 1) * (keys + queries) * size / ways)]
+    return [row('all-gather', (forward + 1) * keys * size), row('reduce-scatter', keys * size)]
+
+
+def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """Activations from stage to stage, and their gradients back."""
+    stages = placement.mesh.shape['pipeline']
+    if stages == 1:
+        return []
+    payload = 2 * tokens_per_device(run, placement) * run.model.d_model * _compute_bytes(run)
+    return [_traffic('collective-permute', ('pipeline',), stages, payload, 2 * run.step.gradient_accumulation, True)]
+
+
+# What moves and why, one row each. A new mesh axis brings a row.
+MOVES: dict[str, Callable[[RunConfig, Placement, str], list[Traffic]]] = {
+    'sharded weights': _gathered_weights,
+    'gradients of replicated weights': _replicated_gradients,
+    'outputs of split products': _split_products,
+    'keys and values of split sequences': _split_sequences,
+    'activations between stages': _stages,
+}
+
+
+def step_traffic(run: RunConfig, sizes: dict[str, int], platform: str) -> tuple[Traffic, ...]:
+    """What one device sends in a step, by the reasons in MOVES; whether it leaves a slice is not told."""
+    placement = Placement.of(sizes, run.rules)
+    found = [row for rows in MOVES.values() for row in rows(run, placement, platform)]
+    return tuple(sorted((row for row in found if row.link_bytes), key=lambda row: -row.link_bytes))

@@ -1,0 +1,84 @@
+import pytest
+
+from llm.errors import UserError
+from llm.scaling.planner.abstract import tiled_bytes
+from llm.scaling.planner.memory import LAYER_AT_ONCE, SUMS_OF_GRADIENTS, estimate_memory
+from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, sizes_of, small_run
+
+PARAMETERS = L * (4 * D * H * K + 3 * D * F + 2 * D) + D + 2 * V * D
+
+
+def memory(platform='gpu', **changes):
+    run = small_run(**changes)
+    return estimate_memory(run, sizes_of(run), platform)
+
+
+def test_state_of_one_device():
+    found = memory()
+    assert found.parameters == 4 * PARAMETERS
+    assert found.optimizer == 8 * PARAMETERS + 2 * 4  # two counts of steps
+    assert found.gradients == 4 * PARAMETERS
+    assert found.batch == 5 * 4 * ROWS * LENGTH
+
+
+def test_state_is_shared_by_fsdp_and_not_by_data():
+    assert memory(mesh={'data': 4}).parameters == memory().parameters
+    norms = 4 * (2 * L + 1) * D
+    assert memory(mesh={'fsdp': 4}).parameters == (memory().parameters - norms) / 4 + norms
+
+
+def test_full_remat_keeps_the_input_of_every_layer():
+    assert memory(remat='full').activations == L * ROWS * LENGTH * D * 2
+    assert memory(remat='full', mesh={'data': 4}).activations == L * ROWS * LENGTH * D * 2 / 4
+
+
+def test_names_keep_what_they_name():
+    kept = memory(remat='names', remat_names=('query', 'attention')).activations
+    assert kept == L * ROWS * LENGTH * 2 * (D + 2 * H * K)
+
+
+def test_policies_keep_less_and_less():
+    kept = [memory(remat=remat).activations for remat in ('none', 'dots', 'dots_no_batch', 'full')]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+
+
+def test_scores_are_held_by_the_reference_alone():
+    long = {'batch_size': 1, 'sequence_length': 4096}
+    held, blocks = (memory(remat='none', step=long, implementation=each) for each in ('reference', 'pallas_tpu'))
+    assert held.layer - blocks.layer == pytest.approx(LAYER_AT_ONCE * 4096 * H * (4096 - 1) * (4 + 2))
+
+
+def test_accumulation_halves_activations_and_adds_a_sum_of_gradients():
+    one, two = memory(remat='full'), memory(remat='full', step={'gradient_accumulation': 2})
+    assert two.activations == one.activations / 2
+    assert two.gradients == (1 + SUMS_OF_GRADIENTS) * one.gradients
+
+
+@pytest.mark.parametrize(
+    ('shape', 'elements'),
+    [
+        ((), 1),
+        ((128,), 128),
+        ((100,), 128),
+        ((16, 256), 16 * 256),
+        ((3, 64), 4 * 128),
+        ((5, 9, 64), 9 * 8 * 128),
+        ((768, 64), 768 * 64),
+    ],
+)
+def test_tiles_of_a_tpu(shape, elements):
+    assert tiled_bytes(shape, 4) == 4 * elements
+
+
+def test_short_heads_are_padded_on_a_tpu():
+    """K = 64 is half of a tile; with D over four devices no dimension of a projection fills one."""
+    whole, quarter = {}, {'fsdp': 4}
+    norms = 4 * 2 * D  # two of [3, D] each take the place of [4, D]
+    assert memory('tpu', mesh=whole).parameters - memory('gpu', mesh=whole).parameters == norms
+    padding = memory('tpu', mesh=quarter).parameters - memory('gpu', mesh=quarter).parameters
+    assert padding == 4 * L * 4 * D * H * K / 4 + norms
+
+
+def test_indivisible_model_is_refused():
+    with pytest.raises(UserError, match='cannot be divided'):
+        memory(mesh={'tensor': 3})

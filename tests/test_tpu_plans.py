@@ -1,0 +1,52 @@
+"""docs/tpu_plans.md is what tools/tpu_plans.py makes of what was compiled, and every row of it can be made."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('tpu_plans', ROOT / 'tools/tpu_plans.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['tpu_plans'] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_of_the_kept_results(tool):
+    assert tool.PAGE.read_text() == tool.page(json.loads(tool.RESULTS.read_text()))
+
+
+def test_every_row_is_a_job_that_uses_all_chips(tool):
+    for row in tool.ROWS:
+        job = row.job()
+        chips = row.slices
+        for side in row.topology.partition(':')[2].split('x'):
+            chips *= int(side)
+        devices = 1
+        for size in row.mesh.values():
+            devices *= size
+        assert devices == chips, row.name
+        assert (job.run.step.batch_size, job.run.step.sequence_length) == (row.rows, row.length)
+        assert job.run.model.remat == 'full' and job.run.model.compute_dtype == 'bfloat16'
+        assert job.run.optimizer.kind == 'adamw'
+
+
+def test_tokens_of_a_chip_are_those_of_the_reference(tool):
+    tokens = {row.name: row.rows * row.length for row in tool.ROWS}
+    chips = {'7b_16': 16, '7b_256': 256, '8b_256': 256, '70b_128': 128, '70b_pipeline': 128, '8b_sequence': 32}
+    found = {name: tokens[name] / count for name, count in chips.items()}
+    assert found == {
+        '7b_16': 2048,
+        '7b_256': 8192,
+        '8b_256': 16_384,
+        '70b_128': 16_384,
+        '70b_pipeline': 8192,
+        '8b_sequence': 8192,
+    }

@@ -1,0 +1,149 @@
+"""How far the planner's analytic memory model is from the TPU compiler, over runs of many kinds.
+
+    python tools/planner_memory_error.py [--only NAME ...] [--csv FILE]
+
+Compiles each run's training step (about a minute each on two cores) and prints bytes on one device, compiled and
+estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew.
+"""
+
+import argparse
+import csv
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from llm.models.attention import AttentionConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.feed_forward import FeedForwardConfig
+from llm.models.layer import LayerConfig
+from llm.parallel.mesh import MeshConfig
+from llm.scaling.planner.compiling import CompiledStep, compile_step
+from llm.scaling.planner.planning import estimate
+from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.topology import find_topology
+from llm.training.optimizers import OptimizerConfig
+from llm.training.step import StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run: a topology, a model, a mesh and a batch."""
+
+    name: str
+    topology: str
+    mesh: dict[str, int]
+    rows: int = 8
+    length: int = 1024
+    microbatches: int = 1
+    d_model: int = 1024
+    d_ff: int = 2816
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 8
+    vocabulary: int = 4096
+    remat: str = 'full'
+    remat_names: tuple[str, ...] = ()
+    optimizer: str = 'adamw'
+
+    def run(self) -> RunConfig:
+        """The training run."""
+        mixer = AttentionConfig(num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=128)
+        layer = LayerConfig(mixer=mixer, feed_forward=FeedForwardConfig(d_ff=self.d_ff))
+        changes: dict[str, Any] = {'remat': self.remat, 'remat_names': self.remat_names}
+        model = DecoderConfig(
+            vocab_size=self.vocabulary,
+            d_model=self.d_model,
+            num_layers=self.layers,
+            pattern=(layer,),
+            compute_dtype='bfloat16',
+            **changes,
+        )
+        kind: Any = self.optimizer
+        mesh: dict[str, Any] = {'data': 1, **self.mesh}
+        return RunConfig(
+            model,
+            OptimizerConfig(kind=kind),
+            StepConfig(self.rows, self.length, gradient_accumulation=self.microbatches),
+            MeshConfig(**mesh),
+        )
+
+
+_FSDP = {'fsdp': 4}
+CASES = (
+    Case('fsdp', 'v5e:2x2', _FSDP),
+    Case('two microbatches', 'v5e:2x2', _FSDP, rows=16, microbatches=2),
+    Case('everything kept', 'v5e:2x2', _FSDP, remat='none'),
+    Case('projections kept', 'v5e:2x2', _FSDP, remat='dots_no_batch'),
+    Case('names kept', 'v5e:2x2', _FSDP, remat='names', remat_names=('query', 'key', 'value', 'attention')),
+    Case('data', 'v5e:2x2', {'data': 4}),
+    Case('tensor', 'v5e:2x2', {'tensor': 4}),
+    Case('fsdp and tensor', 'v5e:2x2', {'fsdp': 2, 'tensor': 2}),
+    Case('long rows, grouped queries', 'v6e:2x2', _FSDP, rows=4, length=8192, kv_heads=2),
+    Case('large vocabulary', 'v5p:2x2x1', _FSDP, rows=16, vocabulary=32_768),
+    Case('sixteen chips', 'v5e:4x4', {'fsdp': 16}, rows=16, length=2048, d_model=2048, d_ff=5632, heads=16),
+    Case('another chip', 'v4:2x2x1', _FSDP),
+    Case('data and fsdp', 'tpu7x:2x2x1', {'data': 2, 'fsdp': 4}, rows=16),
+    Case('deep', 'v6e:2x2', _FSDP, layers=32),
+    Case('muon', 'v5e:2x2', _FSDP, optimizer='muon', layers=4),
+    Case('many tokens', 'v6e:2x2', _FSDP, rows=64),
+)
+_FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'total')
+
+
+def measure(cases: tuple[Case, ...], path: Path | None) -> Iterator[tuple[Case, dict[str, float]]]:
+    """Each case and the compiler's bytes of it, kept in a CSV file."""
+    known: dict[str, dict[str, float]] = {}
+    if path is not None and path.exists():
+        with path.open() as file:
+            known = {row['name']: {field: float(row[field]) for field in _FIELDS} for row in csv.DictReader(file)}
+    for case in cases:
+        if case.name not in known:
+            compiled = compile_step(case.run(), find_topology(case.topology))
+            if not isinstance(compiled, CompiledStep):
+                print(f'{case.name}: {compiled.message}')
+                continue
+            memory = compiled.memory
+            known[case.name] = {**dataclasses.asdict(memory), 'total': memory.total}
+            if path is not None:
+                is_new = not path.exists()
+                with path.open('a', newline='') as file:
+                    writer = csv.DictWriter(file, ('name', *_FIELDS))
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerow({'name': case.name, **known[case.name]})
+        yield case, known[case.name]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--only', nargs='*', help='names of cases')
+    parser.add_argument('--csv', type=Path, help='what the compiler said, kept between calls')
+    options = parser.parse_args()
+    cases = tuple(case for case in CASES if not options.only or case.name in options.only)
+    print('| run | topology | layout | compiled, GB | estimated, GB | error | temporaries, GB | estimated, GB |')
+    print('|---|---|---|---|---|---|---|---|')
+    errors = []
+    for case, memory in measure(cases, options.csv):
+        plan = estimate(case.run(), find_topology(case.topology))
+        found = plan.estimate
+        errors.append(found.peak / memory['total'] - 1)
+        print(
+            f'| {case.name} | {case.topology} | {plan.run.describe()} | {memory["total"] / 1e9:.3f} '
+            f'| {found.peak / 1e9:.3f} | {100 * errors[-1]:+.1f}% | {memory["temporaries"] / 1e9:.3f} '
+            f'| {found.temporaries / 1e9:.3f} |',
+            flush=True,
+        )
+    sizes = sorted(map(abs, errors))
+    print(
+        f'\n{len(errors)} runs: largest error {100 * sizes[-1]:.1f}%, mean {100 * sum(sizes) / len(sizes):.1f}%, '
+        f'{sum(size <= 0.1 for size in sizes)} within 10%'
+    )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,213 @@
+"""Large runs compiled for real TPU topologies, beside MaxText's: makes docs/tpu_plans.md.
+
+    python tools/tpu_plans.py [--only NAME ...]     compile these rows (default: all that are not there) and write
+    python tools/tpu_plans.py --list                names of the rows
+
+Each row is a preset of gin_configs/models on a mesh of ours, AdamW with fp32 state, compute in bf16, full remat. What
+was compiled is kept in docs/tpu_plans.json, so that rows can be made one at a time: the large ones take minutes and
+several GB of memory. The figures of MaxText are of its snapshot of August 2026 (jax 0.12.0, synthetic data,
+`remat_policy=full`, its default splash attention), compiled in the same way.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+
+from llm.configuration import load_job
+from llm.jobs.plan import Plan as PlanJob
+from llm.parallel.mesh import MESH_AXES
+from llm.scaling.planner.planning import plan
+from llm.scaling.planner.records import Record, plan_record
+from llm.scaling.planner.topology import find_topology
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / 'docs/tpu_plans.json', ROOT / 'docs/tpu_plans.md'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run, and what MaxText needs for the same one.
+
+    Attributes:
+        model: a file of gin_configs/models. title: in the table. rows: of the global batch.
+        theirs: (arguments GB, temporaries GB, seconds to compile), None where there is nothing to compare with.
+    """
+
+    name: str
+    title: str
+    model: str
+    topology: str
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    theirs: tuple[float, float, float] | None = None
+    microbatches: int = 1
+    slices: int = 1
+
+    def job(self) -> PlanJob:
+        """The plan job that makes it."""
+        sizes = {**dict.fromkeys(MESH_AXES, 1), **self.mesh}
+        bindings = [
+            f'TOPOLOGY = {self.topology!r}',
+            f'NUM_SLICES = {self.slices}',
+            f'BATCH_SIZE = {self.rows}',
+            f'SEQUENCE_LENGTH = {self.length}',
+            f'GRADIENT_ACCUMULATION = {self.microbatches}',
+            "REMAT = 'full'",
+            *(f'mesh.MeshConfig.{axis} = {size}' for axis, size in sizes.items() if axis != 'tensor'),
+            f'TENSOR = {sizes["tensor"]}',
+            f'mesh.MeshConfig.dcn_data = {self.slices}',
+        ]
+        files = ['gin_configs/runs/plan.gin', f'gin_configs/models/{self.model}.gin']
+        job, _ = load_job([str(ROOT / file) for file in files], bindings)
+        assert isinstance(job, PlanJob)
+        return job
+
+
+ROWS = (
+    Row('7b_16', 'Llama 2 7B, v5e 4x4', 'llama2_7b', 'v5e:4x4', {'fsdp': 16}, 16, 2048, (5.05, 3.70, 63)),
+    Row('7b_256', 'Llama 2 7B, v5e 16x16', 'llama2_7b', 'v5e:16x16', {'fsdp': 256}, 1024, 2048, (0.32, 4.29, 155)),
+    Row('8b_256', 'Llama 3 8B, v6e 16x16', 'llama3_8b', 'v6e:16x16', {'fsdp': 256}, 512, 8192, (0.38, 11.17, 64)),
+    Row(
+        '70b_128', 'Llama 3 70B, v5p, 128 chips', 'llama3_70b', 'v5p:4x4x8', {'fsdp': 128}, 256, 8192, (6.63, 36.75, 40)
+    ),
+    Row(
+        '70b_pipeline',
+        'Llama 3 70B, v5p, 128 chips, pipeline 4, 8 microbatches',
+        'llama3_70b',
+        'v5p:4x4x8',
+        {'pipeline': 4, 'fsdp': 32},
+        256,
+        4096,
+        (7.21, 45.44, 319),
+        microbatches=8,
+    ),
+    Row(
+        '8b_sequence',
+        'Llama 3 8B, v5p, 32 chips, sequence 4',
+        'llama3_8b',
+        'v5p:2x4x4',
+        {'sequence': 4, 'fsdp': 8},
+        8,
+        32_768,
+        (3.02, 8.86, 34),
+    ),
+    Row(
+        '8b_128k',
+        'Llama 3 8B, v5p, 64 chips, sequence 16',
+        'llama3_8b',
+        'v5p:4x4x4',
+        {'sequence': 16, 'fsdp': 4},
+        4,
+        131_072,
+    ),
+    Row(
+        '70b_slices',
+        'Llama 3 70B, v5p, 2 slices of 128 chips',
+        'llama3_70b',
+        'v5p:4x4x8',
+        {'data': 2, 'fsdp': 128},
+        512,
+        8192,
+        slices=2,
+    ),
+)
+
+
+def compile_row(row: Row) -> Record:
+    """What the planner says of it."""
+    job = row.job()
+    start = time.perf_counter()
+    record = plan_record(plan(job.run_config(), find_topology(job.topology, job.num_slices)))
+    record['made'] = {'jax': jax.__version__, 'seconds': time.perf_counter() - start}
+    return record
+
+
+def page(results: dict[str, Record]) -> str:
+    """The table as Markdown."""
+    lines = [
+        '# Large runs, compiled for TPUs',
+        '',
+        'Made by `tools/tpu_plans.py`: training steps compiled by the TPU compiler for these topologies, on a CPU.',
+        'Bytes are of one chip, from `memory_analysis()`. Compute in bf16, AdamW with fp32 state, full remat. The',
+        "second figure is MaxText's for the same model, tokens and topology (snapshot of August 2026, jax 0.12.0,",
+        'splash attention). Times to compile are for scale: machines differ. The step time is a bound by published',
+        'rates, not measured.',
+        '',
+        '| run | tokens a chip | sequence | arguments, GB | temporaries, GB | compiled in, s | weight bytes over least '
+        '| least step, s | MFU at most, causal |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    for row in ROWS:
+        record = results.get(row.name)
+        lines.append(_line(row, record))
+    missing = [row.title for row in ROWS if row.name not in results]
+    if missing:
+        lines += ['', f'Not compiled yet: {"; ".join(missing)}.']
+    return '\n'.join(lines) + '\n'
+
+
+def _line(row: Row, record: Record | None) -> str:
+    theirs = row.theirs or (None, None, None)
+    chips = 0 if record is None else record['topology']['chips']
+    cells: list[Any] = [row.title, '-' if not chips else f'{row.rows * row.length / chips:,.0f}', f'{row.length:,}']
+    compiler = {} if record is None else record.get('compiler', {})
+    if record is None:
+        cells += [_pair(None, value, 2) for value in theirs[:2]] + [_pair(None, theirs[2], 0), '-', '-', '-']
+    elif 'memory' not in compiler:
+        over = record['memory']['over'] / 1e9
+        cells += [f'does not fit, by {over:.2f}', _pair(None, theirs[1], 2), _pair(compiler['seconds'], theirs[2], 0)]
+        cells += ['-', '-', '-']
+    else:
+        # Of a chip: where libtpu has two devices a chip, both.
+        per_chip = record['topology']['devices'] / chips / 1e9
+        memory, roof = compiler['memory'], record['roofline']
+        cells += [
+            _pair(memory[kind] * per_chip, own, 2)
+            for kind, own in zip(('arguments', 'temporaries'), theirs[:2], strict=True)
+        ]
+        cells += [
+            _pair(compiler['seconds'], theirs[2], 0),
+            f'{compiler["weights"]["ratio"]:.2f}',
+            f'{roof["step"]:.2f}',
+            f'{100 * roof["mfu_causal"]:.0f}%',
+        ]
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def _pair(ours: float | None, theirs: float | None, digits: int) -> str:
+    """'4.90 / 5.05'."""
+    words = ['-' if value is None else f'{value:.{digits}f}' for value in (ours, theirs)]
+    return words[0] if theirs is None else ' / '.join(words)
+
+
+def main() -> None:
+    """Compile what is asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--only', nargs='*', choices=[row.name for row in ROWS], help='names of rows')
+    parser.add_argument('--list', action='store_true')
+    options = parser.parse_args()
+    if options.list:
+        print('\n'.join(f'{row.name:14}{row.title}' for row in ROWS))
+        return
+    results: dict[str, Record] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for row in ROWS:
+        wanted = row.name in options.only if options.only else row.name not in results
+        if wanted:
+            print(f'compiling {row.title}', flush=True)
+            results[row.name] = compile_row(row)
+            RESULTS.write_text(json.dumps(results, indent=1) + '\n')
+        PAGE.write_text(page(results))
+    print(page(results))
+
+
+if __name__ == '__main__':
+    main()
