@@ -6,17 +6,19 @@ from flax import nnx
 
 from llm.models.parameters import Role, parameter
 from llm.parallel.sharding import constrain
+from llm.parallel.vocabulary import lookup
 
 
 class Embedding(nnx.Module):
     """A learned vector per id: tokens (axis 'vocab') or positions (axis 'positions')."""
 
     def __init__(self, size: int, d_model: int, axis: str) -> None:
+        self.axis = axis
         self.table = parameter((size, d_model), (axis, 'embed'), Role.EMBEDDING, inputs=(0,), outputs=(1,))
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """ids [B, S] -> [B, S, D] in `dtype`. Ids outside the table are clamped into it."""
-        x = jnp.take(self.table[...], ids, axis=0, mode='clip').astype(dtype)
+        x = lookup(self.table[...], ids, self.axis, dtype)
         return constrain(x, ('batch', 'sequence', 'embed'))
 
 

@@ -26,7 +26,8 @@ class AxisRules:
     parameters: tuple[tuple[str, MeshAxes], ...] = (
         ('layers', 'pipeline'),
         ('experts', 'expert'),
-        ('vocab', 'tensor'),
+        ('vocab', ('pipeline', 'tensor')),
+        ('positions', 'pipeline'),
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
@@ -38,11 +39,14 @@ class AxisRules:
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
-        ('vocab', 'tensor'),
+        ('vocab', ('pipeline', 'tensor')),
     )
 
     def partition(self, axes: Axes, mesh: Mesh | AbstractMesh, *, parameters: bool) -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out."""
+        """The PartitionSpec of an array with these logical axes.
+
+        Mesh axes of size 1 are left out, and in a part of a program where they are manual, manual axes.
+        """
         rows = self.parameters if parameters else self.activations
         taken: set[str] = set()
         spec: list[MeshAxes] = []
@@ -51,7 +55,7 @@ class AxisRules:
             for logical, mesh_axes in rows:
                 if logical == axis and mesh_axes is not None:
                     wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-                    usable = tuple(a for a in wanted if mesh.shape[a] > 1)
+                    usable = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in mesh.manual_axes)
                     if not taken.intersection(usable):
                         chosen = usable
                         break
@@ -60,11 +64,11 @@ class AxisRules:
         return PartitionSpec(*spec)
 
 
-_current: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar('axis_rules', default=None)
+_current: contextvars.ContextVar[tuple[Mesh | AbstractMesh, AxisRules] | None] = contextvars.ContextVar('axis_rules', default=None)
 
 
 @contextlib.contextmanager
-def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
+def use_rules(mesh: Mesh | AbstractMesh, rules: AxisRules) -> Iterator[None]:
     """Within this context `constrain` places activations on `mesh` by `rules`."""
     token = _current.set((mesh, rules))
     try:
@@ -96,16 +100,44 @@ def map_shards(
         axes: logical axes of each array, by name; None keeps a dimension whole. out_axes: those of the result.
     """
     current = _current.get()
-    if current is None or current[0].size == 1:
+    if current is None:
         return function(**arrays)
     mesh, rules = current
+    open_axes = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
+    if not open_axes:
+        return function(**arrays)
     specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
     out_spec = rules.partition(out_axes, mesh, parameters=False)
     mapped = jax.shard_map(
-        lambda parts: function(**parts), mesh=mesh, in_specs=(specs,), out_specs=out_spec, check_vma=False
+        lambda parts: function(**parts),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=out_spec,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )
     result: jax.Array = mapped(arrays)
     return result
+
+
+def manual_axes(axis: str, *, parameters: bool) -> tuple[str, ...]:
+    """The mesh axes over which dimensions of logical axis `axis` are cut up here, as far as they are manual."""
+    current = _current.get()
+    if current is None:
+        return ()
+    mesh, rules = current
+    everywhere = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
+    spec = rules.partition((axis,), everywhere, parameters=parameters)[0]
+    axes = (spec,) if isinstance(spec, str) else tuple(spec or ())
+    return tuple(each for each in axes if each in mesh.manual_axes)
+
+
+def global_rows(rows: int) -> tuple[int, jax.Array | int]:
+    """The number of rows of the batch of which `rows` are here, and the index of the first of those."""
+    axes = manual_axes('batch', parameters=False)
+    if not axes:
+        return rows, 0
+    return rows * jax.lax.axis_size(axes), rows * jax.lax.axis_index(axes)
 
 
 def parameter_sharding(

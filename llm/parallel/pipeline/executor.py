@@ -1,0 +1,453 @@
+"""One program that runs any schedule: a loop over the ticks of a table, on every device of every stage.
+
+The loop is not differentiated: a stage computes its gradients itself, by operations of the table. In a tick a stage runs
+one branch of a switch; messages to the neighbouring stages follow. Mesh axes over which the batch is split are manual
+too, so that gradients are summed over them once, after the loop. Collectives in a branch are those within a stage, which
+all of its devices take part in at once.
+
+Embedding, final layers and loss belong to no stage: their parameters are sharded over all stages, which compute them
+together between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with
+Vocabulary Parallelism", section 4).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from llm.parallel.pipeline.layout import from_chunks, to_chunks
+from llm.parallel.pipeline.schedules import Operation
+from llm.parallel.pipeline.simulation import GRADIENT_USERS
+from llm.parallel.pipeline.split import split_backward
+from llm.parallel.pipeline.table import Table
+from llm.parallel.sharding import AxisRules, use_rules
+
+AXIS = 'pipeline'
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The functions that a model is made of, for a pipeline. They see the rows of one device, and whole parameters.
+
+    Attributes:
+        embed: (shared, rows, key of the microbatch) -> x [B, S, D].
+        context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
+        repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
+        loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
+    """
+
+    embed: Callable[[Any, Batch, jax.Array], jax.Array]
+    context: Callable[[Batch, jax.Array], Any]
+    repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one parameter lives, and in which type it is used.
+
+    Attributes:
+        spec: over the mesh. dtype: of the products it takes part in; None for its own.
+    """
+
+    spec: PartitionSpec
+    dtype: Any = None
+
+
+def gradients(
+    table: Table,
+    stages: Stages,
+    mesh: Mesh,
+    rules: AxisRules,
+    placements: tuple[Any, Any],
+    layers: Any,
+    shared: Any,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[tuple[Any, Any], Sums]:
+    """Gradients of the summed loss of all microbatches, and their summed sums.
+
+    Args:
+        placements: of `layers` and `shared`, trees of Placement.
+        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`. shared: the others.
+        batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
+        key: of the step; every microbatch folds in its index.
+
+    Returns:
+        ((gradients of layers, of shared), placed and typed as the parameters; sums).
+    """
+    batch_axes = _names(rules.partition(('batch',), mesh, parameters=False)[0])
+    manual = (AXIS, *batch_axes)
+    specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
+    rows_spec = PartitionSpec(batch_axes or None)
+    columns = np.stack(list(table.columns.values()), axis=-1)
+    branch = np.searchsorted(np.asarray(table.operations), table.columns['operation']).astype(np.int32)
+    columns = np.concatenate([columns, branch[..., None]], axis=-1)
+    joint = np.stack(list(table.joint.values()), axis=-1)
+
+    def body(
+        layers: Any, shared: Any, batch: Batch, key: jax.Array, columns: jax.Array, joint: jax.Array
+    ) -> tuple[tuple[Any, Any], Sums]:
+        with use_rules(jax.sharding.get_abstract_mesh(), rules):
+            run = _Run(table, stages, placements, manual, layers, shared, batch, key)
+            return run.everything(columns[:, 0], joint)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(*specs, rows_spec, PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+        axis_names=set(manual),
+        check_vma=False,
+    )
+    result: tuple[tuple[Any, Any], Sums] = mapped(layers, shared, batch, key, columns, joint)
+    return result
+
+
+def _is_placement(node: Any) -> bool:
+    return isinstance(node, Placement)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """`spec` without mesh axes other than `axes`."""
+    return PartitionSpec(*(tuple(a for a in _names(each) if a in axes) or None for each in spec))
+
+
+def _start(x: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
+    return [jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index)))]
+
+
+def _read(buffer: Any, *index: jax.Array | int) -> Any:
+    """Entry `index` of the leading axes of every array of a tree."""
+    return jax.tree.map(lambda x: _read_one(x, *index), buffer)
+
+
+def _read_one(x: jax.Array, *index: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(x.shape[len(index) :])
+
+
+def _write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
+    def one(x: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[(None,) * len(index)], _start(x, index))
+
+    return jax.tree.map(one, buffer, value)
+
+
+def _write_if(condition: jax.Array, buffer: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:
+    """Write where `condition`; index entries below 0 count as 0, and must come with a false condition."""
+    index = tuple(jnp.maximum(i, 0) for i in index)
+    return _write(buffer, jnp.where(condition, value, _read(buffer, *index)), *index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a device carries from tick to tick.
+
+    Attributes:
+        inputs: [slots, repeats, B, S, D]. gradients: [slots, B, S, D]. residuals, operands: see Table.
+        layers, shared: sums of gradients. sums: of the losses.
+    """
+
+    inputs: jax.Array
+    gradients: jax.Array
+    residuals: list[jax.Array]
+    operands: list[jax.Array]
+    layers: Any
+    shared: Any
+    sums: Sums
+
+
+class _Run:
+    """The executor on one device; everything is that device's part, but for axes that the compiler places."""
+
+    def __init__(
+        self,
+        table: Table,
+        stages: Stages,
+        placements: tuple[Any, Any],
+        manual: tuple[str, ...],
+        layers: Any,
+        shared: Any,
+        batch: Batch,
+        key: jax.Array,
+    ) -> None:
+        problem = table.problem
+        self.table, self.stages, self.manual = table, stages, manual
+        self.layer_placements, self.shared_placements = placements
+        self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
+        self.layers, self.shared, self.key = layers, shared, key
+        self.stage = jax.lax.axis_index(AXIS)
+        self.batch = {
+            name: x.reshape(x.shape[0] // problem.microbatches, problem.microbatches, *x.shape[1:])
+            for name, x in batch.items()
+        }
+
+    def rows(self, microbatch: jax.Array) -> Batch:
+        """The rows of one microbatch."""
+        return {
+            name: jax.lax.dynamic_index_in_dim(x, microbatch, 1, keepdims=False) for name, x in self.batch.items()
+        }
+
+    def everything(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any], Sums]:
+        """The loop, and what comes before and after it."""
+        own_layers = self.layers
+        if self.chunks > 1:
+            cast = jax.tree.map(_cast, self.layers, self.layer_placements)
+            self.layers = to_chunks(cast, self.num_stages, self.chunks, AXIS)
+        state = self._initial(own_layers)
+        state, _ = jax.lax.scan(self._tick, state, (columns, joint))
+        layers = state.layers
+        if self.chunks > 1:
+            layers = from_chunks(layers, self.num_stages, self.chunks, AXIS)
+        # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
+        layers = jax.tree.map(functools.partial(self._sum_over_copies), layers, self.layer_placements)
+        shared = jax.tree.map(functools.partial(self._sum_over_copies), state.shared, self.shared_placements)
+        rest = tuple(axis for axis in self.manual if axis != AXIS)
+        return (layers, shared), (jax.lax.psum(state.sums, rest) if rest else state.sums)
+
+    def _sum_over_copies(self, x: jax.Array, placement: Placement) -> jax.Array:
+        used = {axis for each in placement.spec for axis in _names(each)}
+        axes = tuple(axis for axis in self.manual if axis not in used)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def _initial(self, layers: Any) -> _State:
+        table = self.table
+        rows = self.rows(jnp.int32(0))
+        x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
+        self.message = jnp.zeros(x.shape, x.dtype)
+        context = self.stages.context(rows, self.key)
+        self.split = split_backward(
+            self._repeat,
+            self._parameters(jnp.int32(0)),
+            self.message,
+            (jnp.int32(0), context),
+        )
+        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows)
+
+        def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
+            return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
+
+        return _State(
+            inputs=jnp.zeros((table.input_slots, self.repeats, *x.shape), x.dtype),
+            gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
+            residuals=buffers(self.split.residuals, table.residual_cells),
+            operands=buffers(self.split.operands, table.weight_cells),
+            layers=jax.tree.map(jnp.zeros_like, layers),
+            shared=jax.tree.map(jnp.zeros_like, self.shared),
+            sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
+        )
+
+    # What the stages do together.
+
+    def _gathered(self, parameters: Any, placements: Any) -> Any:
+        """Whole parameters, but for `pipeline` and the axes that the compiler places."""
+
+        def one(x: jax.Array, placement: Placement) -> jax.Array:
+            for dimension, axes in enumerate(placement.spec):
+                over = tuple(axis for axis in _names(axes) if axis in self.manual and axis != AXIS)
+                if over:
+                    x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
+            return x
+
+        return jax.tree.map(one, parameters, placements)
+
+    def _whole_shared(self, shared: Any) -> Any:
+        return self._gathered(jax.tree.map(_cast, shared, self.shared_placements), self.shared_placements)
+
+    def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
+        return self.stages.embed(self._whole_shared(shared), rows, jax.random.fold_in(self.key, microbatch))
+
+    def _loss(self, shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+        """Of the last stage's x; every stage has its part of the vocabulary."""
+        x = jax.lax.psum(jnp.where(self.stage == self.num_stages - 1, x, 0), AXIS)
+        return self.stages.loss(self._whole_shared(shared), x, rows)
+
+    def _on(self, stage: int, x: jax.Array) -> jax.Array:
+        """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
+        return jnp.where(self.stage == stage, x, jnp.zeros_like(x))
+
+    # One stage's operations.
+
+    def _parameters(self, repeat: jax.Array) -> Any:
+        """Those of one repeat of this stage, in the type of the products, sharded as they are."""
+        return jax.tree.map(_cast, _read(self.layers, repeat), self.layer_placements)
+
+    def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
+        placements = jax.tree.map(
+            lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
+            self.layer_placements,
+            is_leaf=_is_placement,
+        )
+        index, context = index_and_context
+        return self.stages.repeat(self._gathered(parameters, placements), x, index, context)
+
+    def _forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
+
+        def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            inputs, x = carry
+            inputs = _write(inputs, x, slot, repeat)
+            local, index = self._indices(row, repeat)
+            return inputs, self._repeat(self._parameters(local), x, (index, context))
+
+        x = _read(state.inputs, slot, row['first'])
+        inputs, x = jax.lax.fori_loop(row['first'], last, step, (state.inputs, x))
+        inputs = _write_if(last < self.repeats, inputs, x, slot, jnp.minimum(last, self.repeats - 1))
+        return dataclasses.replace(state, inputs=inputs), x
+
+    def _backward(
+        self, state: _State, row: dict[str, jax.Array], step: Callable[..., tuple[_State, jax.Array]]
+    ) -> tuple[_State, jax.Array]:
+        """Run `step` from the last repeat to the first."""
+        context = self._context(row)
+
+        def one(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+            state, dy = carry
+            offset = row['count'] - 1 - i
+            repeat = row['first'] + offset
+            local, index = self._indices(row, repeat)
+            return step(state, dy, self._parameters(local), (index, context), repeat, offset, local)
+
+        dy = _read(state.gradients, row['gradient_slot'])
+        return jax.lax.fori_loop(0, row['count'], one, (state, dy))
+
+    def _operation(self, operation: Operation, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        """(state, what comes out of the last repeat: x or its gradient)."""
+        split, slot = self.split, row['input_slot']
+
+        def whole(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
+            gradient, dx = split.whole(parameters, _read(state.inputs, slot, repeat), context, dy)
+            return self._accumulated(state, gradient, local), dx
+
+        def recompute(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
+            found = split.recompute(parameters, _read(state.inputs, slot, repeat), context)
+            residuals = _write(state.residuals, found, row['residual_cell'] + offset)
+            return dataclasses.replace(state, residuals=residuals), dy
+
+        def from_residuals(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
+            residuals = _read(state.residuals, row['residual_cell'] + offset)
+            dx, operands = split.input_gradient(parameters, residuals, context, dy)
+            operands = _write(state.operands, operands, row['weight_cell'] + offset)
+            return dataclasses.replace(state, operands=operands), dx
+
+        def from_input(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
+            x = _read(state.inputs, slot, repeat)
+            dx, operands = split.recompute_input_gradient(parameters, x, context, dy)
+            operands = _write(state.operands, operands, row['weight_cell'] + offset)
+            return dataclasses.replace(state, operands=operands), dx
+
+        def weights(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
+            operands = _read(state.operands, row['weight_cell'] + offset)
+            return self._accumulated(state, split.weight_gradient(parameters, operands, context), local), dy
+
+        if operation == Operation.IDLE:
+            return state, self.message
+        if operation == Operation.FORWARD:
+            return self._forward(state, row)
+        step = {
+            Operation.BACKWARD: whole,
+            Operation.RECOMPUTE: recompute,
+            Operation.INPUT_GRADIENT: from_residuals,
+            Operation.RECOMPUTE_INPUT_GRADIENT: from_input,
+            Operation.WEIGHT_GRADIENT: weights,
+        }[operation]
+        state, dy = self._backward(state, row, step)
+        if operation in GRADIENT_USERS:
+            state = dataclasses.replace(state, gradients=_write(state.gradients, dy, row['gradient_slot']))
+        return state, dy
+
+    def _context(self, row: dict[str, jax.Array]) -> Any:
+        return self.stages.context(self.rows(row['microbatch']), jax.random.fold_in(self.key, row['microbatch']))
+
+    def _indices(self, row: dict[str, jax.Array], repeat: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Index of a chunk's repeat among this stage's, and in the model."""
+        block = row['chunk'] * self.num_stages + self.stage
+        return row['chunk'] * self.repeats + repeat, block * self.repeats + repeat
+
+    def _accumulated(self, state: _State, gradient: Any, local: jax.Array) -> _State:
+        total = jax.tree.map(lambda total, new: total + new.astype(total.dtype), _read(state.layers, local), gradient)
+        return dataclasses.replace(state, layers=_write(state.layers, total, local))
+
+    # One tick.
+
+    def _tick(self, state: _State, columns_and_joint: tuple[jax.Array, jax.Array]) -> tuple[_State, None]:
+        columns, joint = columns_and_joint
+        row = dict(zip((*self.table.columns, 'branch'), columns, strict=True))
+        both = dict(zip(self.table.joint, joint, strict=True))
+        first, last = self.stage == 0, self.stage == self.num_stages - 1
+
+        def embed() -> jax.Array:
+            return self._embed(self.shared, self.rows(both['embed']), both['embed'])
+
+        due = both['embed'] >= 0
+        x = jax.lax.cond(due, embed, lambda: self.message)
+        state = dataclasses.replace(state, inputs=_write_if(due & first, state.inputs, x, both['embed_slot'], 0))
+
+        branches = [functools.partial(self._operation, operation) for operation in self.table.operations]
+        state, out = jax.lax.switch(row['branch'], branches, state, row)
+
+        state = self._after_last(state, out, both, last)
+        state = self._after_first(state, out, both)
+
+        for name, step in (('input', 1), ('gradient', -1)):
+            to = [(s, (s + step) % self.num_stages) for s in range(self.num_stages)]
+            sent = jax.lax.cond(
+                both[f'send_{name}'] > 0,
+                lambda to=to: jax.lax.ppermute(out, AXIS, to),  # type: ignore[misc]
+                lambda: self.message,
+            )
+            slot = row[f'receive_{name}']
+            if name == 'input':
+                state = dataclasses.replace(state, inputs=_write_if(slot >= 0, state.inputs, sent, slot, 0))
+            else:
+                state = dataclasses.replace(state, gradients=_write_if(slot >= 0, state.gradients, sent, slot))
+        return state, None
+
+    def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array], last: jax.Array) -> _State:
+        """Loss and its gradient for the microbatch that left the last chunk."""
+        due = both['loss'] >= 0
+
+        def compute(shared: Any, sums: Sums) -> tuple[Any, Sums, jax.Array]:
+            rows = self.rows(both['loss'])
+            loss, vjp, found = jax.vjp(
+                lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True
+            )
+            d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
+            return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
+
+        def skip(shared: Any, sums: Sums) -> tuple[Any, Sums, jax.Array]:
+            return shared, sums, self.message
+
+        shared, sums, dx = jax.lax.cond(due, compute, skip, state.shared, state.sums)
+        gradients = _write_if(due & last, state.gradients, dx, both['loss_slot'])
+        return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
+
+    def _after_first(self, state: _State, dx: jax.Array, both: dict[str, jax.Array]) -> _State:
+        """Gradient of the embedding of the microbatch that came out of the first chunk."""
+
+        def compute(shared: Any) -> Any:
+            microbatch = both['embed_gradient']
+            rows = self.rows(microbatch)
+            _, vjp = jax.vjp(lambda shared: self._embed(shared, rows, microbatch), self.shared)
+            (d_shared,) = vjp(self._on(0, dx))
+            return jax.tree.map(jnp.add, shared, d_shared)
+
+        shared = jax.lax.cond(both['embed_gradient'] >= 0, compute, lambda shared: shared, state.shared)
+        return dataclasses.replace(state, shared=shared)
+
+
+def _cast(x: jax.Array, placement: Placement) -> jax.Array:
+    return x if placement.dtype is None else x.astype(placement.dtype)
+

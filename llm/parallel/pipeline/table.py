@@ -1,0 +1,206 @@
+"""A timeline as the table of numbers that the executor reads: what every stage does in every tick, and where it keeps it.
+
+Buffers have as many slots as are in use at once, so that a slot is taken again as soon as it is free. What a stage keeps
+between ticks:
+
+- the input of every repeat of a chunk, from the tick in which the chunk's input arrives to the last tick of its
+  backward pass that reads it: one slot a microbatch and chunk in flight;
+- the gradient that goes back through a chunk, from its arrival to the last of its input gradients: one slot each;
+- residuals, from RECOMPUTE to INPUT_GRADIENT: one cell a repeat;
+- what weight gradients need, from the input gradient to WEIGHT_GRADIENT: one cell a repeat.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+
+import numpy as np
+
+from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.schedules import Operation
+from llm.parallel.pipeline.simulation import GRADIENT_USERS, Problem, Timeline, lock_step_cost
+
+_READ_INPUTS = (Operation.FORWARD, Operation.BACKWARD, Operation.RECOMPUTE, Operation.RECOMPUTE_INPUT_GRADIENT)
+_KEEP_FOR_WEIGHTS = (Operation.INPUT_GRADIENT, Operation.RECOMPUTE_INPUT_GRADIENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A schedule as data.
+
+    Attributes:
+        columns: int32 [ticks, stages] by name. operation, microbatch, chunk, first, count: as Piece. input_slot,
+            gradient_slot, residual_cell, weight_cell: where its inputs, its gradient, and the residuals and the weight
+            gradients' operands of its repeat `first` are kept. receive_input, receive_gradient: slots for what arrives
+            at the end of the tick; -1 for nothing.
+        joint: int32 [ticks] by name, for what all stages do together; -1 for nothing. embed: the microbatch that is
+            embedded at the start of the tick, into stage 0's slot embed_slot. loss: the one whose loss and gradient are
+            computed at the end of it, the gradient into the last stage's slot loss_slot. embed_gradient: the one whose
+            input gradient has come out of the first chunk. send_input, send_gradient: 1 if any stage sends.
+        input_slots, gradient_slots, residual_cells, weight_cells: sizes of the buffers.
+    """
+
+    problem: Problem
+    timeline: Timeline
+    columns: dict[str, np.ndarray]
+    joint: dict[str, np.ndarray]
+    input_slots: int
+    gradient_slots: int
+    residual_cells: int
+    weight_cells: int
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """Those that occur, in order of their numbers."""
+        return tuple(Operation(int(value)) for value in np.unique(self.columns['operation']))
+
+    def cost(self, costs: Costs) -> float:
+        """Cost of a step without embedding and loss; see lock_step_cost."""
+        return lock_step_cost(self.timeline, costs)
+
+
+class _Slots:
+    """Intervals of ticks, each of which needs a slot of its own: the least number of slots, first come first served."""
+
+    def __init__(self) -> None:
+        self.spans: dict[Hashable, list[int]] = {}
+
+    def use(self, key: Hashable, tick: int) -> None:
+        """`key` is written or read in this tick; it lives from the first such tick to the last."""
+        span = self.spans.setdefault(key, [tick, tick])
+        span[0], span[1] = min(span[0], tick), max(span[1], tick)
+
+    def assign(self) -> tuple[dict[Hashable, int], int]:
+        """Slot of every key, and how many slots there are."""
+        free_after: list[int] = []  # last tick of each slot's owner
+        slots: dict[Hashable, int] = {}
+        for key, (start, end) in sorted(self.spans.items(), key=lambda item: item[1]):
+            slot = next((i for i, last in enumerate(free_after) if last < start), len(free_after))
+            if slot == len(free_after):
+                free_after.append(end)
+            free_after[slot] = end
+            slots[key] = slot
+        return slots, len(free_after)
+
+
+def make_table(problem: Problem, timeline: Timeline) -> Table:
+    """The table of a timeline, with a slot for everything that is kept."""
+    ticks, stages, repeats = len(timeline), problem.stages, problem.chunk_repeats
+    names = ('operation', 'microbatch', 'chunk', 'first', 'count', 'input_slot', 'gradient_slot', 'residual_cell')
+    columns = {name: np.zeros((ticks, stages), np.int32) for name in (*names, 'weight_cell')}
+    columns |= {name: np.full((ticks, stages), -1, np.int32) for name in ('receive_input', 'receive_gradient')}
+    joint = {name: np.full(ticks, -1, np.int32) for name in ('embed', 'embed_slot', 'loss', 'loss_slot')}
+    joint |= {'embed_gradient': np.full(ticks, -1, np.int32)}
+    joint |= {name: np.zeros(ticks, np.int32) for name in ('send_input', 'send_gradient')}
+
+    inputs, gradients, weights = ([_Slots() for _ in range(stages)] for _ in range(3))
+    received: list[tuple[str, int, int, tuple[int, int]]] = []  # (column, tick, stage, (microbatch, chunk))
+    for tick, row in enumerate(timeline):
+        for stage, piece in enumerate(row):
+            if piece is None:
+                continue
+            key = (piece.microbatch, piece.chunk)
+            for name in ('operation', 'microbatch', 'chunk', 'first', 'count'):
+                columns[name][tick, stage] = getattr(piece, name)
+            if piece.operation in _READ_INPUTS:
+                inputs[stage].use(key, tick)
+            if piece.operation in GRADIENT_USERS:
+                gradients[stage].use(key, tick)
+            if piece.operation in _KEEP_FOR_WEIGHTS or piece.operation == Operation.WEIGHT_GRADIENT:
+                weights[stage].use(key, tick)
+            if piece.operation == Operation.FORWARD and piece.first == 0 and (stage, piece.chunk) == (0, 0):
+                joint['embed'][tick] = piece.microbatch
+            if piece.operation == Operation.FORWARD and piece.first + piece.count == repeats:
+                after = problem.after(stage, piece.chunk)
+                if after is None:
+                    joint['loss'][tick] = piece.microbatch
+                    gradients[stage].use(key, tick)
+                else:
+                    inputs[after[0]].use((piece.microbatch, after[1]), tick)
+                    received.append(('receive_input', tick, after[0], (piece.microbatch, after[1])))
+                    joint['send_input'][tick] = 1
+            if piece.operation in GRADIENT_USERS and piece.first == 0:
+                before = problem.before(stage, piece.chunk)
+                if before is None:
+                    joint['embed_gradient'][tick] = piece.microbatch
+                else:
+                    gradients[before[0]].use((piece.microbatch, before[1]), tick)
+                    received.append(('receive_gradient', tick, before[0], (piece.microbatch, before[1])))
+                    joint['send_gradient'][tick] = 1
+
+    input_slots, gradient_slots = [each.assign() for each in inputs], [each.assign() for each in gradients]
+    for name, tick, stage, key in received:
+        columns[name][tick, stage] = (input_slots if name == 'receive_input' else gradient_slots)[stage][0][key]
+    residual_cells, weight_cells = _assign_cells(problem, timeline, columns, weights)
+    for tick, row in enumerate(timeline):
+        for stage, piece in enumerate(row):
+            if piece is not None:
+                key = (piece.microbatch, piece.chunk)
+                columns['input_slot'][tick, stage] = input_slots[stage][0].get(key, 0)
+                columns['gradient_slot'][tick, stage] = gradient_slots[stage][0].get(key, 0)
+        if joint['embed'][tick] >= 0:
+            joint['embed_slot'][tick] = input_slots[0][0][int(joint['embed'][tick]), 0]
+        if joint['loss'][tick] >= 0:
+            key = (int(joint['loss'][tick]), problem.config.chunks - 1)
+            joint['loss_slot'][tick] = gradient_slots[-1][0][key]
+    return Table(
+        problem,
+        timeline,
+        columns,
+        joint,
+        input_slots=max(count for _, count in input_slots),
+        gradient_slots=max(count for _, count in gradient_slots),
+        residual_cells=residual_cells,
+        weight_cells=weight_cells,
+    )
+
+
+def _assign_cells(
+    problem: Problem, timeline: Timeline, columns: dict[str, np.ndarray], weights: list[_Slots]
+) -> tuple[int, int]:
+    """Fill in residual_cell and weight_cell; returns how many cells of each there are.
+
+    A residual cell is taken for a short while, one piece after the other. So are weight cells, group by group, unless
+    the weight gradients of several microbatches wait at once: then every microbatch has a cell for each repeat.
+    """
+    repeats = problem.chunk_repeats
+    deferred = [each.assign() for each in weights]
+    most = max(count for _, count in deferred)
+    residual_cells = weight_cells = 0
+    for stage in range(problem.stages):
+        group: dict[int, int] = {}  # repeat -> cell, of one microbatch and chunk at a time
+        for tick, row in enumerate(timeline):
+            piece = row[stage]
+            if piece is None:
+                continue
+            if piece.operation == Operation.RECOMPUTE:
+                residual_cells = max(residual_cells, piece.count)
+            if piece.operation not in (*_KEEP_FOR_WEIGHTS, Operation.WEIGHT_GRADIENT):
+                continue
+            if most > 1:
+                slot = deferred[stage][0][piece.microbatch, piece.chunk]
+                columns['weight_cell'][tick, stage] = slot * repeats + piece.first
+                weight_cells = most * repeats
+            elif piece.operation == Operation.WEIGHT_GRADIENT:
+                columns['weight_cell'][tick, stage] = group[piece.first]
+                for repeat in range(piece.first, piece.first + piece.count):
+                    del group[repeat]
+            else:
+                # Cells in the order of repeats: the group's last repeat is done first and has the highest cell.
+                top = _group_size(timeline, tick, stage) if not group else min(group.values())
+                for repeat in range(piece.count):
+                    group[piece.first + repeat] = top - piece.count + repeat
+                columns['weight_cell'][tick, stage] = top - piece.count
+                weight_cells = max(weight_cells, top)
+    return residual_cells, weight_cells
+
+
+def _group_size(timeline: Timeline, tick: int, stage: int) -> int:
+    """How many repeats' input gradients stage `stage` computes from `tick` on before it computes weight gradients."""
+    size = 0
+    for row in timeline[tick:]:
+        piece = row[stage]
+        if piece is not None and piece.operation == Operation.WEIGHT_GRADIENT:
+            break
+        if piece is not None and piece.operation in _KEEP_FOR_WEIGHTS:
+            size += piece.count
+    return size

@@ -1,0 +1,109 @@
+"""The decoder as stages of a pipeline, and the gradient of a training step that runs through them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from llm.models.context import Context
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.layer_stack import run_layers
+from llm.models.parameters import ParameterSpec, Role
+from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, gradients
+from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.parallel.pipeline.simulation import Problem, plan
+from llm.parallel.pipeline.table import Table, make_table
+from llm.parallel.sharding import AxisRules, manual_axes
+from llm.parallel.vocabulary import token_negative_log_likelihood
+
+Gradients = Callable[[Any, Batch, jax.Array], tuple[Any, Sums]]
+
+
+def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
+    """The functions of `config`'s decoder.
+
+    A stage computes its layers again in the backward pass, from the input of every repeat, whatever `config.remat` is.
+    """
+    decoder = Decoder(config)
+    graph, abstract = nnx.split(decoder)
+    layers_graph, _ = nnx.split(decoder.layers)
+    unused = nnx.to_pure_dict(abstract)['layers']
+
+    def merged(shared: Any) -> Decoder:
+        return nnx.merge(graph, {**shared, 'layers': unused})
+
+    def embed(shared: Any, rows: Batch, key: jax.Array) -> jax.Array:
+        return merged(shared).embed(rows['inputs'], rows['positions'], key)
+
+    def context(rows: Batch, key: jax.Array) -> Any:
+        return rows['segment_ids'], decoder.rotary(rows['positions']), key
+
+    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> jax.Array:
+        segment_ids, rotary, key = context
+        layers = nnx.merge(layers_graph, jax.tree.map(lambda p: p[None], parameters))
+        x, _ = run_layers(
+            dict(layers.items()),
+            x,
+            Context(segment_ids, rotary),
+            repeats=1,
+            first=index * len(config.pattern),
+            dropout_key=key,
+        )
+        return x
+
+    def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+        model = merged(shared)
+        logits = model.logits(model.normalize(x))
+        axes = manual_axes('vocab', parameters=True)
+        nll, log_z = token_negative_log_likelihood(logits, rows['targets'], axes)
+        weights = rows['loss_weights'].astype(nll.dtype)
+        sums = {
+            'nll': jnp.sum(nll * weights),
+            'z_loss': z_loss * jnp.sum(jnp.square(log_z) * weights),
+            'tokens': jnp.sum(weights),
+        }
+        return sums['nll'] + sums['z_loss'], sums
+
+    return Stages(embed, context, repeat, loss)
+
+
+def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
+    # Layers cast their matrices to the type of the products themselves; norms are taken in fp32.
+    return Placement(
+        PartitionSpec(*rules.partition(spec.axes, mesh, parameters=True)), None if spec.role == Role.VECTOR else dtype
+    )
+
+
+def make_pipeline_gradients(
+    config: DecoderConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
+) -> Gradients:
+    """(parameters, batch, key of the step) -> (gradients of the summed loss, sums), as `table` says.
+
+    The same as accumulating over `table.problem.microbatches` microbatches on one device.
+    """
+    stages = make_stages(config, z_loss)
+    place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
+    placements = jax.tree.map(place, specs)
+    layers = placements.pop('layers')
+
+    def compute(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+        shared = {name: value for name, value in parameters.items() if name != 'layers'}
+        found, sums = gradients(
+            table, stages, mesh, rules, (layers, placements), parameters['layers'], shared, batch, key
+        )
+        return {**found[1], 'layers': found[0]}, sums
+
+    return compute
+
+
+def make_pipeline_table(
+    pipeline: PipelineConfig, config: DecoderConfig, num_stages: int, microbatches: int, costs: Costs = Costs()
+) -> Table:
+    """The schedule of a training step."""
+    problem = Problem(pipeline, num_stages, microbatches, config.repeats)
+    return make_table(problem, plan(problem, costs))
