@@ -25,6 +25,7 @@ from llm.jobs.describe import describe
 from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
 from llm.models.decoder import DecoderConfig
 from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
 from llm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
@@ -40,7 +41,7 @@ from llm.training.trainer import Trainer
 # What may differ when a run goes on: where it runs and what it keeps, not what it computes.
 _COMPLETE = 'complete'
 _CHANGEABLE = (
-    *('run_directory', 'mesh', 'rules', 'checkpoint', 'data.cache_directory', 'data.workers'),
+    *('run_directory', 'mesh', 'rules', 'pipeline', 'checkpoint', 'data.cache_directory', 'data.workers'),
     *('loop.profile_first_step', 'loop.profile_steps'),
 )
 
@@ -71,6 +72,7 @@ class Pretrain:
     loop: LoopConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
+    pipeline: PipelineConfig = PipelineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig | None = None
     initial_parameters: str | None = None
@@ -82,7 +84,15 @@ class Pretrain:
             print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
             return
         directory = Path(self.run_directory)
-        trainer = Trainer(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules)
+        trainer = Trainer(
+            self.model,
+            self.optimizer,
+            self.step,
+            self.loop.total_steps,
+            self.mesh,
+            self.rules,
+            pipeline=self.pipeline,
+        )
         with RunLock(directory), contextlib.ExitStack() as stack:
             resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from llm.errors import UserError
 from llm.models.context import Context
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
+from llm.parallel.pipeline.costs import repeat_costs
 from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, gradients
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -101,9 +103,34 @@ def make_pipeline_gradients(
     return compute
 
 
+def repeat_costs_of(config: DecoderConfig, specs: Any, rows: int, length: int) -> Costs:
+    """What the parts of a repeat of the layers cost for a microbatch [rows, length], on one device."""
+    stages, dtype = make_stages(config, 0.0), jnp.dtype(config.compute_dtype)
+    parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), specs['layers'])
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    context = jax.eval_shape(stages.context, {'segment_ids': tokens, 'positions': tokens}, key)
+
+    def repeat(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
+        return stages.repeat(parameters, x, jnp.int32(0), context)
+
+    return repeat_costs(repeat, parameters, jax.ShapeDtypeStruct((rows, length, config.d_model), dtype), context)
+
+
 def make_pipeline_table(
-    pipeline: PipelineConfig, config: DecoderConfig, num_stages: int, microbatches: int, costs: Costs = Costs()
+    pipeline: PipelineConfig, config: DecoderConfig, specs: Any, num_stages: int, microbatches: int, shape: tuple[int, int]
 ) -> Table:
-    """The schedule of a training step."""
+    """The schedule of a training step whose microbatches have `shape` (rows, length).
+
+    Raises:
+        UserError: the layers cannot be divided over the stages, or there are too few microbatches.
+    """
+    if config.remainder:
+        raise UserError(
+            f'{config.num_layers} layers are no whole number of patterns of {len(config.pattern)}, and a pipeline has '
+            'no place for the rest',
+            where='DecoderConfig.num_layers',
+            fix=f'Use a multiple of {len(config.pattern)}, or MeshConfig.pipeline = 1.',
+        )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
-    return make_table(problem, plan(problem, costs))
+    return make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))

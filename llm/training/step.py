@@ -24,7 +24,8 @@ class StepConfig:
 
     Attributes:
         batch_size: rows of the global batch. sequence_length: tokens per row.
-        gradient_accumulation: microbatches that the batch is cut into; does not change the loss or the gradient.
+        gradient_accumulation: microbatches that the batch is cut into, one after the other or in a pipeline; does not
+            change the loss or the gradient.
         z_loss: coefficient of log_z ** 2; see `llm.training.losses`.
         seed: of initial parameters and dropout.
     """
@@ -59,8 +60,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
+    gradients_of_sums: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
+
+    Args:
+        gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
+            accumulation over microbatches one after the other: a pipeline.
 
     Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
     tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
@@ -100,7 +106,7 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        gradients, sums = accumulated(state['parameters'], batch, key)
+        gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['parameters'])

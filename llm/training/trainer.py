@@ -14,8 +14,12 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, parameter_sharding, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
+from llm.training.pipeline import make_pipeline_gradients, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
 
@@ -31,6 +35,7 @@ class Trainer:
         optimizer: the optax transformation.
         abstract_state, state_shardings: ShapeDtypeStruct and NamedSharding of every array of the train state.
         batch_sharding: NamedSharding of each array of a batch, [B, S].
+        pipeline_table: the schedule, where the mesh has more than one pipeline stage; else None.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Trainer:
         mesh: MeshConfig = MeshConfig(),
         rules: AxisRules = AxisRules(),
         devices: list[jax.Device] | None = None,
+        pipeline: PipelineConfig = PipelineConfig(),
     ):
         self.model_config, self.step_config, self.rules = model, step, rules
         self.mesh: Mesh = make_mesh(mesh, devices)
@@ -49,6 +55,7 @@ class Trainer:
         self._check_length()
         decoder = Decoder(model)
         self.specs = parameter_specs(decoder)
+        self.pipeline_table = self._pipeline_table(pipeline)
         self.model: nnx.GraphDef = nnx.split(decoder)[0]
         base = model if model.mup_base_width is None else model.at_width(model.mup_base_width)
         base_specs = parameter_specs(Decoder(base))
@@ -91,6 +98,15 @@ class Trainer:
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
             )
 
+    def _pipeline_table(self, pipeline: PipelineConfig) -> Table | None:
+        """The schedule, if the mesh has stages."""
+        stages, step = self.mesh.shape[PIPELINE_AXIS], self.step_config
+        if stages == 1:
+            return None
+        microbatches = step.gradient_accumulation
+        shape = (step.batch_size // microbatches, step.sequence_length)
+        return make_pipeline_table(pipeline, self.model_config, self.specs, stages, microbatches, shape)
+
     def _check_length(self) -> None:
         # The decoder would say so too, but only when it is first run, after hours of tokenising perhaps.
         model, length = self.model_config, self.step_config.sequence_length
@@ -117,7 +133,12 @@ class Trainer:
     @functools.cached_property
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config)
+        gradients = None
+        if self.pipeline_table is not None:
+            gradients = make_pipeline_gradients(
+                self.model_config, self.specs, self.pipeline_table, self.mesh, self.rules, self.step_config.z_loss
+            )
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, gradients)
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property

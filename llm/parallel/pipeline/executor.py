@@ -1,9 +1,12 @@
 """One program that runs any schedule: a loop over the ticks of a table, on every device of every stage.
 
-The loop is not differentiated: a stage computes its gradients itself, by operations of the table. In a tick a stage runs
-one branch of a switch; messages to the neighbouring stages follow. Mesh axes over which the batch is split are manual
-too, so that gradients are summed over them once, after the loop. Collectives in a branch are those within a stage, which
-all of its devices take part in at once.
+The loop is not differentiated: a stage computes its gradients itself, by operations of the table. Every operation is a
+loop over the repeats that it is for, of no steps where the table says another operation: unlike the branches of a
+conditional, loops update the buffers that go through them in place. Messages to the neighbouring stages follow.
+
+Mesh axes over which the batch is split are manual too, so that gradients are summed over them once, after the loop. The
+other axes are left to the compiler. Collectives in an operation are those within a stage: all devices of a stage, and
+of no other, take part in them.
 
 Embedding, final layers and loss belong to no stage: their parameters are sharded over all stages, which compute them
 together between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with
@@ -22,7 +25,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
-from llm.parallel.pipeline.simulation import GRADIENT_USERS
 from llm.parallel.pipeline.split import split_backward
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, use_rules
@@ -88,8 +90,6 @@ def gradients(
     specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
     rows_spec = PartitionSpec(batch_axes or None)
     columns = np.stack(list(table.columns.values()), axis=-1)
-    branch = np.searchsorted(np.asarray(table.operations), table.columns['operation']).astype(np.int32)
-    columns = np.concatenate([columns, branch[..., None]], axis=-1)
     joint = np.stack(list(table.joint.values()), axis=-1)
 
     def body(
@@ -144,6 +144,16 @@ def _write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
     return jax.tree.map(one, buffer, value)
 
 
+def _add(buffer: Any, value: Any, index: jax.Array) -> Any:
+    """Add to entry `index` of the leading axis, in the buffer's type."""
+    return _write(buffer, jax.tree.map(lambda old, new: old + new.astype(old.dtype), _read(buffer, index), value), index)
+
+
+def _when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
+    """function(value) if `condition`, else value: a loop of one step or none, whose buffers are updated in place."""
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, value: function(value), value)
+
+
 def _write_if(condition: jax.Array, buffer: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:
     """Write where `condition`; index entries below 0 count as 0, and must come with a false condition."""
     index = tuple(jnp.maximum(i, 0) for i in index)
@@ -167,6 +177,17 @@ class _State:
     layers: Any
     shared: Any
     sums: Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Where a backward operation is: repeat of the chunk, of the piece, of the stage; its parameters and context."""
+
+    repeat: jax.Array
+    offset: jax.Array
+    local: jax.Array
+    parameters: Any
+    context: Any
 
 
 class _Run:
@@ -293,8 +314,10 @@ class _Run:
         index, context = index_and_context
         return self.stages.repeat(self._gathered(parameters, placements), x, index, context)
 
-    def _forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+    def _run_forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        """FORWARD, if that is this tick's operation: the state, and x after the last repeat."""
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
+        due = row['operation'] == Operation.FORWARD
 
         def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs, x = carry
@@ -303,70 +326,62 @@ class _Run:
             return inputs, self._repeat(self._parameters(local), x, (index, context))
 
         x = _read(state.inputs, slot, row['first'])
-        inputs, x = jax.lax.fori_loop(row['first'], last, step, (state.inputs, x))
-        inputs = _write_if(last < self.repeats, inputs, x, slot, jnp.minimum(last, self.repeats - 1))
+        inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
+        inputs = _write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
         return dataclasses.replace(state, inputs=inputs), x
 
-    def _backward(
-        self, state: _State, row: dict[str, jax.Array], step: Callable[..., tuple[_State, jax.Array]]
-    ) -> tuple[_State, jax.Array]:
-        """Run `step` from the last repeat to the first."""
-        context = self._context(row)
+    def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        """The other operations, if one of them is this tick's: the state, and the gradient of x before the first repeat.
 
-        def one(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
-            state, dy = carry
-            offset = row['count'] - 1 - i
-            repeat = row['first'] + offset
-            local, index = self._indices(row, repeat)
-            return step(state, dy, self._parameters(local), (index, context), repeat, offset, local)
+        Each is a loop from the last repeat to the first, over the one buffer that it writes to and the gradient.
+        """
+        split, context, slot = self.split, self._context(row), row['input_slot']
 
+        def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            gradient, dx = split.whole(at.parameters, _read(state.inputs, slot, at.repeat), at.context, dy)
+            return _add(layers, gradient, at.local), dx
+
+        def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            found = split.recompute(at.parameters, _read(state.inputs, slot, at.repeat), at.context)
+            return _write(residuals, found, row['residual_cell'] + at.offset), dy
+
+        def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            residuals = _read(state.residuals, row['residual_cell'] + at.offset)
+            dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
+            return _write(operands, found, row['weight_cell'] + at.offset), dx
+
+        def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            x = _read(state.inputs, slot, at.repeat)
+            dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
+            return _write(operands, found, row['weight_cell'] + at.offset), dx
+
+        def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            operands = _read(state.operands, row['weight_cell'] + at.offset)
+            return _add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
+
+        steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
+            Operation.BACKWARD: ('layers', whole),
+            Operation.RECOMPUTE: ('residuals', recompute),
+            Operation.INPUT_GRADIENT: ('operands', from_residuals),
+            Operation.RECOMPUTE_INPUT_GRADIENT: ('operands', from_input),
+            Operation.WEIGHT_GRADIENT: ('layers', weights),
+        }
         dy = _read(state.gradients, row['gradient_slot'])
-        return jax.lax.fori_loop(0, row['count'], one, (state, dy))
+        for operation, (name, step) in steps.items():
+            if operation not in self.table.operations:
+                continue
 
-    def _operation(self, operation: Operation, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
-        """(state, what comes out of the last repeat: x or its gradient)."""
-        split, slot = self.split, row['input_slot']
+            def one(i: jax.Array, carry: tuple[Any, jax.Array], step: Any = step) -> tuple[Any, jax.Array]:
+                offset = row['count'] - 1 - i
+                repeat = row['first'] + offset
+                local, index = self._indices(row, repeat)
+                return step(*carry, _At(repeat, offset, local, self._parameters(local), (index, context)))
 
-        def whole(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
-            gradient, dx = split.whole(parameters, _read(state.inputs, slot, repeat), context, dy)
-            return self._accumulated(state, gradient, local), dx
-
-        def recompute(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
-            found = split.recompute(parameters, _read(state.inputs, slot, repeat), context)
-            residuals = _write(state.residuals, found, row['residual_cell'] + offset)
-            return dataclasses.replace(state, residuals=residuals), dy
-
-        def from_residuals(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
-            residuals = _read(state.residuals, row['residual_cell'] + offset)
-            dx, operands = split.input_gradient(parameters, residuals, context, dy)
-            operands = _write(state.operands, operands, row['weight_cell'] + offset)
-            return dataclasses.replace(state, operands=operands), dx
-
-        def from_input(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
-            x = _read(state.inputs, slot, repeat)
-            dx, operands = split.recompute_input_gradient(parameters, x, context, dy)
-            operands = _write(state.operands, operands, row['weight_cell'] + offset)
-            return dataclasses.replace(state, operands=operands), dx
-
-        def weights(state, dy, parameters, context, repeat, offset, local):  # type: ignore[no-untyped-def]
-            operands = _read(state.operands, row['weight_cell'] + offset)
-            return self._accumulated(state, split.weight_gradient(parameters, operands, context), local), dy
-
-        if operation == Operation.IDLE:
-            return state, self.message
-        if operation == Operation.FORWARD:
-            return self._forward(state, row)
-        step = {
-            Operation.BACKWARD: whole,
-            Operation.RECOMPUTE: recompute,
-            Operation.INPUT_GRADIENT: from_residuals,
-            Operation.RECOMPUTE_INPUT_GRADIENT: from_input,
-            Operation.WEIGHT_GRADIENT: weights,
-        }[operation]
-        state, dy = self._backward(state, row, step)
-        if operation in GRADIENT_USERS:
-            state = dataclasses.replace(state, gradients=_write(state.gradients, dy, row['gradient_slot']))
-        return state, dy
+            count = jnp.where(row['operation'] == operation, row['count'], 0)
+            buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))
+            state = dataclasses.replace(state, **{name: buffer})
+        # Without an operation that changes it, it is written back as it was.
+        return dataclasses.replace(state, gradients=_write(state.gradients, dy, row['gradient_slot'])), dy
 
     def _context(self, row: dict[str, jax.Array]) -> Any:
         return self.stages.context(self.rows(row['microbatch']), jax.random.fold_in(self.key, row['microbatch']))
@@ -376,62 +391,48 @@ class _Run:
         block = row['chunk'] * self.num_stages + self.stage
         return row['chunk'] * self.repeats + repeat, block * self.repeats + repeat
 
-    def _accumulated(self, state: _State, gradient: Any, local: jax.Array) -> _State:
-        total = jax.tree.map(lambda total, new: total + new.astype(total.dtype), _read(state.layers, local), gradient)
-        return dataclasses.replace(state, layers=_write(state.layers, total, local))
-
     # One tick.
 
     def _tick(self, state: _State, columns_and_joint: tuple[jax.Array, jax.Array]) -> tuple[_State, None]:
         columns, joint = columns_and_joint
-        row = dict(zip((*self.table.columns, 'branch'), columns, strict=True))
+        row = dict(zip(self.table.columns, columns, strict=True))
         both = dict(zip(self.table.joint, joint, strict=True))
-        first, last = self.stage == 0, self.stage == self.num_stages - 1
-
-        def embed() -> jax.Array:
-            return self._embed(self.shared, self.rows(both['embed']), both['embed'])
 
         due = both['embed'] >= 0
-        x = jax.lax.cond(due, embed, lambda: self.message)
-        state = dataclasses.replace(state, inputs=_write_if(due & first, state.inputs, x, both['embed_slot'], 0))
+        x = _when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
+        inputs = _write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
+        state = dataclasses.replace(state, inputs=inputs)
 
-        branches = [functools.partial(self._operation, operation) for operation in self.table.operations]
-        state, out = jax.lax.switch(row['branch'], branches, state, row)
+        state, x = self._run_forward(state, row)
+        state, dx = self._run_backward(state, row)
+        state = self._after_last(state, x, both)
+        state = self._after_first(state, dx, both)
 
-        state = self._after_last(state, out, both, last)
-        state = self._after_first(state, out, both)
+        x = self._sent(x, 1, both['send_input'])
+        dx = self._sent(dx, -1, both['send_gradient'])
+        slot, gradient_slot = row['receive_input'], row['receive_gradient']
+        inputs = _write_if(slot >= 0, state.inputs, x, slot, 0)
+        gradients = _write_if(gradient_slot >= 0, state.gradients, dx, gradient_slot)
+        return dataclasses.replace(state, inputs=inputs, gradients=gradients), None
 
-        for name, step in (('input', 1), ('gradient', -1)):
-            to = [(s, (s + step) % self.num_stages) for s in range(self.num_stages)]
-            sent = jax.lax.cond(
-                both[f'send_{name}'] > 0,
-                lambda to=to: jax.lax.ppermute(out, AXIS, to),  # type: ignore[misc]
-                lambda: self.message,
-            )
-            slot = row[f'receive_{name}']
-            if name == 'input':
-                state = dataclasses.replace(state, inputs=_write_if(slot >= 0, state.inputs, sent, slot, 0))
-            else:
-                state = dataclasses.replace(state, gradients=_write_if(slot >= 0, state.gradients, sent, slot))
-        return state, None
+    def _sent(self, x: jax.Array, step: int, due: jax.Array) -> jax.Array:
+        """x of the stage `step` stages before this one, if any stage sends."""
+        to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
+        return _when(due > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
 
-    def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array], last: jax.Array) -> _State:
+    def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         """Loss and its gradient for the microbatch that left the last chunk."""
         due = both['loss'] >= 0
 
-        def compute(shared: Any, sums: Sums) -> tuple[Any, Sums, jax.Array]:
+        def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
+            shared, sums, _ = carry
             rows = self.rows(both['loss'])
-            loss, vjp, found = jax.vjp(
-                lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True
-            )
+            loss, vjp, found = jax.vjp(lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True)
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
             return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
 
-        def skip(shared: Any, sums: Sums) -> tuple[Any, Sums, jax.Array]:
-            return shared, sums, self.message
-
-        shared, sums, dx = jax.lax.cond(due, compute, skip, state.shared, state.sums)
-        gradients = _write_if(due & last, state.gradients, dx, both['loss_slot'])
+        shared, sums, dx = _when(due, compute, (state.shared, state.sums, self.message))
+        gradients = _write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
         return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
 
     def _after_first(self, state: _State, dx: jax.Array, both: dict[str, jax.Array]) -> _State:
@@ -444,8 +445,7 @@ class _Run:
             (d_shared,) = vjp(self._on(0, dx))
             return jax.tree.map(jnp.add, shared, d_shared)
 
-        shared = jax.lax.cond(both['embed_gradient'] >= 0, compute, lambda shared: shared, state.shared)
-        return dataclasses.replace(state, shared=shared)
+        return dataclasses.replace(state, shared=_when(both['embed_gradient'] >= 0, compute, state.shared))
 
 
 def _cast(x: jax.Array, placement: Placement) -> jax.Array:

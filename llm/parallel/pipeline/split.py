@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 _INLINED = ('jit', 'pjit', 'closed_call', 'core_call')
 
 Arrays = list[jax.Array]
+Function = Callable[[Any, jax.Array, Any], jax.Array]  # (parameters, x, context) -> y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class SplitBackward:
     operands: list[jax.ShapeDtypeStruct]
 
 
-def split_backward(function: Callable[..., jax.Array], parameters: Any, x: jax.Array, context: Any) -> SplitBackward:
+def split_backward(function: Function, parameters: Any, x: Any, context: Any) -> SplitBackward:
     """Split the backward pass of `function(parameters, x, context) -> y`, y of the shape and type of x.
 
     Args:
-        parameters, context: trees of arrays; x: an array. Their values are not used.
+        parameters, context: trees of arrays, x: an array; or of jax.ShapeDtypeStruct: values are not used.
     """
 
     def whole(parameters: Any, x: jax.Array, context: Any, dy: jax.Array) -> tuple[Any, jax.Array]:
