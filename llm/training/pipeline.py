@@ -1,5 +1,6 @@
 """The decoder as stages of a pipeline, and the gradient of a training step that runs through them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +16,14 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
 from llm.parallel.pipeline.costs import repeat_costs
-from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, gradients
+from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, run
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.schedules import PipelineConfig
-from llm.parallel.pipeline.simulation import Problem, plan
+from llm.parallel.pipeline.simulation import Problem, plan, plan_evaluation
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.sharding import AxisRules, manual_axes
 from llm.parallel.vocabulary import token_negative_log_likelihood
 
-Gradients = Callable[[Any, Batch, jax.Array], tuple[Any, Sums]]
 
 
 def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
@@ -39,10 +39,10 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
     def merged(shared: Any) -> Decoder:
         return nnx.merge(graph, {**shared, 'layers': unused})
 
-    def embed(shared: Any, rows: Batch, key: jax.Array) -> jax.Array:
+    def embed(shared: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
         return merged(shared).embed(rows['inputs'], rows['positions'], key)
 
-    def context(rows: Batch, key: jax.Array) -> Any:
+    def context(rows: Batch, key: jax.Array | None) -> Any:
         return rows['segment_ids'], decoder.rotary(rows['positions']), key
 
     def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> jax.Array:
@@ -81,24 +81,23 @@ def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) ->
     )
 
 
-def make_pipeline_gradients(
+def make_pipeline(
     config: DecoderConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
-) -> Gradients:
+) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Sums]]:
     """(parameters, batch, key of the step) -> (gradients of the summed loss, sums), as `table` says.
 
-    The same as accumulating over `table.problem.microbatches` microbatches on one device.
+    The same as accumulating over `table.problem.microbatches` microbatches on one device. Without a key there is no
+    dropout, and if the table is for evaluation no gradients.
     """
     stages = make_stages(config, z_loss)
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
     placements = jax.tree.map(place, specs)
     layers = placements.pop('layers')
 
-    def compute(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+    def compute(parameters: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Sums]:
         shared = {name: value for name, value in parameters.items() if name != 'layers'}
-        found, sums = gradients(
-            table, stages, mesh, rules, (layers, placements), parameters['layers'], shared, batch, key
-        )
-        return {**found[1], 'layers': found[0]}, sums
+        found, sums = run(table, stages, mesh, rules, (layers, placements), parameters['layers'], shared, batch, key)
+        return None if found is None else {**found[1], 'layers': found[0]}, sums
 
     return compute
 
@@ -134,3 +133,9 @@ def make_pipeline_table(
         )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
     return make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
+
+
+def evaluation_table(table: Table) -> Table:
+    """Forward passes of the same microbatches. Layers are where they are stored: each stage has one chunk."""
+    problem = dataclasses.replace(table.problem, config=PipelineConfig('gpipe'), evaluation=True)
+    return make_table(problem, plan_evaluation(problem))

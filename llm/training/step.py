@@ -127,13 +127,22 @@ def make_train_step(
     return train_step
 
 
-def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
-    """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch."""
+def make_evaluation_step(
+    model: nnx.GraphDef, sums_of: Callable[[Any, Batch, None], tuple[Any, Metrics]] | None = None
+) -> Callable[[Any, Batch], Metrics]:
+    """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
+
+    Args:
+        sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
+    """
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
         batch = {name: constrain(x, ('batch', 'sequence')) for name, x in batch.items()}
-        logits = _apply(model, parameters, batch, None)
-        sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
+        if sums_of is not None:
+            sums = sums_of(parameters, batch, None)[1]
+        else:
+            logits = _apply(model, parameters, batch, None)
+            sums = summed_loss(logits, batch['targets'], batch['loss_weights'])[1]
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step

@@ -19,7 +19,7 @@ from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, parameter_sharding, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
-from llm.training.pipeline import make_pipeline_gradients, make_pipeline_table
+from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
 
@@ -133,18 +133,20 @@ class Trainer:
     @functools.cached_property
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
-        gradients = None
-        if self.pipeline_table is not None:
-            gradients = make_pipeline_gradients(
-                self.model_config, self.specs, self.pipeline_table, self.mesh, self.rules, self.step_config.z_loss
-            )
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, gradients)
+        pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, pipeline)
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property
     def evaluation_step(self) -> Any:
         """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
-        return jax.jit(self._under_rules(make_evaluation_step(self.model)), out_shardings=self.replicated)
+        pipeline = None if self.pipeline_table is None else self._pipeline(evaluation_table(self.pipeline_table))
+        return jax.jit(self._under_rules(make_evaluation_step(self.model, pipeline)), out_shardings=self.replicated)
+
+    def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
+        return make_pipeline(
+            self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss
+        )
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

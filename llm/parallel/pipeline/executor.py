@@ -63,7 +63,7 @@ class Placement:
     dtype: Any = None
 
 
-def gradients(
+def run(
     table: Table,
     stages: Stages,
     mesh: Mesh,
@@ -72,42 +72,42 @@ def gradients(
     layers: Any,
     shared: Any,
     batch: Batch,
-    key: jax.Array,
-) -> tuple[tuple[Any, Any], Sums]:
+    key: jax.Array | None,
+) -> tuple[tuple[Any, Any] | None, Sums]:
     """Gradients of the summed loss of all microbatches, and their summed sums.
 
     Args:
         placements: of `layers` and `shared`, trees of Placement.
         layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`. shared: the others.
         batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
-        key: of the step; every microbatch folds in its index.
+        key: of the step, for dropout; every microbatch folds in its index.
 
     Returns:
-        ((gradients of layers, of shared), placed and typed as the parameters; sums).
+        ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
+        for the gradients.
     """
     batch_axes = _names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
     specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
-    rows_spec = PartitionSpec(batch_axes or None)
     columns = np.stack(list(table.columns.values()), axis=-1)
     joint = np.stack(list(table.joint.values()), axis=-1)
 
     def body(
-        layers: Any, shared: Any, batch: Batch, key: jax.Array, columns: jax.Array, joint: jax.Array
-    ) -> tuple[tuple[Any, Any], Sums]:
+        layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
+    ) -> tuple[tuple[Any, Any] | None, Sums]:
         with use_rules(jax.sharding.get_abstract_mesh(), rules):
-            run = _Run(table, stages, placements, manual, layers, shared, batch, key)
-            return run.everything(columns[:, 0], joint)
+            device = _Device(table, stages, placements, manual, layers, shared, batch, key)
+            return device.run(columns[:, 0], joint)
 
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(*specs, rows_spec, PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec()),
-        out_specs=(specs, PartitionSpec()),
+        in_specs=(*specs, PartitionSpec(batch_axes or None), PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec()),
+        out_specs=(None if table.problem.evaluation else specs, PartitionSpec()),
         axis_names=set(manual),
         check_vma=False,
     )
-    result: tuple[tuple[Any, Any], Sums] = mapped(layers, shared, batch, key, columns, joint)
+    result: tuple[tuple[Any, Any] | None, Sums] = mapped(layers, shared, batch, key, columns, joint)
     return result
 
 
@@ -166,17 +166,18 @@ class _State:
     """What a device carries from tick to tick.
 
     Attributes:
-        inputs: [slots, repeats, B, S, D]. gradients: [slots, B, S, D]. residuals, operands: see Table.
-        layers, shared: sums of gradients. sums: of the losses.
+        inputs: [slots, repeats, B, S, D], in evaluation of the first repeat only. sums: of the losses.
+        gradients: [slots, B, S, D]. residuals, operands: see Table. layers, shared: sums of gradients. These are None
+            in evaluation.
     """
 
     inputs: jax.Array
-    gradients: jax.Array
-    residuals: list[jax.Array]
-    operands: list[jax.Array]
-    layers: Any
-    shared: Any
     sums: Sums
+    gradients: jax.Array | None = None
+    residuals: list[jax.Array] | None = None
+    operands: list[jax.Array] | None = None
+    layers: Any = None
+    shared: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +191,8 @@ class _At:
     context: Any
 
 
-class _Run:
-    """The executor on one device; everything is that device's part, but for axes that the compiler places."""
+class _Device:
+    """The program of one device; everything is that device's part, but for axes that the compiler places."""
 
     def __init__(
         self,
@@ -202,10 +203,10 @@ class _Run:
         layers: Any,
         shared: Any,
         batch: Batch,
-        key: jax.Array,
+        key: jax.Array | None,
     ) -> None:
         problem = table.problem
-        self.table, self.stages, self.manual = table, stages, manual
+        self.table, self.stages, self.manual, self.evaluation = table, stages, manual, problem.evaluation
         self.layer_placements, self.shared_placements = placements
         self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
         self.layers, self.shared, self.key = layers, shared, key
@@ -221,22 +222,24 @@ class _Run:
             name: jax.lax.dynamic_index_in_dim(x, microbatch, 1, keepdims=False) for name, x in self.batch.items()
         }
 
-    def everything(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any], Sums]:
+    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums]:
         """The loop, and what comes before and after it."""
-        own_layers = self.layers
+        stored = self.layers
         if self.chunks > 1:
             cast = jax.tree.map(_cast, self.layers, self.layer_placements)
             self.layers = to_chunks(cast, self.num_stages, self.chunks, AXIS)
-        state = self._initial(own_layers)
-        state, _ = jax.lax.scan(self._tick, state, (columns, joint))
+        state, _ = jax.lax.scan(self._tick, self._initial(stored), (columns, joint))
+        rest = tuple(axis for axis in self.manual if axis != AXIS)
+        sums = jax.lax.psum(state.sums, rest) if rest else state.sums
+        if self.evaluation:
+            return None, sums
         layers = state.layers
         if self.chunks > 1:
             layers = from_chunks(layers, self.num_stages, self.chunks, AXIS)
         # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
-        layers = jax.tree.map(functools.partial(self._sum_over_copies), layers, self.layer_placements)
-        shared = jax.tree.map(functools.partial(self._sum_over_copies), state.shared, self.shared_placements)
-        rest = tuple(axis for axis in self.manual if axis != AXIS)
-        return (layers, shared), (jax.lax.psum(state.sums, rest) if rest else state.sums)
+        layers = jax.tree.map(self._sum_over_copies, layers, self.layer_placements)
+        shared = jax.tree.map(self._sum_over_copies, state.shared, self.shared_placements)
+        return (layers, shared), sums
 
     def _sum_over_copies(self, x: jax.Array, placement: Placement) -> jax.Array:
         used = {axis for each in placement.spec for axis in _names(each)}
@@ -244,31 +247,31 @@ class _Run:
         return jax.lax.psum(x, axes) if axes else x
 
     def _initial(self, layers: Any) -> _State:
-        table = self.table
-        rows = self.rows(jnp.int32(0))
+        table, rows = self.table, self.rows(jnp.int32(0))
         x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
         self.message = jnp.zeros(x.shape, x.dtype)
-        context = self.stages.context(rows, self.key)
-        self.split = split_backward(
-            self._repeat,
-            self._parameters(jnp.int32(0)),
-            self.message,
-            (jnp.int32(0), context),
-        )
         _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows)
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+        if self.evaluation:
+            return _State(inputs=jnp.zeros((table.input_slots, 1, *x.shape), x.dtype), sums=sums)
+        context = (jnp.int32(0), self._context({'microbatch': jnp.int32(0)}))
+        self.split = split_backward(self._repeat, self._parameters(jnp.int32(0)), self.message, context)
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
             return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
 
         return _State(
             inputs=jnp.zeros((table.input_slots, self.repeats, *x.shape), x.dtype),
+            sums=sums,
             gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
             residuals=buffers(self.split.residuals, table.residual_cells),
             operands=buffers(self.split.operands, table.weight_cells),
             layers=jax.tree.map(jnp.zeros_like, layers),
             shared=jax.tree.map(jnp.zeros_like, self.shared),
-            sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
         )
+
+    def _key(self, microbatch: jax.Array) -> jax.Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, microbatch)
 
     # What the stages do together.
 
@@ -288,7 +291,7 @@ class _Run:
         return self._gathered(jax.tree.map(_cast, shared, self.shared_placements), self.shared_placements)
 
     def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
-        return self.stages.embed(self._whole_shared(shared), rows, jax.random.fold_in(self.key, microbatch))
+        return self.stages.embed(self._whole_shared(shared), rows, self._key(microbatch))
 
     def _loss(self, shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
         """Of the last stage's x; every stage has its part of the vocabulary."""
@@ -321,13 +324,15 @@ class _Run:
 
         def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs, x = carry
-            inputs = _write(inputs, x, slot, repeat)
+            if not self.evaluation:
+                inputs = _write(inputs, x, slot, repeat)
             local, index = self._indices(row, repeat)
             return inputs, self._repeat(self._parameters(local), x, (index, context))
 
         x = _read(state.inputs, slot, row['first'])
         inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
-        inputs = _write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
+        if not self.evaluation:
+            inputs = _write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
         return dataclasses.replace(state, inputs=inputs), x
 
     def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
@@ -384,7 +389,7 @@ class _Run:
         return dataclasses.replace(state, gradients=_write(state.gradients, dy, row['gradient_slot'])), dy
 
     def _context(self, row: dict[str, jax.Array]) -> Any:
-        return self.stages.context(self.rows(row['microbatch']), jax.random.fold_in(self.key, row['microbatch']))
+        return self.stages.context(self.rows(row['microbatch']), self._key(row['microbatch']))
 
     def _indices(self, row: dict[str, jax.Array], repeat: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Index of a chunk's repeat among this stage's, and in the model."""
@@ -404,21 +409,29 @@ class _Run:
         state = dataclasses.replace(state, inputs=inputs)
 
         state, x = self._run_forward(state, row)
+        if self.evaluation:
+            return self._received(self._loss_only(state, x, both), 'inputs', x, 1, row, both), None
         state, dx = self._run_backward(state, row)
         state = self._after_last(state, x, both)
         state = self._after_first(state, dx, both)
+        state = self._received(state, 'inputs', x, 1, row, both)
+        return self._received(state, 'gradients', dx, -1, row, both), None
 
-        x = self._sent(x, 1, both['send_input'])
-        dx = self._sent(dx, -1, both['send_gradient'])
-        slot, gradient_slot = row['receive_input'], row['receive_gradient']
-        inputs = _write_if(slot >= 0, state.inputs, x, slot, 0)
-        gradients = _write_if(gradient_slot >= 0, state.gradients, dx, gradient_slot)
-        return dataclasses.replace(state, inputs=inputs, gradients=gradients), None
-
-    def _sent(self, x: jax.Array, step: int, due: jax.Array) -> jax.Array:
-        """x of the stage `step` stages before this one, if any stage sends."""
+    def _received(
+        self, state: _State, name: str, x: jax.Array, step: int, row: dict[str, jax.Array], both: dict[str, jax.Array]
+    ) -> _State:
+        """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
         to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
-        return _when(due > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
+        x = _when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
+        slot, buffer = row[f'receive_{name}'], getattr(state, name)
+        index = (slot, 0) if name == 'inputs' else (slot,)
+        return dataclasses.replace(state, **{name: _write_if(slot >= 0, buffer, x, *index)})
+
+    def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
+        def compute(sums: Sums) -> Sums:
+            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']))[1])
+
+        return dataclasses.replace(state, sums=_when(both['loss'] >= 0, compute, state.sums))
 
     def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         """Loss and its gradient for the microbatch that left the last chunk."""

@@ -23,12 +23,14 @@ class Problem:
 
     Attributes:
         repeats: of the layer pattern, in all stages together.
+        evaluation: whether there are forward passes only.
     """
 
     config: PipelineConfig
     stages: int
     microbatches: int
     repeats: int
+    evaluation: bool = False
 
     def __post_init__(self) -> None:
         self.config.check(self.stages, self.microbatches, self.repeats)
@@ -90,6 +92,8 @@ def run_orders(problem: Problem, granularity: Granularity) -> Timeline:
     for order in orders(problem.config, problem.stages, problem.microbatches):
         pieces: list[Piece] = []
         for kind, m, chunk in order:
+            if problem.evaluation and kind == Pass.BACKWARD:
+                continue
             cut = granularity.forward_pieces if kind == Pass.FORWARD else granularity.backward_pieces
             pieces += cut(m, chunk, repeats)
         queues.append(iter(pieces))
@@ -233,6 +237,12 @@ def choose_granularity(problem: Problem, costs: Costs) -> Granularity:
         found.append((cost, granularity))
     lowest = min(cost for cost, _ in found)
     return next(granularity for cost, granularity in found if cost <= lowest * _SLACK)
+
+
+def plan_evaluation(problem: Problem) -> Timeline:
+    """Forward passes only, a whole chunk in each tick: they all cost the same."""
+    whole = problem.chunk_repeats
+    return run_orders(problem, Granularity(whole, 'whole', whole, whole))
 
 
 def plan(problem: Problem, costs: Costs) -> Timeline:

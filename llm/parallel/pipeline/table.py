@@ -30,12 +30,12 @@ class Table:
     Attributes:
         columns: int32 [ticks, stages] by name. operation, microbatch, chunk, first, count: as Piece. input_slot,
             gradient_slot, residual_cell, weight_cell: where its inputs, its gradient, and the residuals and the weight
-            gradients' operands of its repeat `first` are kept. receive_input, receive_gradient: slots for what arrives
+            gradients' operands of its repeat `first` are kept. receive_inputs, receive_gradients: slots for what arrives
             at the end of the tick; -1 for nothing.
         joint: int32 [ticks] by name, for what all stages do together; -1 for nothing. embed: the microbatch that is
             embedded at the start of the tick, into stage 0's slot embed_slot. loss: the one whose loss and gradient are
             computed at the end of it, the gradient into the last stage's slot loss_slot. embed_gradient: the one whose
-            input gradient has come out of the first chunk. send_input, send_gradient: 1 if any stage sends.
+            input gradient has come out of the first chunk. send_inputs, send_gradients: 1 if any stage sends.
         input_slots, gradient_slots, residual_cells, weight_cells: sizes of the buffers.
     """
 
@@ -87,10 +87,10 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
     ticks, stages, repeats = len(timeline), problem.stages, problem.chunk_repeats
     names = ('operation', 'microbatch', 'chunk', 'first', 'count', 'input_slot', 'gradient_slot', 'residual_cell')
     columns = {name: np.zeros((ticks, stages), np.int32) for name in (*names, 'weight_cell')}
-    columns |= {name: np.full((ticks, stages), -1, np.int32) for name in ('receive_input', 'receive_gradient')}
+    columns |= {name: np.full((ticks, stages), -1, np.int32) for name in ('receive_inputs', 'receive_gradients')}
     joint = {name: np.full(ticks, -1, np.int32) for name in ('embed', 'embed_slot', 'loss', 'loss_slot')}
     joint |= {'embed_gradient': np.full(ticks, -1, np.int32)}
-    joint |= {name: np.zeros(ticks, np.int32) for name in ('send_input', 'send_gradient')}
+    joint |= {name: np.zeros(ticks, np.int32) for name in ('send_inputs', 'send_gradients')}
 
     inputs, gradients, weights = ([_Slots() for _ in range(stages)] for _ in range(3))
     received: list[tuple[str, int, int, tuple[int, int]]] = []  # (column, tick, stage, (microbatch, chunk))
@@ -113,23 +113,24 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
                 after = problem.after(stage, piece.chunk)
                 if after is None:
                     joint['loss'][tick] = piece.microbatch
-                    gradients[stage].use(key, tick)
+                    if not problem.evaluation:
+                        gradients[stage].use(key, tick)
                 else:
                     inputs[after[0]].use((piece.microbatch, after[1]), tick)
-                    received.append(('receive_input', tick, after[0], (piece.microbatch, after[1])))
-                    joint['send_input'][tick] = 1
+                    received.append(('receive_inputs', tick, after[0], (piece.microbatch, after[1])))
+                    joint['send_inputs'][tick] = 1
             if piece.operation in GRADIENT_USERS and piece.first == 0:
                 before = problem.before(stage, piece.chunk)
                 if before is None:
                     joint['embed_gradient'][tick] = piece.microbatch
                 else:
                     gradients[before[0]].use((piece.microbatch, before[1]), tick)
-                    received.append(('receive_gradient', tick, before[0], (piece.microbatch, before[1])))
-                    joint['send_gradient'][tick] = 1
+                    received.append(('receive_gradients', tick, before[0], (piece.microbatch, before[1])))
+                    joint['send_gradients'][tick] = 1
 
     input_slots, gradient_slots = [each.assign() for each in inputs], [each.assign() for each in gradients]
     for name, tick, stage, key in received:
-        columns[name][tick, stage] = (input_slots if name == 'receive_input' else gradient_slots)[stage][0][key]
+        columns[name][tick, stage] = (input_slots if name == 'receive_inputs' else gradient_slots)[stage][0][key]
     residual_cells, weight_cells = _assign_cells(problem, timeline, columns, weights)
     for tick, row in enumerate(timeline):
         for stage, piece in enumerate(row):
@@ -139,7 +140,7 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
                 columns['gradient_slot'][tick, stage] = gradient_slots[stage][0].get(key, 0)
         if joint['embed'][tick] >= 0:
             joint['embed_slot'][tick] = input_slots[0][0][int(joint['embed'][tick]), 0]
-        if joint['loss'][tick] >= 0:
+        if joint['loss'][tick] >= 0 and not problem.evaluation:
             key = (int(joint['loss'][tick]), problem.config.chunks - 1)
             joint['loss_slot'][tick] = gradient_slots[-1][0][key]
     return Table(

@@ -46,7 +46,7 @@ def validate(table: Table) -> None:
             operation, m, chunk = Operation(cell['operation']), cell['microbatch'], cell['chunk']
             first, last = cell['first'], cell['first'] + cell['count']
             slot, owner = cell['input_slot'], (m, chunk)
-            expect(slot < table.input_slots and cell['gradient_slot'] < table.gradient_slots, 'no such slot')
+            expect(slot < table.input_slots, 'no such input slot')
             if operation == _FORWARD:
                 expect(inputs[stage].get((slot, first)) == owner, f'stage {stage} has no input of {owner}')
                 for repeat in range(first, last):
@@ -67,6 +67,7 @@ def validate(table: Table) -> None:
                         expect(at < table.residual_cells, 'no such residual cell')
                         residuals[stage][at] = (*owner, repeat)
             if operation in _INPUT_GRADIENT:
+                expect(cell['gradient_slot'] < table.gradient_slots, 'no such gradient slot')
                 expect(
                     gradients[stage].get(cell['gradient_slot']) == (*owner, last),
                     f'stage {stage} has no gradient of {owner} at repeat {last}',
@@ -94,31 +95,33 @@ def validate(table: Table) -> None:
                         expect(found == (*owner, repeat), f'stage {stage} lost what weight gradients of {owner} need')
         if finished is not None:
             lost[finished] += 1
+        if finished is not None and not problem.evaluation:
             gradients[-1][joint['loss_slot']] = (finished, chunks - 1, repeats)
         expect(joint['loss'] == (-1 if finished is None else finished), 'the loss is not computed when it can be')
         if came_out is not None:
             returned[came_out] += 1
         expect(joint['embed_gradient'] == (-1 if came_out is None else came_out), 'an embedding gradient is dropped')
-        for kind, flag in (('input', 'send_input'), ('gradient', 'send_gradient')):
+        for kind, flag in (('input', 'send_inputs'), ('gradient', 'send_gradients')):
             expect(any(each == kind for each, _, _ in sent) == bool(joint[flag]), f'{flag} is wrong')
         arrived = 0
         for kind, stage, (m, chunk) in sent:
             target = problem.after(stage, chunk) if kind == 'input' else problem.before(stage, chunk)
             assert target is not None
-            slot = int(table.columns[f'receive_{kind}'][tick, target[0]])
+            slot = int(table.columns[f'receive_{kind}s'][tick, target[0]])
             expect(slot >= 0, f'stage {target[0]} drops an {kind}')
             arrived += 1
             if kind == 'input':
                 inputs[target[0]][slot, 0] = (m, target[1])
             else:
                 gradients[target[0]][slot] = (m, target[1], repeats)
-        slots = [table.columns[f'receive_{kind}'][tick] for kind in ('input', 'gradient')]
+        slots = [table.columns[f'receive_{kind}s'][tick] for kind in ('input', 'gradient')]
         expect(sum(int((each >= 0).sum()) for each in slots) == arrived, 'a stage receives what nobody sent')
 
     tick = len(table.timeline)
     everything = stages * chunks * problem.microbatches * repeats
-    for kind in ('forward', 'input gradient', 'weight gradient'):
+    for kind in ('forward', 'input gradient', 'weight gradient')[: 1 if problem.evaluation else 3]:
         cells = {key: count for key, count in done.items() if key[0] == kind}
         expect(len(cells) == everything and set(cells.values()) == {1}, f'some {kind} is done twice or never')
-    for name, counter in (('embedding', embedded), ('loss', lost), ('embedding gradient', returned)):
+    counters = (('embedding', embedded), ('loss', lost), ('embedding gradient', returned))
+    for name, counter in counters[: 2 if problem.evaluation else 3]:
         expect(dict(counter) == dict.fromkeys(range(problem.microbatches), 1), f'some {name} is done twice or never')
