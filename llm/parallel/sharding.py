@@ -120,16 +120,21 @@ def map_shards(
     return result
 
 
-def manual_axes(axis: str, *, parameters: bool) -> tuple[str, ...]:
-    """The mesh axes over which dimensions of logical axis `axis` are cut up here, as far as they are manual."""
+def split_over(axis: str, *, parameters: bool) -> tuple[str, ...]:
+    """The mesh axes, manual ones among them, that the rules in force split dimensions of logical axis `axis` over."""
     current = _current.get()
     if current is None:
         return ()
     mesh, rules = current
-    everywhere = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
-    spec = rules.partition((axis,), everywhere, parameters=parameters)[0]
-    axes = (spec,) if isinstance(spec, str) else tuple(spec or ())
-    return tuple(each for each in axes if each in mesh.manual_axes)
+    spec = rules.partition((axis,), AbstractMesh(mesh.axis_sizes, mesh.axis_names), parameters=parameters)[0]
+    return (spec,) if isinstance(spec, str) else tuple(spec or ())
+
+
+def manual_axes(axis: str, *, parameters: bool) -> tuple[str, ...]:
+    """Those of `split_over` that are manual here: one sees a part of the dimension."""
+    current = _current.get()
+    manual = () if current is None else current[0].manual_axes
+    return tuple(each for each in split_over(axis, parameters=parameters) if each in manual)
 
 
 def global_rows(rows: int) -> tuple[int, jax.Array | int]:

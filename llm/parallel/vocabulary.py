@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm.parallel.sharding import manual_axes
+from llm.parallel.sharding import manual_axes, map_shards, split_over
 
 
 def lookup(table: jax.Array, ids: jax.Array, axis: str, dtype: Any) -> jax.Array:
@@ -18,15 +18,23 @@ def lookup(table: jax.Array, ids: jax.Array, axis: str, dtype: Any) -> jax.Array
     Args:
         axis: logical axis of the table's rows.
     """
-    axes = manual_axes(axis, parameters=True)
-    if not axes:
+    if not manual_axes(axis, parameters=True):
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
-    size = table.shape[0]
-    ids = jnp.clip(ids, 0, size * jax.lax.axis_size(axes) - 1) - size * jax.lax.axis_index(axes)
-    found = jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
-    here = (ids >= 0) & (ids < size)
-    # One device has the row and the others zeros, so the sum is exact in any type.
-    return jax.lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), axes)
+    axes = split_over(axis, parameters=True)
+
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        size = table.shape[0]
+        ids = jnp.clip(ids, 0, size * jax.lax.axis_size(axes) - 1) - size * jax.lax.axis_index(axes)
+        found = jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
+        here = (ids >= 0) & (ids < size)
+        # One device has the row and the others zeros, so the sum is exact in any type.
+        return jax.lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), axes)
+
+    # XLA cannot partition a gather over two more axes in manual code.
+    ids_axes = ('batch', 'sequence')
+    return map_shards(
+        look_up, {'table': table, 'ids': ids}, {'table': (axis, None), 'ids': ids_axes}, (*ids_axes, None)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
