@@ -182,11 +182,12 @@ class _State:
 
 @dataclasses.dataclass(frozen=True)
 class _At:
-    """Where a backward operation is: repeat of the chunk, of the piece, of the stage; its parameters and context."""
+    """Where a backward operation is: repeat of the chunk, of the piece, of the stage; its weight cell; what it reads."""
 
     repeat: jax.Array
     offset: jax.Array
     local: jax.Array
+    cell: jax.Array
     parameters: Any
     context: Any
 
@@ -348,20 +349,20 @@ class _Device:
 
         def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
             found = split.recompute(at.parameters, _read(state.inputs, slot, at.repeat), at.context)
-            return _write(residuals, found, row['residual_cell'] + at.offset), dy
+            return _write(residuals, found, at.offset), dy
 
         def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            residuals = _read(state.residuals, row['residual_cell'] + at.offset)
+            residuals = _read(state.residuals, at.offset)
             dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
-            return _write(operands, found, row['weight_cell'] + at.offset), dx
+            return _write(operands, found, at.cell), dx
 
         def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
             x = _read(state.inputs, slot, at.repeat)
             dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
-            return _write(operands, found, row['weight_cell'] + at.offset), dx
+            return _write(operands, found, at.cell), dx
 
         def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            operands = _read(state.operands, row['weight_cell'] + at.offset)
+            operands = _read(state.operands, at.cell)
             return _add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
 
         steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
@@ -380,7 +381,8 @@ class _Device:
                 offset = row['count'] - 1 - i
                 repeat = row['first'] + offset
                 local, index = self._indices(row, repeat)
-                return step(*carry, _At(repeat, offset, local, self._parameters(local), (index, context)))
+                cell = (row['weight_cell'] + i) % max(self.table.weight_cells, 1)
+                return step(*carry, _At(repeat, offset, local, cell, self._parameters(local), (index, context)))
 
             count = jnp.where(row['operation'] == operation, row['count'], 0)
             buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))

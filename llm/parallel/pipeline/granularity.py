@@ -73,6 +73,11 @@ class Granularity:
         group = max(self.weight_gradient, self.input_gradient)
         return group + (self.input_gradient if self.backward == 'parts' else 0)
 
+    def mixed_cost(self, costs: Costs, repeats: int) -> float:
+        """Cost of a chunk's forward and backward pass if every tick costs what the dearest of their pieces costs."""
+        pieces = self.forward_pieces(0, 0, repeats) + self.backward_pieces(0, 0, repeats)
+        return len(pieces) * max(costs.of(piece.operation) * piece.count for piece in pieces)
+
     def forward_pieces(self, microbatch: int, chunk: int, repeats: int) -> list[Piece]:
         """The forward pass of a chunk of so many repeats."""
         return [

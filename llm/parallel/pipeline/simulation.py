@@ -13,8 +13,8 @@ GRADIENT_USERS = (Operation.BACKWARD, Operation.INPUT_GRADIENT, Operation.RECOMP
 
 Timeline = list[list[Piece | None]]  # [ticks][stages]
 
-# A granularity that keeps less in memory is taken if it costs at most so much more than the cheapest.
-_SLACK = 1.01
+# What keeping less in memory may cost: of the paper's cost, or if nothing comes near that, of the cheapest.
+_PAPER_SLACK, _SLACK = 1.04, 1.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,23 +130,27 @@ class _ZeroBubbleStage:
         self.forwards: list[Piece] = []
         self.inputs: list[Piece] = []
         self.weights: list[Piece] = []
-        self.started = self.forwarded = self.opened = self.closed = self.weighed = 0
+        self.waiting: list[Piece] = []  # weight gradients of the microbatch whose input gradients are under way
+        self.started = self.forwarded = self.opened = self.closed = self.kept = 0
 
     def done(self) -> bool:
-        return self.weighed == self.microbatches
+        return self.closed == self.microbatches and not self.kept
 
     def choose(self, arrivals: _Arrivals, tick: int) -> Piece | None:
         """The next piece, taken off its queue; None if nothing can be done."""
         cut = self.granularity
         if not self.forwards and self.started < self.microbatches and self.started - self.closed < self.in_flight:
             self.forwards = cut.forward_pieces(self.started, 0, self.repeats)
-        if not self.inputs and self.opened < self.forwarded and self.opened - self.weighed < self.deferred:
+        if not self.inputs and self.opened < self.forwarded:
             self.inputs = cut.input_gradient_pieces(self.opened, 0, self.repeats)
+            self.waiting = cut.weight_gradient_pieces(self.opened, 0, self.repeats)
+            self.opened += 1
         for queue, early in ((self.inputs, False), (self.forwards, False), (self.weights, False), (self.inputs, True)):
             if not queue:
                 continue
-            wanted = queue[0]
-            needed = wanted
+            wanted = needed = queue[0]
+            if queue is self.inputs and self.kept + wanted.count > self.deferred * self.repeats:
+                continue
             if wanted.operation == Operation.RECOMPUTE and not early:  # no hurry before its gradient is there
                 needed = dataclasses.replace(wanted, operation=Operation.INPUT_GRADIENT)
             if arrivals.ready(self.stage, needed, tick):
@@ -159,12 +163,12 @@ class _ZeroBubbleStage:
             self.started += piece.first == 0
             self.forwarded += not queue
         elif piece.operation == Operation.WEIGHT_GRADIENT:
-            self.weighed += piece.first == 0
-        else:
-            self.opened += piece.first + piece.count == self.repeats and piece.operation != Operation.INPUT_GRADIENT
-            if not queue:
-                self.closed += 1
-                self.weights += self.granularity.weight_gradient_pieces(piece.microbatch, 0, self.repeats)
+            self.kept -= piece.count
+        elif piece.operation != Operation.RECOMPUTE:
+            self.kept += piece.count
+            self.closed += not queue
+            while self.waiting and self.waiting[0].first >= piece.first:
+                self.weights.append(self.waiting.pop(0))
         return piece
 
 
@@ -214,7 +218,7 @@ def _cheapest(problem: Problem, granularity: Granularity, costs: Costs) -> tuple
 
 
 def choose_granularity(problem: Problem, costs: Costs) -> Granularity:
-    """The granularity that keeps least in memory, of those that cost no more than the schedule's paper says.
+    """The granularity that keeps least in memory, of those that cost at most 4% more than the schedule's paper says.
 
     If there is none it is the one that keeps least of those within 1% of the cheapest. Tried on three microbatches a
     stage at most: with more, there is more of the same.
@@ -230,9 +234,13 @@ def choose_granularity(problem: Problem, costs: Costs) -> Granularity:
         repeats * costs.weight_gradient,
     )
     found: list[tuple[float, Granularity]] = []
-    for granularity in candidates(costs, problem.chunk_repeats, split=problem.config.schedule == 'zero_bubble'):
+    tried = candidates(costs, problem.chunk_repeats, split=problem.config.schedule == 'zero_bubble')
+    if problem.config.schedule != 'gpipe':  # where forward and backward passes meet in a tick, most would cost too much
+        mixed = {granularity: granularity.mixed_cost(costs, problem.chunk_repeats) for granularity in tried}
+        tried = [granularity for granularity in tried if mixed[granularity] <= 1.1 * min(mixed.values())]
+    for granularity in tried:
         cost, _ = _cheapest(problem, granularity, costs)
-        if cost <= paper * (1 + 1e-9):
+        if cost <= paper * _PAPER_SLACK:
             return granularity
         found.append((cost, granularity))
     lowest = min(cost for cost, _ in found)

@@ -29,8 +29,9 @@ class Table:
 
     Attributes:
         columns: int32 [ticks, stages] by name. operation, microbatch, chunk, first, count: as Piece. input_slot,
-            gradient_slot, residual_cell, weight_cell: where its inputs, its gradient, and the residuals and the weight
-            gradients' operands of its repeat `first` are kept. receive_inputs, receive_gradients: slots for what arrives
+            gradient_slot: where its inputs and its gradient are kept. weight_cell: where what weight gradients of its
+            last repeat need is kept; those of the repeat before are in the next cell, and so on around the ring.
+            receive_inputs, receive_gradients: slots for what arrives
             at the end of the tick; -1 for nothing.
         joint: int32 [ticks] by name, for what all stages do together; -1 for nothing. embed: the microbatch that is
             embedded at the start of the tick, into stage 0's slot embed_slot. loss: the one whose loss and gradient are
@@ -85,14 +86,14 @@ class _Slots:
 def make_table(problem: Problem, timeline: Timeline) -> Table:
     """The table of a timeline, with a slot for everything that is kept."""
     ticks, stages, repeats = len(timeline), problem.stages, problem.chunk_repeats
-    names = ('operation', 'microbatch', 'chunk', 'first', 'count', 'input_slot', 'gradient_slot', 'residual_cell')
+    names = ('operation', 'microbatch', 'chunk', 'first', 'count', 'input_slot', 'gradient_slot')
     columns = {name: np.zeros((ticks, stages), np.int32) for name in (*names, 'weight_cell')}
     columns |= {name: np.full((ticks, stages), -1, np.int32) for name in ('receive_inputs', 'receive_gradients')}
     joint = {name: np.full(ticks, -1, np.int32) for name in ('embed', 'embed_slot', 'loss', 'loss_slot')}
     joint |= {'embed_gradient': np.full(ticks, -1, np.int32)}
     joint |= {name: np.zeros(ticks, np.int32) for name in ('send_inputs', 'send_gradients')}
 
-    inputs, gradients, weights = ([_Slots() for _ in range(stages)] for _ in range(3))
+    inputs, gradients = ([_Slots() for _ in range(stages)] for _ in range(2))
     received: list[tuple[str, int, int, tuple[int, int]]] = []  # (column, tick, stage, (microbatch, chunk))
     for tick, row in enumerate(timeline):
         for stage, piece in enumerate(row):
@@ -105,8 +106,6 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
                 inputs[stage].use(key, tick)
             if piece.operation in GRADIENT_USERS:
                 gradients[stage].use(key, tick)
-            if piece.operation in _KEEP_FOR_WEIGHTS or piece.operation == Operation.WEIGHT_GRADIENT:
-                weights[stage].use(key, tick)
             if piece.operation == Operation.FORWARD and piece.first == 0 and (stage, piece.chunk) == (0, 0):
                 joint['embed'][tick] = piece.microbatch
             if piece.operation == Operation.FORWARD and piece.first + piece.count == repeats:
@@ -131,7 +130,7 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
     input_slots, gradient_slots = [each.assign() for each in inputs], [each.assign() for each in gradients]
     for name, tick, stage, key in received:
         columns[name][tick, stage] = (input_slots if name == 'receive_inputs' else gradient_slots)[stage][0][key]
-    residual_cells, weight_cells = _assign_cells(problem, timeline, columns, weights)
+    residual_cells, weight_cells = _assign_cells(timeline, columns)
     for tick, row in enumerate(timeline):
         for stage, piece in enumerate(row):
             if piece is not None:
@@ -155,53 +154,27 @@ def make_table(problem: Problem, timeline: Timeline) -> Table:
     )
 
 
-def _assign_cells(
-    problem: Problem, timeline: Timeline, columns: dict[str, np.ndarray], weights: list[_Slots]
-) -> tuple[int, int]:
-    """Fill in residual_cell and weight_cell; returns how many cells of each there are.
+def _assign_cells(timeline: Timeline, columns: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Fill in weight_cell; returns how many cells for residuals and for weight gradients there are.
 
-    A residual cell is taken for a short while, one piece after the other. So are weight cells, group by group, unless
-    the weight gradients of several microbatches wait at once: then every microbatch has a cell for each repeat.
+    Residual cells are taken for one piece at a time. Cells for weight gradients form a ring: on every stage weight
+    gradients come in the order of input gradients.
     """
-    repeats = problem.chunk_repeats
-    deferred = [each.assign() for each in weights]
-    most = max(count for _, count in deferred)
     residual_cells = weight_cells = 0
-    for stage in range(problem.stages):
-        group: dict[int, int] = {}  # repeat -> cell, of one microbatch and chunk at a time
+    for stage in range(columns['operation'].shape[1]):
+        written = read = 0
         for tick, row in enumerate(timeline):
             piece = row[stage]
             if piece is None:
                 continue
             if piece.operation == Operation.RECOMPUTE:
                 residual_cells = max(residual_cells, piece.count)
-            if piece.operation not in (*_KEEP_FOR_WEIGHTS, Operation.WEIGHT_GRADIENT):
-                continue
-            if most > 1:
-                slot = deferred[stage][0][piece.microbatch, piece.chunk]
-                columns['weight_cell'][tick, stage] = slot * repeats + piece.first
-                weight_cells = most * repeats
-            elif piece.operation == Operation.WEIGHT_GRADIENT:
-                columns['weight_cell'][tick, stage] = group[piece.first]
-                for repeat in range(piece.first, piece.first + piece.count):
-                    del group[repeat]
-            else:
-                # Cells in the order of repeats: the group's last repeat is done first and has the highest cell.
-                top = _group_size(timeline, tick, stage) if not group else min(group.values())
-                for repeat in range(piece.count):
-                    group[piece.first + repeat] = top - piece.count + repeat
-                columns['weight_cell'][tick, stage] = top - piece.count
-                weight_cells = max(weight_cells, top)
+            if piece.operation in _KEEP_FOR_WEIGHTS:
+                columns['weight_cell'][tick, stage] = written
+                written += piece.count
+                weight_cells = max(weight_cells, written - read)
+            if piece.operation == Operation.WEIGHT_GRADIENT:
+                columns['weight_cell'][tick, stage] = read
+                read += piece.count
+    columns['weight_cell'] %= max(weight_cells, 1)
     return residual_cells, weight_cells
-
-
-def _group_size(timeline: Timeline, tick: int, stage: int) -> int:
-    """How many repeats' input gradients stage `stage` computes from `tick` on before it computes weight gradients."""
-    size = 0
-    for row in timeline[tick:]:
-        piece = row[stage]
-        if piece is not None and piece.operation == Operation.WEIGHT_GRADIENT:
-            break
-        if piece is not None and piece.operation in _KEEP_FOR_WEIGHTS:
-            size += piece.count
-    return size

@@ -63,7 +63,7 @@ def validate(table: Table) -> None:
                     expect(inputs[stage].get((slot, repeat)) == owner, f'stage {stage} lost an input of {owner}')
                     expect(done['forward', stage, chunk, m, repeat] == 1, f'stage {stage} goes back too early')
                     if operation == _RECOMPUTE:
-                        at = cell['residual_cell'] + repeat - first
+                        at = repeat - first
                         expect(at < table.residual_cells, 'no such residual cell')
                         residuals[stage][at] = (*owner, repeat)
             if operation in _INPUT_GRADIENT:
@@ -76,11 +76,10 @@ def validate(table: Table) -> None:
                 for repeat in range(first, last):
                     done['input gradient', stage, chunk, m, repeat] += 1
                     if operation == Operation.INPUT_GRADIENT:
-                        at = cell['residual_cell'] + repeat - first
+                        at = repeat - first
                         expect(residuals[stage].get(at) == (*owner, repeat), f'stage {stage} lost residuals of {owner}')
                     if operation != Operation.BACKWARD:
-                        at = cell['weight_cell'] + repeat - first
-                        expect(0 <= at < table.weight_cells, 'no such weight cell')
+                        at = (cell['weight_cell'] + last - 1 - repeat) % table.weight_cells
                         expect(at not in operands[stage], f'stage {stage} overwrites what weight gradients need')
                         operands[stage][at] = (*owner, repeat)
                 if first == 0 and problem.before(stage, chunk) is None:
@@ -91,7 +90,9 @@ def validate(table: Table) -> None:
                 for repeat in range(first, last):
                     done['weight gradient', stage, chunk, m, repeat] += 1
                     if operation == Operation.WEIGHT_GRADIENT:
-                        found = operands[stage].pop(cell['weight_cell'] + repeat - first, None)
+                        found = operands[stage].pop(
+                            (cell['weight_cell'] + last - 1 - repeat) % table.weight_cells, None
+                        )
                         expect(found == (*owner, repeat), f'stage {stage} lost what weight gradients of {owner} need')
         if finished is not None:
             lost[finished] += 1
