@@ -64,7 +64,9 @@ class AxisRules:
         return PartitionSpec(*spec)
 
 
-_current: contextvars.ContextVar[tuple[Mesh | AbstractMesh, AxisRules] | None] = contextvars.ContextVar('axis_rules', default=None)
+_current: contextvars.ContextVar[tuple[Mesh | AbstractMesh, AxisRules] | None] = contextvars.ContextVar(
+    'axis_rules', default=None
+)
 
 
 @contextlib.contextmanager

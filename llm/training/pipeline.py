@@ -18,12 +18,12 @@ from llm.models.parameters import ParameterSpec, Role
 from llm.parallel.pipeline.costs import repeat_costs
 from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, run
 from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
-from llm.parallel.pipeline.simulation import Problem, plan, plan_evaluation
+from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.sharding import AxisRules, manual_axes
 from llm.parallel.vocabulary import token_negative_log_likelihood
-
 
 
 def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
@@ -117,7 +117,12 @@ def repeat_costs_of(config: DecoderConfig, specs: Any, rows: int, length: int) -
 
 
 def make_pipeline_table(
-    pipeline: PipelineConfig, config: DecoderConfig, specs: Any, num_stages: int, microbatches: int, shape: tuple[int, int]
+    pipeline: PipelineConfig,
+    config: DecoderConfig,
+    specs: Any,
+    num_stages: int,
+    microbatches: int,
+    shape: tuple[int, int],
 ) -> Table:
     """The schedule of a training step whose microbatches have `shape` (rows, length).
 

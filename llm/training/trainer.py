@@ -144,9 +144,7 @@ class Trainer:
         return jax.jit(self._under_rules(make_evaluation_step(self.model, pipeline)), out_shardings=self.replicated)
 
     def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
-        return make_pipeline(
-            self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss
-        )
+        return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -14,7 +14,6 @@ Vocabulary Parallelism", section 4).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +101,13 @@ def run(
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(*specs, PartitionSpec(batch_axes or None), PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec()),
+        in_specs=(
+            *specs,
+            PartitionSpec(batch_axes or None),
+            PartitionSpec(),
+            PartitionSpec(None, AXIS),
+            PartitionSpec(),
+        ),
         out_specs=(None if table.problem.evaluation else specs, PartitionSpec()),
         axis_names=set(manual),
         check_vma=False,
@@ -134,7 +139,9 @@ def _read(buffer: Any, *index: jax.Array | int) -> Any:
 
 
 def _read_one(x: jax.Array, *index: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(x.shape[len(index) :])
+    return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(
+        x.shape[len(index) :]
+    )
 
 
 def _write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
@@ -146,7 +153,9 @@ def _write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
 
 def _add(buffer: Any, value: Any, index: jax.Array) -> Any:
     """Add to entry `index` of the leading axis, in the buffer's type."""
-    return _write(buffer, jax.tree.map(lambda old, new: old + new.astype(old.dtype), _read(buffer, index), value), index)
+    return _write(
+        buffer, jax.tree.map(lambda old, new: old + new.astype(old.dtype), _read(buffer, index), value), index
+    )
 
 
 def _when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
@@ -219,9 +228,7 @@ class _Device:
 
     def rows(self, microbatch: jax.Array) -> Batch:
         """The rows of one microbatch."""
-        return {
-            name: jax.lax.dynamic_index_in_dim(x, microbatch, 1, keepdims=False) for name, x in self.batch.items()
-        }
+        return {name: jax.lax.dynamic_index_in_dim(x, microbatch, 1, keepdims=False) for name, x in self.batch.items()}
 
     def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums]:
         """The loop, and what comes before and after it."""
@@ -465,4 +472,3 @@ class _Device:
 
 def _cast(x: jax.Array, placement: Placement) -> jax.Array:
     return x if placement.dtype is None else x.astype(placement.dtype)
-

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from llm.parallel.pipeline.schedules import Operation, Pass
+from llm.parallel.pipeline.schedules import Operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,4 +151,6 @@ def candidates(costs: Costs, repeats: int, *, split: bool) -> list[Granularity]:
                 for cost in (costs.forward, unit, costs.weight_gradient)
             )
             found.add(Granularity(forward, kind, backward, backward if kind == 'whole' else weight))
-    return sorted(found, key=lambda each: (each.kept_repeats, -each.forward, -each.input_gradient, -each.weight_gradient))
+    return sorted(
+        found, key=lambda each: (each.kept_repeats, -each.forward, -each.input_gradient, -each.weight_gradient)
+    )

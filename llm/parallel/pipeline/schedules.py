@@ -129,7 +129,10 @@ def interleaved_order(stage: int, stages: int, microbatches: int, chunks: int) -
         (Pass.FORWARD, first + m, chunk) for first in groups for chunk in range(chunks) for m in range(stages)
     ]
     backward: Order = [
-        (Pass.BACKWARD, first + m, chunk) for first in groups for chunk in reversed(range(chunks)) for m in range(stages)
+        (Pass.BACKWARD, first + m, chunk)
+        for first in groups
+        for chunk in reversed(range(chunks))
+        for m in range(stages)
     ]
     return _alternate(forward, backward, warmup=2 * (stages - stage - 1) + (chunks - 1) * stages)
 

@@ -135,7 +135,9 @@ def _inline(closed: ClosedJaxpr, example: Sequence[Any]) -> ClosedJaxpr:
                 inner = equation.params['jaxpr']
                 outputs = run(inner.jaxpr, inner.consts, *inputs)
             else:
-                single = Jaxpr((), [v for v in equation.invars if not isinstance(v, Literal)], equation.outvars, [equation])
+                single = Jaxpr(
+                    (), [v for v in equation.invars if not isinstance(v, Literal)], equation.outvars, [equation]
+                )
                 outputs = jaxpr_as_fun(ClosedJaxpr(single, ()))(
                     *(value for value, v in zip(inputs, equation.invars, strict=True) if not isinstance(v, Literal))
                 )

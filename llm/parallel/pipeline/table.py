@@ -17,10 +17,9 @@ import numpy as np
 
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.schedules import Operation
-from llm.parallel.pipeline.simulation import GRADIENT_USERS, Problem, Timeline, lock_step_cost
+from llm.parallel.pipeline.simulation import GRADIENT_USERS, KEEPERS, Problem, Timeline, lock_step_cost
 
 _READ_INPUTS = (Operation.FORWARD, Operation.BACKWARD, Operation.RECOMPUTE, Operation.RECOMPUTE_INPUT_GRADIENT)
-_KEEP_FOR_WEIGHTS = (Operation.INPUT_GRADIENT, Operation.RECOMPUTE_INPUT_GRADIENT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _assign_cells(timeline: Timeline, columns: dict[str, np.ndarray]) -> tuple[i
                 continue
             if piece.operation == Operation.RECOMPUTE:
                 residual_cells = max(residual_cells, piece.count)
-            if piece.operation in _KEEP_FOR_WEIGHTS:
+            if piece.operation in KEEPERS:
                 columns['weight_cell'][tick, stage] = written
                 written += piece.count
                 weight_cells = max(weight_cells, written - read)
