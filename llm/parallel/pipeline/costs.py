@@ -43,8 +43,9 @@ def _flops(jaxpr: Jaxpr) -> float:
         inner = [_flops(getattr(each, 'jaxpr', each)) for each in jaxprs_in_params(params)]
         if name == 'dot_general':
             (contracted, _), _ = params['dimension_numbers']
-            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+            left: Any = equation.invars[0].aval
+            result: Any = equation.outvars[0].aval
+            total += 2 * math.prod(left.shape[i] for i in contracted) * math.prod(result.shape)
         elif name == 'pallas_call':
             estimate = params.get('cost_estimate')
             total += sum(inner) * math.prod(params['grid_mapping'].grid) if estimate is None else estimate.flops

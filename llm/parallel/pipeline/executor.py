@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from llm.parallel.pipeline.buffers import add, read, when, write, write_if
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
@@ -44,8 +45,8 @@ class Stages:
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
     """
 
-    embed: Callable[[Any, Batch, jax.Array], jax.Array]
-    context: Callable[[Batch, jax.Array], Any]
+    embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
+    context: Callable[[Batch, jax.Array | None], Any]
     repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
 
@@ -88,8 +89,8 @@ def run(
     batch_axes = _names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
     specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
-    columns = np.stack(list(table.columns.values()), axis=-1)
-    joint = np.stack(list(table.joint.values()), axis=-1)
+    columns = jnp.asarray(np.stack(list(table.columns.values()), axis=-1))
+    joint = jnp.asarray(np.stack(list(table.joint.values()), axis=-1))
 
     def body(
         layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
@@ -129,46 +130,6 @@ def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in _names(each) if a in axes) or None for each in spec))
 
 
-def _start(x: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
-    return [jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index)))]
-
-
-def _read(buffer: Any, *index: jax.Array | int) -> Any:
-    """Entry `index` of the leading axes of every array of a tree."""
-    return jax.tree.map(lambda x: _read_one(x, *index), buffer)
-
-
-def _read_one(x: jax.Array, *index: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(
-        x.shape[len(index) :]
-    )
-
-
-def _write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
-    def one(x: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[(None,) * len(index)], _start(x, index))
-
-    return jax.tree.map(one, buffer, value)
-
-
-def _add(buffer: Any, value: Any, index: jax.Array) -> Any:
-    """Add to entry `index` of the leading axis, in the buffer's type."""
-    return _write(
-        buffer, jax.tree.map(lambda old, new: old + new.astype(old.dtype), _read(buffer, index), value), index
-    )
-
-
-def _when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
-    """function(value) if `condition`, else value: a loop of one step or none, whose buffers are updated in place."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, value: function(value), value)
-
-
-def _write_if(condition: jax.Array, buffer: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:
-    """Write where `condition`; index entries below 0 count as 0, and must come with a false condition."""
-    index = tuple(jnp.maximum(i, 0) for i in index)
-    return _write(buffer, jnp.where(condition, value, _read(buffer, *index)), *index)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
@@ -182,16 +143,21 @@ class _State:
 
     inputs: jax.Array
     sums: Sums
-    gradients: jax.Array | None = None
-    residuals: list[jax.Array] | None = None
-    operands: list[jax.Array] | None = None
+    gradients: Any = None
+    residuals: Any = None
+    operands: Any = None
     layers: Any = None
     shared: Any = None
 
 
+def _replace(state: _State, name: str, value: Any) -> _State:
+    changes: dict[str, Any] = {name: value}
+    return dataclasses.replace(state, **changes)
+
+
 @dataclasses.dataclass(frozen=True)
 class _At:
-    """Where a backward operation is: repeat of the chunk, of the piece, of the stage; its weight cell; what it reads."""
+    """Where a backward operation is: repeat of the chunk, the piece and the stage; its weight cell; what it reads."""
 
     repeat: jax.Array
     offset: jax.Array
@@ -314,7 +280,7 @@ class _Device:
 
     def _parameters(self, repeat: jax.Array) -> Any:
         """Those of one repeat of this stage, in the type of the products, sharded as they are."""
-        return jax.tree.map(_cast, _read(self.layers, repeat), self.layer_placements)
+        return jax.tree.map(_cast, read(self.layers, repeat), self.layer_placements)
 
     def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
         placements = jax.tree.map(
@@ -333,44 +299,44 @@ class _Device:
         def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs, x = carry
             if not self.evaluation:
-                inputs = _write(inputs, x, slot, repeat)
+                inputs = write(inputs, x, slot, repeat)
             local, index = self._indices(row, repeat)
             return inputs, self._repeat(self._parameters(local), x, (index, context))
 
-        x = _read(state.inputs, slot, row['first'])
+        x = read(state.inputs, slot, row['first'])
         inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
         if not self.evaluation:
-            inputs = _write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
+            inputs = write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
         return dataclasses.replace(state, inputs=inputs), x
 
     def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
-        """The other operations, if one of them is this tick's: the state, and the gradient of x before the first repeat.
+        """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
 
         Each is a loop from the last repeat to the first, over the one buffer that it writes to and the gradient.
         """
         split, context, slot = self.split, self._context(row), row['input_slot']
 
         def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            gradient, dx = split.whole(at.parameters, _read(state.inputs, slot, at.repeat), at.context, dy)
-            return _add(layers, gradient, at.local), dx
+            gradient, dx = split.whole(at.parameters, read(state.inputs, slot, at.repeat), at.context, dy)
+            return add(layers, gradient, at.local), dx
 
         def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            found = split.recompute(at.parameters, _read(state.inputs, slot, at.repeat), at.context)
-            return _write(residuals, found, at.offset), dy
+            found = split.recompute(at.parameters, read(state.inputs, slot, at.repeat), at.context)
+            return write(residuals, found, at.offset), dy
 
         def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            residuals = _read(state.residuals, at.offset)
+            residuals = read(state.residuals, at.offset)
             dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
-            return _write(operands, found, at.cell), dx
+            return write(operands, found, at.cell), dx
 
         def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            x = _read(state.inputs, slot, at.repeat)
+            x = read(state.inputs, slot, at.repeat)
             dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
-            return _write(operands, found, at.cell), dx
+            return write(operands, found, at.cell), dx
 
         def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            operands = _read(state.operands, at.cell)
-            return _add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
+            operands = read(state.operands, at.cell)
+            return add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
 
         steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
             Operation.BACKWARD: ('layers', whole),
@@ -379,7 +345,7 @@ class _Device:
             Operation.RECOMPUTE_INPUT_GRADIENT: ('operands', from_input),
             Operation.WEIGHT_GRADIENT: ('layers', weights),
         }
-        dy = _read(state.gradients, row['gradient_slot'])
+        dy = read(state.gradients, row['gradient_slot'])
         for operation, (name, step) in steps.items():
             if operation not in self.table.operations:
                 continue
@@ -393,9 +359,9 @@ class _Device:
 
             count = jnp.where(row['operation'] == operation, row['count'], 0)
             buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))
-            state = dataclasses.replace(state, **{name: buffer})
+            state = _replace(state, name, buffer)
         # Without an operation that changes it, it is written back as it was.
-        return dataclasses.replace(state, gradients=_write(state.gradients, dy, row['gradient_slot'])), dy
+        return dataclasses.replace(state, gradients=write(state.gradients, dy, row['gradient_slot'])), dy
 
     def _context(self, row: dict[str, jax.Array]) -> Any:
         return self.stages.context(self.rows(row['microbatch']), self._key(row['microbatch']))
@@ -413,8 +379,8 @@ class _Device:
         both = dict(zip(self.table.joint, joint, strict=True))
 
         due = both['embed'] >= 0
-        x = _when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
-        inputs = _write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
+        x = when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
+        inputs = write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
         state = dataclasses.replace(state, inputs=inputs)
 
         state, x = self._run_forward(state, row)
@@ -431,16 +397,16 @@ class _Device:
     ) -> _State:
         """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
         to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
-        x = _when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
+        x = when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
         slot, buffer = row[f'receive_{name}'], getattr(state, name)
         index = (slot, 0) if name == 'inputs' else (slot,)
-        return dataclasses.replace(state, **{name: _write_if(slot >= 0, buffer, x, *index)})
+        return _replace(state, name, write_if(slot >= 0, buffer, x, *index))
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
             return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']))[1])
 
-        return dataclasses.replace(state, sums=_when(both['loss'] >= 0, compute, state.sums))
+        return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
     def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         """Loss and its gradient for the microbatch that left the last chunk."""
@@ -453,8 +419,8 @@ class _Device:
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
             return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
 
-        shared, sums, dx = _when(due, compute, (state.shared, state.sums, self.message))
-        gradients = _write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
+        shared, sums, dx = when(due, compute, (state.shared, state.sums, self.message))
+        gradients = write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
         return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
 
     def _after_first(self, state: _State, dx: jax.Array, both: dict[str, jax.Array]) -> _State:
@@ -467,7 +433,7 @@ class _Device:
             (d_shared,) = vjp(self._on(0, dx))
             return jax.tree.map(jnp.add, shared, d_shared)
 
-        return dataclasses.replace(state, shared=_when(both['embed_gradient'] >= 0, compute, state.shared))
+        return dataclasses.replace(state, shared=when(both['embed_gradient'] >= 0, compute, state.shared))
 
 
 def _cast(x: jax.Array, placement: Placement) -> jax.Array:

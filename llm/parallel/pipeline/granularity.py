@@ -7,6 +7,7 @@ pieces cost.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -125,7 +126,7 @@ def _cut(repeats: int, most: int) -> list[tuple[int, int]]:
     """`repeats` in as few pieces of at most `most` as possible, of sizes as equal as possible: (first, count)."""
     pieces = math.ceil(repeats / most)
     edges = [i * repeats // pieces for i in range(pieces + 1)]
-    return [(low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low, high - low) for low, high in itertools.pairwise(edges)]
 
 
 def candidates(costs: Costs, repeats: int, *, split: bool) -> list[Granularity]:

@@ -1,8 +1,8 @@
 """From the order in which layers are stored to the order in which an interleaved pipeline runs them, and back.
 
-A stage stores contiguous repeats, whatever runs them: stage s of p has the blocks s * v .. s * v + v - 1 of p * v. With v
-chunks a stage it runs the blocks s, s + p, s + 2 p, ... Blocks are sent where they are run, and gradients back, once a
-step: less than the layers' own size over the links, against a train state that everybody else would have to reorder.
+A stage stores contiguous repeats, whatever runs them: stage s of p has the blocks s * v .. s * v + v - 1 of p * v. With
+v chunks a stage it runs the blocks s, s + p, s + 2 p, ... Blocks are sent where they are run, and gradients back, once
+a step: less than the layers' own size over the links, or everybody else would have to reorder the train state.
 """
 
 import functools
@@ -23,7 +23,9 @@ def _rounds(stages: int, chunks: int) -> list[tuple[tuple[int, ...], tuple[int, 
     """
     # A block is an edge from where it is stored to where it is run; every stage has `chunks` of both kinds, so the
     # edges divide into perfect matchings (König 1916).
-    edges = {(block // chunks, block % stages): [] for block in range(stages * chunks)}
+    edges: dict[tuple[int, int], list[int]] = {
+        (block // chunks, block % stages): [] for block in range(stages * chunks)
+    }
     for block in range(stages * chunks):
         edges[block // chunks, block % stages].append(block)
     rounds = []

@@ -40,7 +40,7 @@ def choose_granularity(problem: Problem, costs: Costs) -> Granularity:
 
 
 def zero_bubble_granularities(problem: Problem, costs: Costs) -> list[ZeroBubbleGranularity]:
-    """Those that `plan` tries: all weight gradients split off, or only those of as many microbatches as there are stages."""
+    """What `plan` tries: all weight gradients split off, or those of as many microbatches as there are stages."""
     steady = choose_granularity(dataclasses.replace(problem, config=PipelineConfig('1f1b')), costs)
     split = _promising(candidates(costs, problem.chunk_repeats, split=True), costs, problem.chunk_repeats)
     return [ZeroBubbleGranularity(steady, cut, problem.microbatches - problem.stages) for cut in split] + [

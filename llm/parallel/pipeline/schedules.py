@@ -114,7 +114,7 @@ def gpipe_order(stage: int, stages: int, microbatches: int) -> Order:
 
 
 def one_forward_one_backward_order(stage: int, stages: int, microbatches: int) -> Order:
-    """After stages - stage - 1 forward passes, one forward and one backward in turn (Narayanan et al. 2021b, fig. 4)."""
+    """stages - stage - 1 forward passes, then one forward and one backward in turn (Narayanan et al. 2021b, fig. 4)."""
     return _alternate(
         [(Pass.FORWARD, m, 0) for m in range(microbatches)],
         [(Pass.BACKWARD, m, 0) for m in range(microbatches)],
@@ -123,7 +123,7 @@ def one_forward_one_backward_order(stage: int, stages: int, microbatches: int) -
 
 
 def interleaved_order(stage: int, stages: int, microbatches: int, chunks: int) -> Order:
-    """1F1B over chunks: groups of `stages` microbatches pass one chunk after the other (Narayanan et al. 2021b, 2.2)."""
+    """1F1B over chunks: `stages` microbatches at a time pass chunk after chunk (Narayanan et al. 2021b, 2.2)."""
     groups = range(0, microbatches, stages)
     forward: Order = [
         (Pass.FORWARD, first + m, chunk) for first in groups for chunk in range(chunks) for m in range(stages)

@@ -53,11 +53,12 @@ def split_backward(function: Function, parameters: Any, x: Any, context: Any) ->
         _, vjp = jax.vjp(lambda parameters, x: function(parameters, x, context), parameters, x)
         return vjp(dy)
 
-    (p_leaves, p_tree), c_leaves = jax.tree.flatten(parameters), jax.tree.leaves(context)
+    p_leaves, p_tree = jax.tree.flatten(parameters)
+    c_leaves, c_tree = jax.tree.flatten(context)
 
     def flat(*arguments: jax.Array) -> Arrays:
         p, (x, dy), c = arguments[: len(p_leaves)], arguments[len(p_leaves) :][:2], arguments[len(p_leaves) + 2 :]
-        gradients, dx = whole(p_tree.unflatten(p), x, jax.tree.unflatten(jax.tree.structure(context), c), dy)
+        gradients, dx = whole(jax.tree.unflatten(p_tree, p), x, jax.tree.unflatten(c_tree, c), dy)
         return [*jax.tree.leaves(gradients), dx]
 
     example = (*p_leaves, x, x, *c_leaves)
@@ -101,14 +102,15 @@ def split_backward(function: Function, parameters: Any, x: Any, context: Any) ->
         recompute=lambda p, x, c: recompute(*leaves(p), x, *leaves(c)),
         input_gradient=lambda p, r, c, dy: first_and_rest(input_gradient(*leaves(p), *r, dy, *leaves(c))),
         recompute_input_gradient=lambda p, x, c, dy: first_and_rest(both(*leaves(p), x, dy, *leaves(c))),
-        weight_gradient=lambda p, o, c: p_tree.unflatten(weight_gradient(*leaves(p), *o, *leaves(c))),
+        weight_gradient=lambda p, o, c: jax.tree.unflatten(p_tree, weight_gradient(*leaves(p), *o, *leaves(c))),
         residuals=[_struct(v) for v in residuals],
         operands=[_struct(v) for v in operands],
     )
 
 
 def _struct(variable: Var) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+    aval: Any = variable.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _three(variables: Sequence[Var], parameters: int) -> tuple[list[Var], list[Var], list[Var]]:

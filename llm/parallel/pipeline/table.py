@@ -1,7 +1,7 @@
-"""A timeline as the table of numbers that the executor reads: what every stage does in every tick, and where it keeps it.
+"""A timeline as the table of numbers that the executor reads: what every stage does in every tick, and keeps where.
 
-Buffers have as many slots as are in use at once, so that a slot is taken again as soon as it is free. What a stage keeps
-between ticks:
+Buffers have as many slots as are in use at once, so that a slot is taken again as soon as it is free. What a stage
+keeps between ticks:
 
 - the input of every repeat of a chunk, from the tick in which the chunk's input arrives to the last tick of its
   backward pass that reads it: one slot a microbatch and chunk in flight;
