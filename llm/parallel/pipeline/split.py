@@ -84,7 +84,7 @@ def split_backward(function: Function, parameters: Any, x: Any, context: Any) ->
     def part(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Any]) -> Callable[..., Arrays]:
         # Equations whose results are inputs of this part are left out with all that only they need.
         kept = _live(eqns, outputs, inputs)
-        closed = ClosedJaxpr(Jaxpr(jaxpr.constvars, list(inputs), list(outputs), kept), program.consts)
+        closed = ClosedJaxpr(jaxpr.replace(invars=list(inputs), outvars=list(outputs), eqns=kept), program.consts)
         return jaxpr_as_fun(closed)
 
     everything = list(jaxpr.eqns)
@@ -137,9 +137,8 @@ def _inline(closed: ClosedJaxpr, example: Sequence[Any]) -> ClosedJaxpr:
                 inner = equation.params['jaxpr']
                 outputs = run(inner.jaxpr, inner.consts, *inputs)
             else:
-                single = Jaxpr(
-                    (), [v for v in equation.invars if not isinstance(v, Literal)], equation.outvars, [equation]
-                )
+                variables = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+                single = jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
                 outputs = jaxpr_as_fun(ClosedJaxpr(single, ()))(
                     *(value for value, v in zip(inputs, equation.invars, strict=True) if not isinstance(v, Literal))
                 )
