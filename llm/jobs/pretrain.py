@@ -81,7 +81,10 @@ class Pretrain:
     def __call__(self, invocation: Invocation) -> None:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so."""
         if invocation.dry_run:
-            print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
+            total_steps = self.loop.total_steps
+            print(
+                describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline)
+            )
             return
         directory = Path(self.run_directory)
         trainer = Trainer(
