@@ -23,9 +23,7 @@ def _show(spec: PartitionSpec) -> str:
     return ', '.join('-' if axes is None else axes if isinstance(axes, str) else '*'.join(axes) for axes in spec)
 
 
-def _schedule(
-    pipeline: PipelineConfig, model: DecoderConfig, specs: Any, stages: int, step: StepConfig
-) -> list[str]:
+def _schedule(pipeline: PipelineConfig, model: DecoderConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
     """What a pipeline costs, if there is one: how many times the work of one stage a step takes."""
     if stages == 1:
         return []

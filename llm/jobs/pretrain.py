@@ -82,9 +82,7 @@ class Pretrain:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so."""
         if invocation.dry_run:
             total_steps = self.loop.total_steps
-            print(
-                describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline)
-            )
+            print(describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline))
             return
         directory = Path(self.run_directory)
         trainer = Trainer(

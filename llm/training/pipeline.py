@@ -102,8 +102,14 @@ def make_pipeline(
     return compute
 
 
-def repeat_costs_of(config: DecoderConfig, specs: Any, rows: int, length: int) -> Costs:
-    """What the parts of a repeat of the layers cost for a microbatch [rows, length], on one device."""
+def repeat_costs_of(
+    config: DecoderConfig, specs: Any, rows: int, length: int, count: Callable[..., Costs] = repeat_costs
+) -> Costs:
+    """What the parts of a repeat of the layers cost for a microbatch [rows, length], on one device.
+
+    Args:
+        count: repeat_costs or compiled_costs of llm.parallel.pipeline.costs.
+    """
     stages, dtype = make_stages(config, 0.0), jnp.dtype(config.compute_dtype)
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), specs['layers'])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -113,7 +119,7 @@ def repeat_costs_of(config: DecoderConfig, specs: Any, rows: int, length: int) -
     def repeat(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
         return stages.repeat(parameters, x, jnp.int32(0), context)
 
-    return repeat_costs(repeat, parameters, jax.ShapeDtypeStruct((rows, length, config.d_model), dtype), context)
+    return count(repeat, parameters, jax.ShapeDtypeStruct((rows, length, config.d_model), dtype), context)
 
 
 def make_pipeline_table(

@@ -187,14 +187,17 @@ class _Device:
         self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
         self.layers, self.shared, self.key = layers, shared, key
         self.stage = jax.lax.axis_index(AXIS)
-        self.batch = {
-            name: x.reshape(x.shape[0] // problem.microbatches, problem.microbatches, *x.shape[1:])
-            for name, x in batch.items()
-        }
+        self.batch, self.microbatches = batch, problem.microbatches
 
     def rows(self, microbatch: jax.Array) -> Batch:
         """The rows of one microbatch."""
-        return {name: jax.lax.dynamic_index_in_dim(x, microbatch, 1, keepdims=False) for name, x in self.batch.items()}
+
+        def pick(x: jax.Array) -> jax.Array:
+            # A reshape would have the compiler copy the whole batch.
+            index = microbatch + self.microbatches * jnp.arange(x.shape[0] // self.microbatches)
+            return jnp.take(x, index, axis=0, mode='clip')
+
+        return {name: pick(x) for name, x in self.batch.items()}
 
     def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums]:
         """The loop, and what comes before and after it."""
