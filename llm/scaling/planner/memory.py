@@ -15,7 +15,7 @@ from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
-# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their gradients.
+# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and gradients.
 LAYER_AT_ONCE = 2.45
 GATHERED_LAYERS = 2.4
 # Part of the memory beside HBM that takes arrays of the layer at work.
