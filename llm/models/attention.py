@@ -164,6 +164,7 @@ class Attention(nnx.Module):
             arrays['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
         if self.sinks is not None:
             arrays['sinks'] = self.sinks[...]
+        device = target_device()
         attend = functools.partial(
             dot_product_attention,
             scale=config.score_scale,
@@ -171,13 +172,18 @@ class Attention(nnx.Module):
             window=config.window,
             soft_cap=config.logit_soft_cap,
             implementation=config.implementation,
-            device=target_device(),
+            device=device,
         )
         sequence = None
         if cut is not None:
             sequence = 'sequence'
             zigzag = context.token_index is not None
-            attend = functools.partial(attend, sequence_axis=SequenceAxis(cut.axis, cut.pieces, cut.method, zigzag))
+            attend = functools.partial(
+                attend,
+                sequence_axis=SequenceAxis(
+                    cut.axis, cut.pieces, cut.method, zigzag, permutes=cut.in_step or device.platform != 'cpu'
+                ),
+            )
         if context.offset is not None:
             arrays['query_offset'] = jnp.asarray(context.offset)
         axes: dict[str, Axes] = {

@@ -112,11 +112,16 @@ def rules_in_force() -> tuple[Mesh | AbstractMesh, AxisRules] | None:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceCut:
-    """Rows are cut into `pieces` along mesh axis `axis`, and attention goes by `method`."""
+    """Rows are cut into `pieces` along mesh axis `axis`, and attention goes by `method`.
+
+    Attributes:
+        in_step: whether all devices of the mesh do the same at the same time, as they do outside of manual code.
+    """
 
     axis: str
     pieces: int
     method: Literal['ring', 'ulysses', 'all_gather']
+    in_step: bool
 
     def zigzag(self, length: int) -> bool:
         """Whether tokens of rows of `length` are laid out in zig-zag, so that causal work is balanced."""
@@ -138,7 +143,7 @@ def sequence_cut() -> SequenceCut | None:
         return None
     if not isinstance(axes, str):
         raise UserError(f'rows are cut along {axes}', where='AxisRules.activations', fix='Use one mesh axis.')
-    return SequenceCut(axes, mesh.shape[axes], rules.sequence_method)
+    return SequenceCut(axes, mesh.shape[axes], rules.sequence_method, in_step=not mesh.manual_axes)
 
 
 def target_device() -> jax.Device:

@@ -22,6 +22,7 @@ from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
+from llm.parallel.pipeline.validation import validate
 from llm.parallel.sharding import AxisRules, manual_axes
 from llm.parallel.vocabulary import token_negative_log_likelihood
 from llm.training.layout import token_order
@@ -147,7 +148,9 @@ def make_pipeline_table(
             fix=f'Use a multiple of {len(config.pattern)}, or MeshConfig.pipeline = 1.',
         )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
-    return make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
+    table = make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
+    validate(table)
+    return table
 
 
 def evaluation_table(table: Table) -> Table:
