@@ -1,7 +1,7 @@
 """Rematerialisation: what the backward pass computes again instead of keeping it."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -45,4 +45,10 @@ def rematerialized(function: Callable, kind: RematKind, names: tuple[str, ...], 
         'dots_no_batch': policies.dots_with_no_batch_dims_saveable,
         'names': policies.save_only_these_names(*names),
     }[kind]
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+    # A new function each time: JAX keeps what it traced by function and shapes, and would not see that another mesh is in
+    # force now.
+    def traced_anew(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return jax.checkpoint(traced_anew, policy=policy, prevent_cse=not in_scan)

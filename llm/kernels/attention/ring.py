@@ -59,10 +59,10 @@ class _Ring:
         n, name = self.axis.size, self.axis.name
         if not self.axis.permutes:
             rank = jax.lax.axis_index(name)
-            slots = (jnp.arange(n) == (rank + 1) % n).astype(jnp.int32)
+            slots = jnp.arange(n) == (rank + 1) % n
 
             def exchange(x: jax.Array) -> jax.Array:
-                sent = x * slots.astype(x.dtype).reshape(n, *[1] * x.ndim)
+                sent = jnp.where(slots.reshape(n, *[1] * x.ndim), x, jnp.zeros((), x.dtype))
                 return jax.lax.all_to_all(sent, name, split_axis=0, concat_axis=0, tiled=True)[(rank - 1) % n]
 
             return jax.tree.map(exchange, tree)

@@ -1,0 +1,219 @@
+"""Training steps that must give one device's loss and gradients, whatever they combine; see test_parity_matrix.py.
+
+A case is a dict of factors. A covering array of strength n has every combination of the values of any n factors that
+the constraints allow.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.errors import UserError
+from llm.models.attention import AttentionConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.feed_forward import FeedForwardConfig
+from llm.models.layer import LayerConfig
+from llm.models.normalization import NormConfig
+from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.parallel.sharding import AxisRules
+from llm.training.optimizers import OptimizerConfig
+from llm.training.schedules import ScheduleConfig
+from llm.training.step import StepConfig
+from llm.training.trainer import Trainer
+
+AXES = ('data', 'fsdp', 'tensor', 'sequence', 'pipeline')
+BATCH, LENGTH, DEVICES = 16, 16, 8
+Case = dict[str, Any]
+
+FACTORS: dict[str, list[Any]] = {
+    **{axis: [1, 2, 4, 8] for axis in AXES},
+    'model': ['dense', 'windowed', 'alibi'],
+    # Read with pipeline stages, and with rows that devices share; otherwise both are the first value.
+    'schedule': ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'],
+    'method': ['ring', 'ulysses', 'all_gather'],
+    'scan': [True, False],
+    # Microbatches: as few as there can be, or twice as many.
+    'accumulation': [1, 2],
+    'packed': [True, False],
+}
+
+LAYER = LayerConfig(
+    mixer=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=4), feed_forward=FeedForwardConfig(d_ff=32)
+)
+WINDOWED = dataclasses.replace(
+    LAYER,
+    mixer=dataclasses.replace(LAYER.mixer, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
+    norm_position='sandwich',
+    dropout=0.1,
+)
+SMALL = DecoderConfig(vocab_size=64, d_model=32, num_layers=1, pattern=(LAYER,), compute_dtype='float64')
+MODELS = {
+    'dense': SMALL,
+    'windowed': dataclasses.replace(
+        SMALL, pattern=(LAYER, WINDOWED), tied_embeddings=True, position='learned', max_positions=16, remat='full'
+    ),
+    'alibi': dataclasses.replace(
+        SMALL,
+        pattern=(dataclasses.replace(LAYER, parallel=True),),
+        position='alibi',
+        final_logit_soft_cap=3.0,
+        embedding_dropout=0.1,
+    ),
+}
+# SGD at rate 1 without clipping: what a parameter changes by is its gradient.
+GRADIENT = OptimizerConfig(
+    kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
+)
+
+
+def is_allowed(row: Any) -> bool:
+    if math.prod(row[axis] for axis in AXES) != DEVICES:
+        return False
+    if row['pipeline'] == 1 and row['schedule'] != FACTORS['schedule'][0]:
+        return False
+    if row['pipeline'] > 1 and not row['scan']:  # a pipeline always loops over its layers
+        return False
+    return row['sequence'] > 1 or row['method'] == FACTORS['method'][0]
+
+
+def cases(strength: int) -> list[Case]:
+    """A covering array, by greedy set cover over all cases that are allowed.
+
+    Of strength 2 these are 57; the library covertable, which sees of a constraint only whether it holds, makes 494.
+    """
+    rows = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+    rows = [row for row in rows if is_allowed(row)]
+    groups = list(itertools.combinations(FACTORS, strength))
+    covers = [frozenset((group, tuple(row[factor] for factor in group)) for group in groups) for row in rows]
+    open_, chosen = set().union(*covers), []
+    while open_:
+        best = max(range(len(rows)), key=lambda i: len(covers[i] & open_))
+        chosen.append(rows[best])
+        open_ -= covers[best]
+    return chosen
+
+
+def name(case: Case) -> str:
+    """Of a test."""
+    axes = '.'.join(f'{axis}{case[axis]}' for axis in AXES if case[axis] > 1)
+    parts = [axes, case['model'], f'{microbatches(case)} microbatches', 'packed' if case['packed'] else 'whole']
+    parts += [case['schedule']] * (case['pipeline'] > 1) + [case['method']] * (case['sequence'] > 1)
+    return ', '.join(parts + ['unrolled'] * (not case['scan']))
+
+
+def microbatches(case: Case) -> int:
+    """Of the step."""
+    return int(case['pipeline'] * case['accumulation'])
+
+
+def batch(packed: bool) -> dict[str, np.ndarray]:
+    """Random tokens, [B, S]; rows differ in their number of real tokens."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 64, size=(BATCH, LENGTH + 1)).astype(np.int32)
+    weights = np.ones((BATCH, LENGTH), np.float32)
+    weights[1, 9:] = weights[5, :] = 0
+    segments = np.ones((BATCH, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+    if packed:
+        for row in range(BATCH):
+            cut = 3 + row % 8
+            segments[row, cut:] = 2
+            positions[row, cut:] -= cut
+            weights[row, cut - 1] = 0
+    arrays = {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], 'loss_weights': weights}
+    return arrays | {'segment_ids': segments, 'positions': positions}
+
+
+def _model(model: str, repeats: int, scan: bool) -> DecoderConfig:
+    config = MODELS[model]
+    return dataclasses.replace(config, num_layers=repeats * len(config.pattern), scan_layers=scan)
+
+
+def _run(trainer: Trainer, packed: bool) -> tuple[float, Any, str]:
+    with jax.enable_x64():
+        fresh = jax.jit(trainer._fresh_state, static_argnums=0)(0)
+        double = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, fresh)
+        before = jax.device_get(double['parameters'])
+        state = jax.device_put(jax.device_get(double), trainer.state_shardings)
+        rows = jax.device_put(batch(packed), trainer.batch_sharding)
+        compiled = trainer.train_step.lower(state, rows).compile()
+        state, metrics = compiled(state, rows)
+        after = jax.device_get(state['parameters'])
+        gradients = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), before, after)
+        return float(metrics['loss']), gradients, compiled.as_text()
+
+
+@functools.lru_cache(maxsize=4)
+def one_device(model: str, repeats: int, count: int, packed: bool) -> tuple[float, Any]:
+    """(loss, gradients) of one device, with `count` microbatches, of which dropout depends."""
+    with jax.enable_x64():
+        trainer = Trainer(
+            _model(model, repeats, True),
+            GRADIENT,
+            StepConfig(BATCH, LENGTH, count, z_loss=1e-3),
+            total_steps=10,
+            mesh=MeshConfig(data=1),
+            devices=jax.devices()[:1],
+        )
+    return _run(trainer, packed)[:2]
+
+
+# What the program must have for an axis to have done anything; XLA:CPU writes a reduce-scatter as an all-reduce.
+COLLECTIVES = {
+    'data': ('all-reduce',),
+    'fsdp': ('all-gather', 'all-reduce'),
+    'tensor': ('all-reduce', 'all-gather'),
+    'pipeline': ('collective-permute',),
+}
+METHODS = {'ring': ('collective-permute', 'all-to-all'), 'ulysses': ('all-to-all',), 'all_gather': ('all-gather',)}
+
+
+def errors(case: Case) -> list[str]:
+    """What is wrong with a case; a case that is refused raises UserError."""
+    chunks = 2 if case['schedule'] == 'interleaved' else 1
+    repeats = max(2, case['pipeline'] * chunks)
+    count = microbatches(case)
+    with jax.enable_x64():
+        trainer = Trainer(
+            _model(case['model'], repeats, case['scan']),
+            GRADIENT,
+            StepConfig(BATCH, LENGTH, count, z_loss=1e-3),
+            total_steps=10,
+            mesh=MeshConfig(**{axis: case[axis] for axis in AXES}),
+            rules=AxisRules(sequence_method=case['method']),
+            devices=jax.devices()[:DEVICES],
+            pipeline=PipelineConfig(case['schedule'], chunks),
+        )
+    loss, gradients = one_device(case['model'], repeats, count, case['packed'])
+    parallel_loss, parallel_gradients, program = _run(trainer, case['packed'])
+    found = []
+    if not abs(parallel_loss - loss) <= 1e-7 * abs(loss):  # the metric is stored in fp32
+        found.append(f'loss {parallel_loss} and not {loss}')
+    for path, expected in jax.tree_util.tree_leaves_with_path(gradients):
+        actual = functools.reduce(lambda tree, key: tree[key.key], path, parallel_gradients)
+        worst = np.abs(actual - expected).max() / np.abs(expected).max()
+        if not worst <= 1e-9:
+            found.append(f'gradient of {jax.tree_util.keystr(path)} off by {worst:.1e} of its largest value')
+    wanted = {collective for axis in AXES if case[axis] > 1 for collective in COLLECTIVES.get(axis, ())}
+    for collective in sorted(wanted):
+        if f'{collective}(' not in program and f'{collective}-start(' not in program:
+            found.append(f'no {collective} in the program')
+    if case['sequence'] > 1 and not any(f' {collective}' in program for collective in METHODS[case['method']]):
+        found.append(f'none of {METHODS[case["method"]]} in the program')
+    return found
+
+
+def verdict(case: Case) -> tuple[str, list[str]]:
+    """('equal' | 'refused' | 'differs', why)."""
+    try:
+        found = errors(case)
+    except UserError as error:
+        return 'refused', [str(error)]
+    return ('differs', found) if found else ('equal', [])

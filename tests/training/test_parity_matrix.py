@@ -1,0 +1,23 @@
+"""Every pair of parallel axes, models, schedules and options: float64 loss and gradients of one device, within 1e-9."""
+
+import itertools
+
+import pytest
+
+from tests.training.parity_cases import FACTORS, cases, is_allowed, name, verdict
+
+PAIRS = cases(strength=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', PAIRS, ids=name)
+def test_equals_one_device(case):
+    assert verdict(case) == ('equal', [])
+
+
+def test_the_cases_have_every_pair_of_values_that_isis_allowed():
+    allowed = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+    allowed = [case for case in allowed if is_allowed(case)]
+    for first, second in itertools.combinations(FACTORS, 2):
+        wanted = {(case[first], case[second]) for case in allowed}
+        assert {(case[first], case[second]) for case in PAIRS} == wanted
