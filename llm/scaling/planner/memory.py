@@ -15,7 +15,8 @@ from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
-# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their gradients.
+# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their
+# gradients.
 LAYER_AT_ONCE = 2.45
 GATHERED_LAYERS = 2.4
 # Part of the memory beside HBM that takes arrays of the layer at work.
@@ -126,7 +127,9 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
-        cast += part if size != 4 else 0.0
+        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack).
+        at_once = spec.role is not Role.HIDDEN or run.model.remat == 'none' or not run.model.scan_layers
+        cast += part if size != 4 and at_once else 0.0
         is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
         if spec.role is Role.HIDDEN:
             layers += whole if is_gathered else 0.0
