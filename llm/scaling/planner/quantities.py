@@ -9,5 +9,7 @@ def byte_size(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """'123.4 ms', '1.88 s'."""
-    return f'{seconds:.2f} s' if seconds >= 1 else f'{1e3 * seconds:.1f} ms'
+    """'1.88 s', '123.4 ms', '56.7 us'."""
+    if seconds >= 1:
+        return f'{seconds:.2f} s'
+    return f'{1e3 * seconds:.1f} ms' if seconds >= 1e-3 else f'{1e6 * seconds:.1f} us'

@@ -120,7 +120,15 @@ def search(
         )
     ranked = sorted(final, key=lambda each: (not each.fits, bool(compiled) and each.compiled is None, _order(each)))
     best = ranked[0]
-    rows = [Candidate(each.run, each, '' if each is best and each.fits else _reason(each, best)) for each in ranked]
+    estimated = {each.run: each for each in possible}  # like is compared with like
+    rows = [
+        Candidate(
+            each.run,
+            each,
+            '' if each is best and each.fits else _reason(each, best if each.compiled else estimated[best.run]),
+        )
+        for each in ranked
+    ]
     rows += [Candidate(candidate, None, reason) for candidate, reason in failed.items()]
     return rows + [Candidate(candidate, None, reason) for candidate, each, reason in found if each is None]
 
