@@ -17,12 +17,12 @@ from llm.scaling.planner.run_config import RunConfig
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
 # its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their
 # gradients.
-LAYER_AT_ONCE = 2.45
+LAYER_AT_ONCE = 2.35
 GATHERED_LAYERS = 2.4
 # Part of the memory beside HBM that takes arrays of the layer at work.
-ON_CHIP_SHARE = 0.85
+ON_CHIP_SHARE = 0.7
 # What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
-SUMS_OF_GRADIENTS = 2.1
+SUMS_OF_GRADIENTS = 2.2
 # Bytes of an element of a chunk's logits: the logits and their gradient, both in fp32.
 BYTES_OF_LOGITS = 8.0
 # The head's gradient in fp32, before and after it is scattered or added to.
