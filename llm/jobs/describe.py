@@ -1,6 +1,7 @@
 """What --dry_run shows of a training run: parameters, shardings, memory and FLOPs, without a device or data."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,36 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
+from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.schedules import PipelineConfig, paper_cost
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.scaling.accounting import count, flops_per_token, training_memory
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
+from llm.training.pipeline import make_pipeline_table, repeat_costs_of
 from llm.training.step import StepConfig
 
 
 def _show(spec: PartitionSpec) -> str:
     return ', '.join('-' if axes is None else axes if isinstance(axes, str) else '*'.join(axes) for axes in spec)
+
+
+def _schedule(pipeline: PipelineConfig, model: DecoderConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
+    """What a pipeline costs, if there is one: how many times the work of one stage a step takes."""
+    if stages == 1:
+        return []
+    microbatches = step.gradient_accumulation
+    shape = (step.batch_size // microbatches, step.sequence_length)
+    table = make_pipeline_table(pipeline, model, specs, stages, microbatches, shape)
+    costs = repeat_costs_of(model, specs, *shape)
+    work = table.problem.chunk_repeats * table.problem.config.chunks
+    parts = (work * costs.forward, work * (costs.recompute + costs.input_gradient), work * costs.weight_gradient)
+    ideal = microbatches * sum(parts)
+    return [
+        f'pipeline        {pipeline.schedule}, {stages} stages, {microbatches} microbatches: '
+        f'{table.cost(costs) / ideal:.2f} times the work of a stage '
+        f'({paper_cost(pipeline, stages, microbatches, *parts) / ideal:.2f} by the formula of its paper), '
+        f'without embedding and loss'
+    ]
 
 
 def _bytes(size: float) -> str:
@@ -34,19 +57,21 @@ def describe(
     total_steps: int,
     mesh_config: MeshConfig,
     rules: AxisRules,
+    pipeline: PipelineConfig = PipelineConfig(),
 ) -> str:
     """A table of the parameters and the size of the run, on as many devices as the mesh asks for.
 
     The devices need not exist; a mesh with an axis of -1 is described for those that do.
 
     Raises:
-        UserError: the mesh cannot divide a parameter.
+        UserError: the mesh cannot divide a parameter, or the schedule cannot run the layers or microbatches.
     """
     sizes = [getattr(mesh_config, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     shape = mesh_config.sizes(max(jax.device_count(), fixed) if -1 in sizes else fixed)
     mesh = AbstractMesh(shape, MESH_AXES)
     specs = parameter_specs(Decoder(model))
+    schedule = _schedule(pipeline, model, specs, mesh.shape[PIPELINE_AXIS], step)
     rows, parameters = [('parameter', 'axes', 'shape', 'count', 'sharding over the mesh')], {}
     for name, spec in named_specs(specs):
         sharding = parameter_sharding(spec.axes, spec.shape, mesh, rules, name)
@@ -80,6 +105,7 @@ def describe(
             '',
             f'parameters      {counts.total:,} ({counts.non_embedding:,} without embeddings)',
             f'mesh            {axes} ({math.prod(shape)} device{"s" if math.prod(shape) > 1 else ""})',
+            *schedule,
             f'memory/device   {_bytes(memory.parameters)} parameters + {_bytes(memory.optimizer)} optimizer + '
             f'{_bytes(memory.gradients)} gradients = {_bytes(memory.total)}, without activations',
             f'FLOPs/token     {flops.training(causal=False):.4g} forward and backward '

@@ -26,6 +26,7 @@ from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
 from llm.models.decoder import DecoderConfig
 from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
 from llm.training.checkpoints import CheckpointConfig, Checkpointer, committed_steps, restore_parameters
@@ -41,7 +42,7 @@ from llm.training.trainer import Trainer
 # What may differ when a run goes on: where it runs and what it keeps, not what it computes.
 _COMPLETE = 'complete'
 _CHANGEABLE = (
-    *('run_directory', 'mesh', 'rules', 'checkpoint', 'data.cache_directory', 'data.workers'),
+    *('run_directory', 'mesh', 'rules', 'pipeline', 'checkpoint', 'data.cache_directory', 'data.workers'),
     *('loop.profile_first_step', 'loop.profile_steps'),
 )
 
@@ -73,6 +74,7 @@ class Pretrain:
     loop: LoopConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
+    pipeline: PipelineConfig = PipelineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig | None = None
     initial_parameters: str | None = None
@@ -81,10 +83,19 @@ class Pretrain:
     def __call__(self, invocation: Invocation) -> int:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""
         if invocation.dry_run:
-            print(describe(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules))
+            total_steps = self.loop.total_steps
+            print(describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline))
             return 0
         directory = Path(self.run_directory)
-        trainer = Trainer(self.model, self.optimizer, self.step, self.loop.total_steps, self.mesh, self.rules)
+        trainer = Trainer(
+            self.model,
+            self.optimizer,
+            self.step,
+            self.loop.total_steps,
+            self.mesh,
+            self.rules,
+            pipeline=self.pipeline,
+        )
         # Process 0 writes the run directory; the others read there what it has made.
         first = processes.is_first()
         with contextlib.ExitStack() as stack:

@@ -164,6 +164,7 @@ class Attention(nnx.Module):
             arrays['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
         if self.sinks is not None:
             arrays['sinks'] = self.sinks[...]
+        device = target_device()
         attend = functools.partial(
             dot_product_attention,
             scale=config.score_scale,
@@ -171,17 +172,20 @@ class Attention(nnx.Module):
             window=config.window,
             soft_cap=config.logit_soft_cap,
             implementation=config.implementation,
-            device=target_device(),
+            device=device,
         )
         sequence = None
         if cut is not None:
             sequence = 'sequence'
             zigzag = context.token_index is not None
-            attend = functools.partial(attend, sequence_axis=SequenceAxis(cut.axis, cut.pieces, cut.method, zigzag))
-        if isinstance(context.offset, int):
-            attend = functools.partial(attend, query_offset=context.offset)
-        else:
-            arrays['query_offset'] = context.offset
+            attend = functools.partial(
+                attend,
+                sequence_axis=SequenceAxis(
+                    cut.axis, cut.pieces, cut.method, zigzag, permutes=cut.in_step or device.platform != 'cpu'
+                ),
+            )
+        if context.offset is not None:
+            arrays['query_offset'] = jnp.asarray(context.offset)
         axes: dict[str, Axes] = {
             'query': ('batch', sequence, 'heads', 'head_dim'),
             'key': ('batch', sequence, 'kv_heads', 'head_dim'),
@@ -190,7 +194,7 @@ class Attention(nnx.Module):
             'key_segment_ids': ('batch', sequence),
             'alibi_slopes': ('heads',),
             'sinks': ('heads',),
-            'query_offset': ('batch',) * jnp.ndim(context.offset),
+            'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),
         }
         return map_shards(attend, arrays, axes, axes['query'])
 

@@ -19,23 +19,25 @@ class Context:
     Attributes:
         segment_ids: [B, S] or None; tokens attend within their own segment only.
         rotary: cosines and sines by Rotary, at the positions of the tokens.
-        offset: row index of the first token, [] or [B]; other than 0 only when decoding with a cache.
+        offset: row index of the first token, [] or [B], when decoding with a cache. Otherwise None, for 0: a number
+            would be traced by scans and recomputation, and kernels could not rely on it.
         token_index: [S], index in the row of each token where they do not lie in order; None if they do.
     """
 
     segment_ids: jax.Array | None = None
     rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
-    offset: jax.Array | int = 0
+    offset: jax.Array | int | None = None
     token_index: jax.Array | None = None
 
 
-def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int) -> jax.Array:
+def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int | None) -> jax.Array:
     """Store `new` at rows `offset`, `offset` + 1, ... of entry `repeat` of a stacked cache.
 
     Shapes: cache [L, B, T, ...], new [B, S, ...], repeat [], offset [] or [B] -> cache. With one offset per row,
     whatever would fall past the end T is dropped; with a common one, the caller keeps offset + S within T.
     """
     new = new.astype(cache.dtype)
+    offset = 0 if offset is None else offset
     if jnp.ndim(offset) == 0:
         start = [jnp.asarray(index, jnp.int32) for index in (repeat, 0, offset, *(0,) * (new.ndim - 2))]
         return jax.lax.dynamic_update_slice(cache, new[None], start)

@@ -32,7 +32,7 @@ from llm.models.layer import Layer, LayerConfig
 from llm.models.layer_stack import run_layers
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
-from llm.models.position import PositionKind, rotary_table, segment_positions, sinusoids
+from llm.models.position import PositionKind, Rotary, rotary_table, segment_positions, sinusoids
 from llm.models.remat import RematKind, check_remat
 
 ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
@@ -281,9 +281,14 @@ class Decoder(nnx.Module):
                 fix='Shorten the sequences or raise max_positions.',
             )
 
-    def _embed(
-        self, inputs: jax.Array, positions: jax.Array, dropout_key: jax.Array | None, token_index: jax.Array | None
+    def embed(
+        self,
+        inputs: jax.Array,
+        positions: jax.Array,
+        dropout_key: jax.Array | None = None,
+        token_index: jax.Array | None = None,
     ) -> jax.Array:
+        """What the first layer reads: inputs [B, S], positions [B or 1, S] -> [B, S, D]."""
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         x = self.embedding(inputs, dtype)
@@ -308,11 +313,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         config = self.config
         self._check_length(inputs.shape[1])
-        x = self._embed(inputs, positions, dropout_key, context.token_index)
-        if config.position == 'rope':
-            dtype = jnp.promote_types(x.dtype, jnp.float32)
-            kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}
-            context = dataclasses.replace(context, rotary={r: rotary_table(r, positions, dtype) for r in kinds})
+        x = self.embed(inputs, positions, dropout_key, context.token_index)
+        context = dataclasses.replace(context, rotary=self.rotary(positions))
         new_cache = {}
         for group, layers, repeats, first in (
             ('layers', self.layers, config.repeats, 0),
@@ -331,6 +333,17 @@ class Decoder(nnx.Module):
                     remat=config.remat,
                     remat_names=config.remat_names,
                 )
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        return x, new_cache
+        return self.normalize(x), new_cache
+
+    def rotary(self, positions: jax.Array) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers read at `positions`; see Context."""
+        config = self.config
+        if config.position != 'rope':
+            return {}
+        dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
+        kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}
+        return {rotary: rotary_table(rotary, positions, dtype) for rotary in kinds}
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """What comes out of the last layer, as the logits read it. [B, S, D] -> the same."""
+        return x if self.final_norm is None else self.final_norm(x)

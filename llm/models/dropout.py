@@ -5,6 +5,8 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from llm.parallel.sharding import global_rows
+
 
 class Purpose(enum.IntEnum):
     """What a layer's random bits are for; folded into the layer's key. Never renumber: masks would change."""
@@ -28,9 +30,8 @@ def dropout(
         return x
     key = jax.random.fold_in(key, purpose)
     batch, length, width = x.shape
+    rows = global_rows(batch)[1] + jnp.arange(batch)
     index = jnp.arange(length) if token_index is None else token_index
-    keys = jax.vmap(lambda token: jax.random.fold_in(key, token))(
-        (jnp.arange(batch)[:, None] * length + index).reshape(-1)
-    )
+    keys = jax.vmap(lambda token: jax.random.fold_in(key, token))((rows[:, None] * length + index).reshape(-1))
     kept = jax.vmap(lambda token: jax.random.bernoulli(token, 1 - rate, (width,)))(keys).reshape(x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

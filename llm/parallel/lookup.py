@@ -12,17 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llm.parallel.sharding import Axes, MeshAxes, rules_in_force
+from llm.parallel.sharding import Axes, MeshAxes, manual_axes, rules_in_force
+from llm.parallel.vocabulary import lookup_in_parts
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
     """Mesh axes that cut the rows and the width of the table, and the batch and the sequence of the ids."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
     width: tuple[str, ...]
     batch: tuple[str, ...]
@@ -112,6 +113,10 @@ def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> ja
     if current is None or current[0].size == 1:
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     mesh, rules = current
+    if mesh.manual_axes:
+        if manual_axes(str(axes[0]), parameters=True):
+            return lookup_in_parts(table, ids, str(axes[0]), dtype)
+        return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     rows, width = map(_names, rules.partition(axes, mesh, parameters=True))
     batch, sequence = map(_names, rules.partition(('batch', 'sequence'), mesh, parameters=False))
     if ids.shape[0] == 1:  # positions that all rows share

@@ -35,7 +35,8 @@ class AxisRules:
     parameters: tuple[tuple[str, MeshAxes], ...] = (
         ('layers', 'pipeline'),
         ('experts', 'expert'),
-        ('vocab', 'tensor'),
+        ('vocab', ('pipeline', 'tensor')),
+        ('positions', 'pipeline'),
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
@@ -48,7 +49,7 @@ class AxisRules:
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
-        ('vocab', 'tensor'),
+        ('vocab', ('pipeline', 'tensor')),
     )
     sequence_method: Literal['ring', 'ulysses', 'all_gather'] = 'ring'
 
@@ -62,7 +63,10 @@ class AxisRules:
             )
 
     def partition(self, axes: Axes, mesh: Mesh | AbstractMesh, *, parameters: bool) -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out."""
+        """The PartitionSpec of an array with these logical axes.
+
+        Mesh axes of size 1 are left out, and in a part of a program where they are manual, manual axes.
+        """
         rows = self.parameters if parameters else self.activations
         taken: set[str] = set()
         spec: list[MeshAxes] = []
@@ -71,7 +75,7 @@ class AxisRules:
             for logical, mesh_axes in rows:
                 if logical == axis and mesh_axes is not None:
                     wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-                    usable = tuple(a for a in wanted if mesh.shape[a] > 1)
+                    usable = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in mesh.manual_axes)
                     if not taken.intersection(usable):
                         chosen = usable
                         break
@@ -80,31 +84,44 @@ class AxisRules:
         return PartitionSpec(*spec)
 
 
-_current: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar('axis_rules', default=None)
+_current: contextvars.ContextVar[tuple[Mesh | AbstractMesh, AxisRules] | None] = contextvars.ContextVar(
+    'axis_rules', default=None
+)
+_device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar('device', default=None)
 
 
 @contextlib.contextmanager
-def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
-    """Within this context `constrain` places activations on `mesh` by `rules`."""
+def use_rules(mesh: Mesh | AbstractMesh, rules: AxisRules) -> Iterator[None]:
+    """Within this context `constrain` places activations on `mesh` by `rules`.
+
+    An abstract mesh, as manual code has, stands for the devices of the mesh outside.
+    """
     token = _current.set((mesh, rules))
+    device = _device.set(mesh.devices.flat[0] if isinstance(mesh, Mesh) else _device.get())
     try:
         yield
     finally:
+        _device.reset(device)
         _current.reset(token)
 
 
-def rules_in_force() -> tuple[Mesh, AxisRules] | None:
+def rules_in_force() -> tuple[Mesh | AbstractMesh, AxisRules] | None:
     """What `use_rules` set, for code that places its collectives itself; None outside of rules."""
     return _current.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceCut:
-    """Rows are cut into `pieces` along mesh axis `axis`, and attention goes by `method`."""
+    """Rows are cut into `pieces` along mesh axis `axis`, and attention goes by `method`.
+
+    Attributes:
+        in_step: whether all devices of the mesh do the same at the same time, as they do outside of manual code.
+    """
 
     axis: str
     pieces: int
     method: Literal['ring', 'ulysses', 'all_gather']
+    in_step: bool
 
     def zigzag(self, length: int) -> bool:
         """Whether tokens of rows of `length` are laid out in zig-zag, so that causal work is balanced."""
@@ -126,13 +143,12 @@ def sequence_cut() -> SequenceCut | None:
         return None
     if not isinstance(axes, str):
         raise UserError(f'rows are cut along {axes}', where='AxisRules.activations', fix='Use one mesh axis.')
-    return SequenceCut(axes, mesh.shape[axes], rules.sequence_method)
+    return SequenceCut(axes, mesh.shape[axes], rules.sequence_method, in_step=not mesh.manual_axes)
 
 
 def target_device() -> jax.Device:
     """A device of the mesh in force (of a topology that is only compiled for, perhaps), or else of this process."""
-    current = _current.get()
-    return jax.devices()[0] if current is None else current[0].devices.flat[0]
+    return _device.get() or jax.devices()[0]
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -168,16 +184,49 @@ def map_shards(
         axes: logical axes of each array, by name; None keeps a dimension whole. out_axes: those of the result.
     """
     current = _current.get()
-    if current is None or current[0].size == 1:
+    if current is None:
         return function(**arrays)
     mesh, rules = current
+    open_axes = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
+    if not open_axes:
+        return function(**arrays)
     specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
     out_spec = rules.partition(out_axes, mesh, parameters=False)
     mapped = jax.shard_map(
-        lambda parts: function(**parts), mesh=mesh, in_specs=(specs,), out_specs=out_spec, check_vma=False
+        lambda parts: function(**parts),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=out_spec,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )
     result: jax.Array = mapped(arrays)
     return result
+
+
+def split_over(axis: str, *, parameters: bool) -> tuple[str, ...]:
+    """The mesh axes, manual ones among them, that the rules in force split dimensions of logical axis `axis` over."""
+    current = _current.get()
+    if current is None:
+        return ()
+    mesh, rules = current
+    spec = rules.partition((axis,), AbstractMesh(mesh.axis_sizes, mesh.axis_names), parameters=parameters)[0]
+    return (spec,) if isinstance(spec, str) else tuple(spec or ())
+
+
+def manual_axes(axis: str, *, parameters: bool) -> tuple[str, ...]:
+    """Those of `split_over` that are manual here: one sees a part of the dimension."""
+    current = _current.get()
+    manual = () if current is None else current[0].manual_axes
+    return tuple(each for each in split_over(axis, parameters=parameters) if each in manual)
+
+
+def global_rows(rows: int) -> tuple[int, jax.Array | int]:
+    """The number of rows of the batch of which `rows` are here, and the index of the first of those."""
+    axes = manual_axes('batch', parameters=False)
+    if not axes:
+        return rows, 0
+    return rows * jax.lax.axis_size(axes), rows * jax.lax.axis_index(axes)
 
 
 def parameter_sharding(

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from llm.errors import UserError
-from llm.kernels.attention.sequence_axis import zigzag_order
-from llm.parallel.sharding import constrain, sequence_cut
+from llm.parallel.sharding import constrain
+from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
@@ -26,7 +25,8 @@ class StepConfig:
 
     Attributes:
         batch_size: rows of the global batch. sequence_length: tokens per row.
-        gradient_accumulation: microbatches that the batch is cut into; does not change the loss or the gradient.
+        gradient_accumulation: microbatches that the batch is cut into, one after the other or in a pipeline; does not
+            change the loss or the gradient.
         z_loss: coefficient of log_z ** 2; see `llm.training.losses`.
         seed: of initial parameters and dropout.
     """
@@ -59,21 +59,9 @@ def _summed_loss(
         positions=batch['positions'],
         segment_ids=batch['segment_ids'],
         dropout_key=dropout_key,
-        token_index=_token_order(batch['inputs'].shape[1]),
+        token_index=token_order(batch['inputs'].shape[1]),
     )
     return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
-
-
-def _token_order(length: int) -> np.ndarray | None:
-    """Index in the row of each token, where devices share rows and their tokens do not lie in order."""
-    cut = sequence_cut()
-    return zigzag_order(length, cut.pieces) if cut is not None and cut.zigzag(length) else None
-
-
-def _placed(batch: Batch) -> Batch:
-    """The batch on the mesh, its tokens in `_token_order`; all that a model is told of their order is in the batch."""
-    order = _token_order(batch['inputs'].shape[1])
-    return {name: constrain(x if order is None else x[:, order], ('batch', 'sequence')) for name, x in batch.items()}
 
 
 def make_train_step(
@@ -81,8 +69,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
+    gradients_of_sums: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
+
+    Args:
+        gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
+            accumulation over microbatches one after the other: a pipeline.
 
     Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
     tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
@@ -119,9 +112,9 @@ def make_train_step(
         return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch = _placed(batch)
+        batch = placed(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        gradients, sums = accumulated(state['parameters'], batch, key)
+        gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['parameters'])
@@ -142,12 +135,21 @@ def make_train_step(
     return train_step
 
 
-def make_evaluation_step(model: nnx.GraphDef) -> Callable[[Any, Batch], Metrics]:
-    """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch."""
+def make_evaluation_step(
+    model: nnx.GraphDef, sums_of: Callable[[Any, Batch, None], tuple[Any, Metrics]] | None = None
+) -> Callable[[Any, Batch], Metrics]:
+    """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
+
+    Args:
+        sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
+    """
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
-        batch = _placed(batch)
-        sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
+        batch = placed(batch)
+        if sums_of is not None:
+            sums = sums_of(parameters, batch, None)[1]
+        else:
+            sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step

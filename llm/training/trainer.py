@@ -15,8 +15,12 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, parameter_sharding, sequence_cut, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
+from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
 
@@ -32,6 +36,7 @@ class Trainer:
         optimizer: the optax transformation.
         abstract_state, state_shardings: ShapeDtypeStruct and NamedSharding of every array of the train state.
         batch_sharding: NamedSharding of each array of a batch, [B, S].
+        pipeline_table: the schedule, where the mesh has more than one pipeline stage; else None.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Trainer:
         mesh: MeshConfig = MeshConfig(),
         rules: AxisRules = AxisRules(),
         devices: list[jax.Device] | None = None,
+        pipeline: PipelineConfig = PipelineConfig(),
     ):
         self.model_config, self.step_config, self.rules = model, step, rules
         self.mesh: Mesh = make_mesh(mesh, devices)
@@ -51,6 +57,7 @@ class Trainer:
         self._check_sequence()
         decoder = Decoder(model)
         self.specs = parameter_specs(decoder)
+        self.pipeline_table = self._pipeline_table(pipeline)
         self.model: nnx.GraphDef = nnx.split(decoder)[0]
         base = model if model.mup_base_width is None else model.at_width(model.mup_base_width)
         base_specs = parameter_specs(Decoder(base))
@@ -89,6 +96,15 @@ class Trainer:
                 where='StepConfig.batch_size',
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
             )
+
+    def _pipeline_table(self, pipeline: PipelineConfig) -> Table | None:
+        """The schedule, if the mesh has stages."""
+        stages, step = self.mesh.shape[PIPELINE_AXIS], self.step_config
+        if stages == 1:
+            return None
+        microbatches = step.gradient_accumulation
+        shape = (step.batch_size // microbatches, step.sequence_length)
+        return make_pipeline_table(pipeline, self.model_config, self.specs, stages, microbatches, shape)
 
     def _check_length(self) -> None:
         # The decoder would say so too, but only when it is first run, after hours of tokenising perhaps.
@@ -142,13 +158,18 @@ class Trainer:
     @functools.cached_property
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config)
+        pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, pipeline)
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property
     def evaluation_step(self) -> Any:
         """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
-        return jax.jit(self._under_rules(make_evaluation_step(self.model)), out_shardings=self.replicated)
+        pipeline = None if self.pipeline_table is None else self._pipeline(evaluation_table(self.pipeline_table))
+        return jax.jit(self._under_rules(make_evaluation_step(self.model, pipeline)), out_shardings=self.replicated)
+
+    def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
+        return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from llm.kernels.attention.block_table import ACTIVE, BLOCK_BITS, FIRST, LAST, PARTIAL, BlockTable
 from llm.kernels.attention.masking import Options
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # finite, so that differences of two are no NaN
 
 
@@ -81,27 +81,29 @@ class Step:
         else:
             jax.lax.fori_loop(0, self.sizes.heads, lambda head, _: body(head, partial), None)
 
-    def scores(
-        self, products: jax.Array, head: jax.Array | int, partial: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Scaled products, scores, and which of them count (None: all), [keys, queries], from products q . k."""
+    def scores(self, products: jax.Array, head: jax.Array | int, partial: bool) -> tuple[jax.Array, jax.Array | None]:
+        """Scores in units of log 2, and which of them count (None: all), [keys, queries], from products q . k."""
         options, sizes = self.options, self.sizes
-        products = products * options.scale
         slopes = self.refs.get('slopes')
+        if options.soft_cap is None and slopes is None:
+            scores = products * (options.scale * LOG2_E)  # one multiplication: here they are what takes time
+        elif not partial and slopes is None:
+            scores = options.scores(products * options.scale, products, None) * LOG2_E
         if not partial and slopes is None:
-            return products, options.scores(products, products, None), None
+            return scores, None
         shape = (sizes.block_k, sizes.block_q)
         key_index = self.key_block * sizes.block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         query_index = self.query_block * sizes.block_q + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         distance = self.refs['row_scalars'][2 * self.row] + query_index - key_index
-        slope = None if slopes is None else slopes[self.group * sizes.heads + head]
-        scores = options.scores(products, distance, slope)
+        if options.soft_cap is not None or slopes is not None:
+            slope = None if slopes is None else slopes[self.group * sizes.heads + head]
+            scores = options.scores(products * options.scale, distance, slope) * LOG2_E
         if not partial:
-            return products, scores, None
+            return scores, None
         more = [key_index < self.refs['row_scalars'][2 * self.row + 1]]
         if 'query_ids' in self.refs:
             more.append(self.refs['key_ids'][0][:, :1] == self.refs['query_ids'][0])
-        return products, scores, options.allowed(distance, *more)
+        return scores, options.allowed(distance, *more)
 
 
 def forward_kernel(step: Step) -> None:
@@ -123,8 +125,7 @@ def forward_kernel(step: Step) -> None:
 
     def add(head: jax.Array | int, partial: bool) -> None:
         products = _dot(key[0, 0], query[0, 0, head], (1, 1), dtype)
-        _, scores, allowed = step.scores(products, head, partial)
-        scores = scores * _LOG2_E
+        scores, allowed = step.scores(products, head, partial)
         if allowed is not None:
             scores = jnp.where(allowed, scores, _HIDDEN)
         before = highest[head]
@@ -143,7 +144,7 @@ def forward_kernel(step: Step) -> None:
     def write() -> None:
         empty = total[...] == 0
         divisor = jnp.where(empty, 1, total[...])
-        refs['log_sum_exp'][0, 0] = jnp.where(empty, -jnp.inf, highest[...] / _LOG2_E + jnp.log(divisor))
+        refs['log_sum_exp'][0, 0] = jnp.where(empty, -jnp.inf, highest[...] / LOG2_E + jnp.log(divisor))
         output = refs['output']
         for head in range(step.sizes.heads):
             output[0, 0, head] = (mixed[head] / divisor[head]).T.astype(output.dtype)
@@ -154,7 +155,7 @@ def backward_kernel(step: Step, *, queries_outer: bool) -> None:
 
     Gradients of keys and values ('d_key' and 'd_value', summed in 'sum_key' and 'sum_value' [blocks, keys, head size])
     are written block by block if the table goes by keys. If it goes by queries they stay on the chip, all of them,
-    until the end. Reads 'query', 'key', 'value', 'd_output', 'log_sum_exp', 'delta'.
+    until the end. Reads 'query', 'key', 'value', 'd_output', 'log_sum_exp' in units of log 2, 'delta'.
     """
     refs = step.refs
     query, key, value, d_output = (refs[name] for name in ('query', 'key', 'value', 'd_output'))
@@ -178,15 +179,16 @@ def backward_kernel(step: Step, *, queries_outer: bool) -> None:
 
     def add(head: jax.Array | int, partial: bool) -> None:
         q, k, v, d_out = query[0, 0, head], key[0, 0], value[0, 0], d_output[0, 0, head]
-        products, scores, allowed = step.scores(_dot(k, q, (1, 1), dtype), head, partial)
+        products = _dot(k, q, (1, 1), dtype)
+        scores, allowed = step.scores(products, head, partial)
         # No score exceeds the log-sum-exp, but of scores near 1e9 a rounding more or less is e**64.
-        weights = jnp.exp2(jnp.minimum((scores - log_sum_exp[0, 0, head]) * _LOG2_E, 0))
+        weights = jnp.exp2(jnp.minimum(scores - log_sum_exp[0, 0, head], 0))
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
         d_products = weights * (_dot(v, d_out, (1, 1), dtype) - delta[0, 0, head])
         if allowed is not None:  # what is hidden may have overflowed, and 0 times infinity is no number
             d_products = jnp.where(allowed, d_products, 0)
-        d_products = step.options.products_gradient(products, d_products).astype(q.dtype)
+        d_products = step.options.products_gradient(products * scale, d_products).astype(q.dtype)
         if 'sum_key' in refs:
             refs['sum_value'][slot] += _dot(weights.astype(d_out.dtype), d_out, (1, 0), dtype)
             refs['sum_key'][slot] += _dot(d_products, q, (1, 0), dtype)

@@ -56,7 +56,16 @@ class _Ring:
 
     def rotate(self, tree: Any) -> Any:
         """Hand everything to the next device."""
-        n = self.axis.size
+        n, name = self.axis.size, self.axis.name
+        if not self.axis.permutes:
+            rank = jax.lax.axis_index(name)
+            slots = (jnp.arange(n) == (rank + 1) % n).astype(jnp.int32)
+
+            def exchange(x: jax.Array) -> jax.Array:
+                sent = x * slots.astype(x.dtype).reshape(n, *[1] * x.ndim)
+                return jax.lax.all_to_all(sent, name, split_axis=0, concat_axis=0, tiled=True)[(rank - 1) % n]
+
+            return jax.tree.map(exchange, tree)
         ring = [(i, (i + 1) % n) for i in range(n)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis.name, ring), tree)
 

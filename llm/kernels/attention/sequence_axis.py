@@ -15,12 +15,15 @@ class SequenceAxis:
     Attributes:
         name: of the mesh axis. size: n, devices along it.
         zigzag: whether tokens lie in zig-zag rather than in order.
+        permutes: whether the ring is made of collective permutes. XLA:CPU's wait for every device of the program, so
+            where only some of them run the ring, as in a stage of a pipeline, it is made of all-to-alls there.
     """
 
     name: str
     size: int
     method: SequenceMethod
     zigzag: bool
+    permutes: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in get_args(SequenceMethod):

@@ -1,0 +1,47 @@
+"""Arrays and trees of arrays with numbered entries, read and updated where they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _start(x: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
+    return [jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index)))]
+
+
+def read(buffer: Any, *index: jax.Array | int) -> Any:
+    """Entry `index` of the leading axes of every array of a tree."""
+    return jax.tree.map(lambda x: _read_one(x, *index), buffer)
+
+
+def _read_one(x: jax.Array, *index: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(
+        x.shape[len(index) :]
+    )
+
+
+def write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:
+    """The tree of arrays with this entry replaced, in the buffer's type."""
+
+    def one(x: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype)[(None,) * len(index)], _start(x, index))
+
+    return jax.tree.map(one, buffer, value)
+
+
+def add(buffer: Any, value: Any, index: jax.Array) -> Any:
+    """Add to entry `index` of the leading axis, in the buffer's type."""
+    return write(buffer, jax.tree.map(lambda old, new: old + new.astype(old.dtype), read(buffer, index), value), index)
+
+
+def when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
+    """function(value) if `condition`, else value: a loop of one step or none, whose buffers are updated in place."""
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, value: function(value), value)
+
+
+def write_if(condition: jax.Array, buffer: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:
+    """Write where `condition`; index entries below 0 count as 0, and must come with a false condition."""
+    index = tuple(jnp.maximum(i, 0) for i in index)
+    return write(buffer, jnp.where(condition, value, read(buffer, *index)), *index)

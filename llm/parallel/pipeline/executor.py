@@ -1,0 +1,443 @@
+"""One program that runs any schedule: a loop over the ticks of a table, on every device of every stage.
+
+The loop is not differentiated: a stage computes its gradients itself, by operations of the table. Every operation is a
+loop over the repeats that it is for, of no steps where the table says another operation: unlike the branches of a
+conditional, loops update the buffers that go through them in place. Messages to the neighbouring stages follow.
+
+Mesh axes over which the batch is split are manual too, so that gradients are summed over them once, after the loop. The
+other axes are left to the compiler. Collectives in an operation are those within a stage: all devices of a stage, and
+of no other, take part in them.
+
+Embedding, final layers and loss belong to no stage: their parameters are sharded over all stages, which compute them
+together between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with
+Vocabulary Parallelism", section 4).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from llm.parallel.pipeline.buffers import add, read, when, write, write_if
+from llm.parallel.pipeline.layout import from_chunks, to_chunks
+from llm.parallel.pipeline.schedules import Operation
+from llm.parallel.pipeline.split import split_backward
+from llm.parallel.pipeline.table import Table
+from llm.parallel.sharding import AxisRules, use_rules
+
+AXIS = 'pipeline'
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The functions that a model is made of, for a pipeline. They see the rows of one device, and whole parameters.
+
+    Attributes:
+        embed: (shared, rows, key of the microbatch) -> x [B, S, D].
+        context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
+        repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
+        loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
+    """
+
+    embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
+    context: Callable[[Batch, jax.Array | None], Any]
+    repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one parameter lives, and in which type it is used.
+
+    Attributes:
+        spec: over the mesh. dtype: of the products it takes part in; None for its own.
+    """
+
+    spec: PartitionSpec
+    dtype: Any = None
+
+
+def run(
+    table: Table,
+    stages: Stages,
+    mesh: Mesh,
+    rules: AxisRules,
+    placements: tuple[Any, Any],
+    layers: Any,
+    shared: Any,
+    batch: Batch,
+    key: jax.Array | None,
+) -> tuple[tuple[Any, Any] | None, Sums]:
+    """Gradients of the summed loss of all microbatches, and their summed sums.
+
+    Args:
+        placements: of `layers` and `shared`, trees of Placement.
+        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`. shared: the others.
+        batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
+        key: of the step, for dropout; every microbatch folds in its index.
+
+    Returns:
+        ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
+        for the gradients.
+    """
+    batch_axes = _names(rules.partition(('batch',), mesh, parameters=False)[0])
+    manual = (AXIS, *batch_axes)
+    specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
+    columns = jnp.asarray(np.stack(list(table.columns.values()), axis=-1))
+    joint = jnp.asarray(np.stack(list(table.joint.values()), axis=-1))
+
+    def body(
+        layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
+    ) -> tuple[tuple[Any, Any] | None, Sums]:
+        with use_rules(jax.sharding.get_abstract_mesh(), rules):
+            device = _Device(table, stages, placements, manual, layers, shared, batch, key)
+            return device.run(columns[:, 0], joint)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(
+            *specs,
+            PartitionSpec(batch_axes or None),
+            PartitionSpec(),
+            PartitionSpec(None, AXIS),
+            PartitionSpec(),
+        ),
+        out_specs=(None if table.problem.evaluation else specs, PartitionSpec()),
+        axis_names=set(manual),
+        check_vma=False,
+    )
+    result: tuple[tuple[Any, Any] | None, Sums] = mapped(layers, shared, batch, key, columns, joint)
+    return result
+
+
+def _is_placement(node: Any) -> bool:
+    return isinstance(node, Placement)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """`spec` without mesh axes other than `axes`."""
+    return PartitionSpec(*(tuple(a for a in _names(each) if a in axes) or None for each in spec))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a device carries from tick to tick.
+
+    Attributes:
+        inputs: [slots, repeats, B, S, D], in evaluation of the first repeat only. sums: of the losses.
+        gradients: [slots, B, S, D]. residuals, operands: see Table. layers, shared: sums of gradients. These are None
+            in evaluation.
+    """
+
+    inputs: jax.Array
+    sums: Sums
+    gradients: Any = None
+    residuals: Any = None
+    operands: Any = None
+    layers: Any = None
+    shared: Any = None
+
+
+def _replace(state: _State, name: str, value: Any) -> _State:
+    changes: dict[str, Any] = {name: value}
+    return dataclasses.replace(state, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Where a backward operation is: repeat of the chunk, the piece and the stage; its weight cell; what it reads."""
+
+    repeat: jax.Array
+    offset: jax.Array
+    local: jax.Array
+    cell: jax.Array
+    parameters: Any
+    context: Any
+
+
+class _Device:
+    """The program of one device; everything is that device's part, but for axes that the compiler places."""
+
+    def __init__(
+        self,
+        table: Table,
+        stages: Stages,
+        placements: tuple[Any, Any],
+        manual: tuple[str, ...],
+        layers: Any,
+        shared: Any,
+        batch: Batch,
+        key: jax.Array | None,
+    ) -> None:
+        problem = table.problem
+        self.table, self.stages, self.manual, self.evaluation = table, stages, manual, problem.evaluation
+        self.layer_placements, self.shared_placements = placements
+        self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
+        self.layers, self.shared, self.key = layers, shared, key
+        self.stage = jax.lax.axis_index(AXIS)
+        self.batch, self.microbatches = batch, problem.microbatches
+
+    def rows(self, microbatch: jax.Array) -> Batch:
+        """The rows of one microbatch."""
+
+        def pick(x: jax.Array) -> jax.Array:
+            # A reshape would have the compiler copy the whole batch.
+            index = microbatch + self.microbatches * jnp.arange(x.shape[0] // self.microbatches)
+            return jnp.take(x, index, axis=0, mode='clip')
+
+        return {name: pick(x) for name, x in self.batch.items()}
+
+    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums]:
+        """The loop, and what comes before and after it."""
+        stored = self.layers
+        if self.chunks > 1:
+            cast = jax.tree.map(_cast, self.layers, self.layer_placements)
+            self.layers = to_chunks(cast, self.num_stages, self.chunks, AXIS)
+        state, _ = jax.lax.scan(self._tick, self._initial(stored), (columns, joint))
+        rest = tuple(axis for axis in self.manual if axis != AXIS)
+        sums = jax.lax.psum(state.sums, rest) if rest else state.sums
+        if self.evaluation:
+            return None, sums
+        layers = state.layers
+        if self.chunks > 1:
+            layers = from_chunks(layers, self.num_stages, self.chunks, AXIS)
+        # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
+        layers = jax.tree.map(self._sum_over_copies, layers, self.layer_placements)
+        shared = jax.tree.map(self._sum_over_copies, state.shared, self.shared_placements)
+        return (layers, shared), sums
+
+    def _sum_over_copies(self, x: jax.Array, placement: Placement) -> jax.Array:
+        used = {axis for each in placement.spec for axis in _names(each)}
+        axes = tuple(axis for axis in self.manual if axis not in used)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def _initial(self, layers: Any) -> _State:
+        table, rows = self.table, self.rows(jnp.int32(0))
+        x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
+        self.message = jnp.zeros(x.shape, x.dtype)
+        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows)
+        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+        if self.evaluation:
+            return _State(inputs=jnp.zeros((table.input_slots, 1, *x.shape), x.dtype), sums=sums)
+        context = (jnp.int32(0), self._context({'microbatch': jnp.int32(0)}))
+        self.split = split_backward(self._repeat, self._parameters(jnp.int32(0)), self.message, context)
+
+        def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
+            return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
+
+        return _State(
+            inputs=jnp.zeros((table.input_slots, self.repeats, *x.shape), x.dtype),
+            sums=sums,
+            gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
+            residuals=buffers(self.split.residuals, table.residual_cells),
+            operands=buffers(self.split.operands, table.weight_cells),
+            layers=jax.tree.map(jnp.zeros_like, layers),
+            shared=jax.tree.map(jnp.zeros_like, self.shared),
+        )
+
+    def _key(self, microbatch: jax.Array) -> jax.Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, microbatch)
+
+    # What the stages do together.
+
+    def _gathered(self, parameters: Any, placements: Any) -> Any:
+        """Whole parameters, but for `pipeline` and the axes that the compiler places."""
+
+        def one(x: jax.Array, placement: Placement) -> jax.Array:
+            for dimension, axes in enumerate(placement.spec):
+                over = tuple(axis for axis in _names(axes) if axis in self.manual and axis != AXIS)
+                if over:
+                    x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
+            return x
+
+        return jax.tree.map(one, parameters, placements)
+
+    def _whole_shared(self, shared: Any) -> Any:
+        return self._gathered(jax.tree.map(_cast, shared, self.shared_placements), self.shared_placements)
+
+    def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
+        return self.stages.embed(self._whole_shared(shared), rows, self._key(microbatch))
+
+    def _loss(self, shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+        """Of the last stage's x; every stage has its part of the vocabulary."""
+        x = jax.lax.psum(jnp.where(self.stage == self.num_stages - 1, x, 0), AXIS)
+        return self.stages.loss(self._whole_shared(shared), x, rows)
+
+    def _on(self, stage: int, x: jax.Array) -> jax.Array:
+        """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
+        return jnp.where(self.stage == stage, x, jnp.zeros_like(x))
+
+    # One stage's operations.
+
+    def _parameters(self, repeat: jax.Array) -> Any:
+        """Those of one repeat of this stage, in the type of the products, sharded as they are."""
+        return jax.tree.map(_cast, read(self.layers, repeat), self.layer_placements)
+
+    def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
+        placements = jax.tree.map(
+            lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
+            self.layer_placements,
+            is_leaf=_is_placement,
+        )
+        index, context = index_and_context
+        return self.stages.repeat(self._gathered(parameters, placements), x, index, context)
+
+    def _run_forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        """FORWARD, if that is this tick's operation: the state, and x after the last repeat."""
+        context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
+        due = row['operation'] == Operation.FORWARD
+
+        def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            inputs, x = carry
+            if not self.evaluation:
+                inputs = write(inputs, x, slot, repeat)
+            local, index = self._indices(row, repeat)
+            return inputs, self._repeat(self._parameters(local), x, (index, context))
+
+        x = read(state.inputs, slot, row['first'])
+        inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
+        if not self.evaluation:
+            inputs = write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
+        return dataclasses.replace(state, inputs=inputs), x
+
+    def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+        """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
+
+        Each is a loop from the last repeat to the first, over the one buffer that it writes to and the gradient.
+        """
+        split, context, slot = self.split, self._context(row), row['input_slot']
+
+        def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            gradient, dx = split.whole(at.parameters, read(state.inputs, slot, at.repeat), at.context, dy)
+            return add(layers, gradient, at.local), dx
+
+        def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            found = split.recompute(at.parameters, read(state.inputs, slot, at.repeat), at.context)
+            return write(residuals, found, at.offset), dy
+
+        def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            residuals = read(state.residuals, at.offset)
+            dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
+            return write(operands, found, at.cell), dx
+
+        def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            x = read(state.inputs, slot, at.repeat)
+            dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
+            return write(operands, found, at.cell), dx
+
+        def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+            operands = read(state.operands, at.cell)
+            return add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
+
+        steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
+            Operation.BACKWARD: ('layers', whole),
+            Operation.RECOMPUTE: ('residuals', recompute),
+            Operation.INPUT_GRADIENT: ('operands', from_residuals),
+            Operation.RECOMPUTE_INPUT_GRADIENT: ('operands', from_input),
+            Operation.WEIGHT_GRADIENT: ('layers', weights),
+        }
+        dy = read(state.gradients, row['gradient_slot'])
+        for operation, (name, step) in steps.items():
+            if operation not in self.table.operations:
+                continue
+
+            def one(i: jax.Array, carry: tuple[Any, jax.Array], step: Any = step) -> tuple[Any, jax.Array]:
+                offset = row['count'] - 1 - i
+                repeat = row['first'] + offset
+                local, index = self._indices(row, repeat)
+                cell = (row['weight_cell'] + i) % max(self.table.weight_cells, 1)
+                return step(*carry, _At(repeat, offset, local, cell, self._parameters(local), (index, context)))
+
+            count = jnp.where(row['operation'] == operation, row['count'], 0)
+            buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))
+            state = _replace(state, name, buffer)
+        # Without an operation that changes it, it is written back as it was.
+        return dataclasses.replace(state, gradients=write(state.gradients, dy, row['gradient_slot'])), dy
+
+    def _context(self, row: dict[str, jax.Array]) -> Any:
+        return self.stages.context(self.rows(row['microbatch']), self._key(row['microbatch']))
+
+    def _indices(self, row: dict[str, jax.Array], repeat: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Index of a chunk's repeat among this stage's, and in the model."""
+        block = row['chunk'] * self.num_stages + self.stage
+        return row['chunk'] * self.repeats + repeat, block * self.repeats + repeat
+
+    # One tick.
+
+    def _tick(self, state: _State, columns_and_joint: tuple[jax.Array, jax.Array]) -> tuple[_State, None]:
+        columns, joint = columns_and_joint
+        row = dict(zip(self.table.columns, columns, strict=True))
+        both = dict(zip(self.table.joint, joint, strict=True))
+
+        due = both['embed'] >= 0
+        x = when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
+        inputs = write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
+        state = dataclasses.replace(state, inputs=inputs)
+
+        state, x = self._run_forward(state, row)
+        if self.evaluation:
+            return self._received(self._loss_only(state, x, both), 'inputs', x, 1, row, both), None
+        state, dx = self._run_backward(state, row)
+        state = self._after_last(state, x, both)
+        state = self._after_first(state, dx, both)
+        state = self._received(state, 'inputs', x, 1, row, both)
+        return self._received(state, 'gradients', dx, -1, row, both), None
+
+    def _received(
+        self, state: _State, name: str, x: jax.Array, step: int, row: dict[str, jax.Array], both: dict[str, jax.Array]
+    ) -> _State:
+        """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
+        to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
+        x = when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
+        slot, buffer = row[f'receive_{name}'], getattr(state, name)
+        index = (slot, 0) if name == 'inputs' else (slot,)
+        return _replace(state, name, write_if(slot >= 0, buffer, x, *index))
+
+    def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
+        def compute(sums: Sums) -> Sums:
+            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']))[1])
+
+        return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
+
+    def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
+        """Loss and its gradient for the microbatch that left the last chunk."""
+        due = both['loss'] >= 0
+
+        def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
+            shared, sums, _ = carry
+            rows = self.rows(both['loss'])
+            loss, vjp, found = jax.vjp(lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True)
+            d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
+            return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
+
+        shared, sums, dx = when(due, compute, (state.shared, state.sums, self.message))
+        gradients = write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
+        return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
+
+    def _after_first(self, state: _State, dx: jax.Array, both: dict[str, jax.Array]) -> _State:
+        """Gradient of the embedding of the microbatch that came out of the first chunk."""
+
+        def compute(shared: Any) -> Any:
+            microbatch = both['embed_gradient']
+            rows = self.rows(microbatch)
+            _, vjp = jax.vjp(lambda shared: self._embed(shared, rows, microbatch), self.shared)
+            (d_shared,) = vjp(self._on(0, dx))
+            return jax.tree.map(jnp.add, shared, d_shared)
+
+        return dataclasses.replace(state, shared=when(both['embed_gradient'] >= 0, compute, state.shared))
+
+
+def _cast(x: jax.Array, placement: Placement) -> jax.Array:
+    return x if placement.dtype is None else x.astype(placement.dtype)

@@ -1,0 +1,101 @@
+"""The parts of a backward pass, one after the other, are the backward pass; and each has only its own products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.parallel.pipeline.costs import product_flops, repeat_costs
+from llm.parallel.pipeline.schedules import Operation
+from llm.parallel.pipeline.split import split_backward
+
+D, F = 8, 24
+
+
+@jax.checkpoint
+def _norm(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5) * scale
+
+
+def _layer(parameters, x, context):
+    """A norm, einsums (which are jitted: calls within calls), a product of activations, a mask, and an unused one."""
+    mask, angle = context
+    normed = _norm(x, parameters['scale']) * jnp.cos(angle)
+    scores = jnp.einsum('BSD,BTD->BST', jnp.einsum('BSD,DE->BSE', normed, parameters['query']), normed)
+    mixed = jnp.einsum('BST,BTD->BSD', jax.nn.softmax(jnp.where(mask, scores, -1e9)), normed)
+    hidden = jax.nn.silu(jnp.einsum('BSD,DF->BSF', mixed, parameters['up']) + parameters['bias'])
+    return x + jnp.einsum('BSF,FD->BSD', hidden, parameters['down'])
+
+
+def _arguments():
+    keys = jax.random.split(jax.random.key(0), 8)
+    shapes = {'scale': (D,), 'query': (D, D), 'up': (D, F), 'bias': (F,), 'down': (F, D), 'unused': (3,)}
+    parameters = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    x, dy = jax.random.normal(keys[6], (2, 5, D)), jax.random.normal(keys[7], (2, 5, D))
+    return parameters, x, (jnp.tril(jnp.ones((5, 5), bool)), jnp.linspace(0, 1, D)), dy
+
+
+@pytest.mark.parametrize('in_one', [False, True], ids=['from residuals', 'from x'])
+def test_parts_give_the_gradient(in_one):
+    with jax.enable_x64():
+        parameters, x, context, dy = _arguments()
+        _, vjp = jax.vjp(lambda parameters, x: _layer(parameters, x, context), parameters, x)
+        expected, expected_dx = vjp(dy)
+        split = split_backward(_layer, parameters, x, context)
+        if in_one:
+            dx, operands = jax.jit(split.recompute_input_gradient)(parameters, x, context, dy)
+        else:
+            residuals = jax.jit(split.recompute)(parameters, x, context)
+            assert [(r.shape, r.dtype) for r in residuals] == [(r.shape, r.dtype) for r in split.residuals]
+            dx, operands = jax.jit(split.input_gradient)(parameters, residuals, context, dy)
+        assert [(o.shape, o.dtype) for o in operands] == [(o.shape, o.dtype) for o in split.operands]
+        gradients = jax.jit(split.weight_gradient)(parameters, operands, context)
+        np.testing.assert_allclose(dx, expected_dx, rtol=1e-12)
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), gradients, expected)
+
+
+def test_nothing_that_parameters_alone_determine_is_kept():
+    parameters, x, context, _ = _arguments()
+    split = split_backward(_layer, parameters, x, context)
+    weights = {(D, D), (D, F), (F, D)}
+    assert not weights & {struct.shape for struct in [*split.residuals, *split.operands]}
+
+
+def test_every_product_is_in_one_part():
+    parameters, x, context, _ = _arguments()
+    tokens = 2 * 5
+    weights = 2 * tokens * (D * D + 2 * D * F)
+    attention = 2 * tokens * 5 * D
+    costs = repeat_costs(_layer, parameters, x, context)
+    assert costs.forward == weights + 2 * attention
+    assert costs.recompute == weights + 2 * attention - 2 * tokens * D * F  # nobody needs the last product's result
+    assert costs.input_gradient == weights + 4 * attention
+    assert costs.weight_gradient == weights
+
+
+def test_costs_are_those_of_the_compiled_program():
+    """XLA counts elementwise operations too, one each; products are nearly everything once layers are wide."""
+
+    def layer(parameters, x, context):
+        return x + jnp.einsum('BSF,FD->BSD', jax.nn.relu(jnp.einsum('BSD,DF->BSF', x, parameters[0])), parameters[1])
+
+    parameters = jnp.zeros((256, 1024)), jnp.zeros((1024, 256))
+    x = jnp.zeros((2, 128, 256))
+    split, costs = split_backward(layer, parameters, x, ()), repeat_costs(layer, parameters, x, ())
+    operands = [jnp.zeros(s.shape, s.dtype) for s in split.operands]
+    for part, arguments, expected in (
+        (layer, (parameters, x, ()), costs.forward),
+        (split.whole, (parameters, x, (), x), costs.of(Operation.BACKWARD)),
+        (split.recompute, (parameters, x, ()), costs.recompute),
+        (split.recompute_input_gradient, (parameters, x, (), x), costs.of(Operation.RECOMPUTE_INPUT_GRADIENT)),
+        (split.weight_gradient, (parameters, operands, ()), costs.weight_gradient),
+    ):
+        compiled = jax.jit(part).lower(*arguments).compile().cost_analysis()['flops']
+        assert expected == pytest.approx(compiled, rel=0.02)
+
+
+def test_loops_are_multiplied_out():
+    def loop(w, x):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+
+    assert product_flops(loop, jnp.zeros((4, 4)), jnp.zeros((3, 4))) == 7 * 2 * 3 * 4 * 4

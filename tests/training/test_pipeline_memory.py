@@ -1,0 +1,77 @@
+"""What the TPU compiler makes of a pipeline: how its temporaries grow with microbatches, and that buffers stay put."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from llm.models.attention import AttentionConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.feed_forward import FeedForwardConfig
+from llm.models.layer import LayerConfig
+from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.training.optimizers import OptimizerConfig
+from llm.training.step import StepConfig
+from llm.training.trainer import Trainer
+
+LENGTH, STAGES = 512, 4
+LAYER = LayerConfig(
+    mixer=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=128, implementation='reference'),
+    feed_forward=FeedForwardConfig(d_ff=1024),
+)
+MODEL = DecoderConfig(vocab_size=2048, d_model=512, num_layers=8, pattern=(LAYER,), compute_dtype='bfloat16')
+
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
+
+
+@functools.cache
+def _compiled(schedule: str, microbatches: int) -> jax.stages.Compiled:
+    """A training step of 4 rows a microbatch on four v5e chips, each a stage."""
+    topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
+    trainer = Trainer(
+        MODEL,
+        OptimizerConfig(kind='adamw'),
+        StepConfig(4 * microbatches, LENGTH, microbatches),
+        total_steps=10,
+        mesh=MeshConfig(data=1, pipeline=STAGES),
+        devices=list(topology.devices),
+        pipeline=PipelineConfig(schedule),
+    )
+
+    def array(dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((4 * microbatches, LENGTH), dtype, sharding=trainer.batch_sharding)
+
+    batch = {name: array(jnp.int32) for name in ('inputs', 'targets', 'segment_ids', 'positions')}
+    return trainer.train_step.lower(trainer.abstract_state, {**batch, 'loss_weights': array(jnp.float32)}).compile()
+
+
+def _temporaries(schedule: str, microbatches: int) -> int:
+    return _compiled(schedule, microbatches).memory_analysis().temp_size_in_bytes
+
+
+# One microbatch's activations on one stage: the inputs of its two layers.
+ACTIVATIONS = 2 * 4 * LENGTH * 512 * 2
+
+
+def test_temporaries_of_1f1b_do_not_grow_with_microbatches():
+    sizes = [_temporaries('1f1b', microbatches) for microbatches in (8, 16, 32)]
+    print(f'temporaries of 1F1B with 8, 16 and 32 microbatches: {sizes}')
+    # The table of the schedule grows, by a few numbers a tick.
+    assert max(sizes) - min(sizes) < ACTIVATIONS / 20
+
+
+def test_gpipe_keeps_every_microbatch():
+    more = _temporaries('gpipe', 16) - _temporaries('1f1b', 16)
+    assert more > 11 * ACTIVATIONS  # 16 microbatches instead of 4
+
+
+def test_activations_are_not_copied_from_tick_to_tick():
+    """The buffer that is carried around is updated in place: it is in the program, and no copy of it."""
+    program = _compiled('1f1b', 16).as_text()
+    buffer = rf'bf16\[4,2,4,{LENGTH},512\]'
+    assert re.search(buffer, program)
+    assert not re.search(rf'= {buffer}\S* copy\(', program)

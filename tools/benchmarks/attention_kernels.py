@@ -1,0 +1,167 @@
+"""Our TPU flash attention beside JAX's own splash and flash attention, as the TPU compiler sees them.
+
+    python tools/benchmarks/attention_kernels.py [--topology=v5e:2x2] [--length=4096] [--heads=8] [--kv_heads=8]
+
+Forward and backward of one layer in bf16, compiled for one chip of the topology, on any machine. For each kernel it
+prints the temporaries in memory and the VLIW bundles of its compiled program, with the causal mask (two versions of a
+step, with and without masking) and without (one). The bundles of the latter are about the cycles of a step; divided by
+the scores of a step, so that blocks of different sizes compare, they are what a score costs.
+
+Splash attention runs with blocks of 512, as MaxText starts it; flash attention with blocks of 512 too.
+"""
+
+import argparse
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BLOCK = 512
+
+
+def contenders(
+    batch: int, length: int, heads: int, kv_heads: int, size: int, device: Any, causal: bool
+) -> dict[str, Callable[..., Any]]:
+    """Functions of query [B, S, H, K], key and value [B, S, G, K] that mean the same."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    from llm.kernels.attention import dot_product_attention
+
+    scale = size**-0.5
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return x.transpose(0, 2, 1, 3)
+
+    def with_splash(fused: bool, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+        own_pass = None if fused else BLOCK
+        blocks = splash.BlockSizes(
+            block_q=BLOCK,
+            block_kv=BLOCK,
+            block_q_dkv=BLOCK,
+            block_kv_dkv=BLOCK,
+            block_q_dq=own_pass,
+            block_kv_dq=own_pass,
+            use_fused_bwd_kernel=fused,
+        )
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1
+        )
+        return heads_first(jax.vmap(kernel)(*(heads_first(x) for x in (query * scale, key, value))))
+
+    def with_flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
+        names = [field for field in flash.BlockSizes.__dataclass_fields__ if field != 'block_b']
+        blocks = flash.BlockSizes(block_b=1, **dict.fromkeys(names, BLOCK))
+        arrays = (heads_first(x) for x in (query, key, value))
+        return heads_first(flash.flash_attention(*arrays, causal=causal, sm_scale=scale, block_sizes=blocks))
+
+    ours = functools.partial(dot_product_attention, scale=scale, causal=causal, device=device)
+    return {
+        'ours': ours,
+        'splash': functools.partial(with_splash, False),
+        'splash, fused backward': functools.partial(with_splash, True),
+        'flash': with_flash,
+    }
+
+
+def compile_one(arguments: argparse.Namespace) -> None:
+    """Compile one contender and print its bytes of temporaries; the compiler leaves its dumps where it was told to."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    device = topologies.get_topology_desc(platform='tpu', topology_name=arguments.topology).devices[0]
+    sharding = NamedSharding(Mesh(np.array([device]), ('one',)), PartitionSpec())
+    shape = arguments.batch, arguments.length, arguments.heads, arguments.head_size
+    kv_shape = arguments.batch, arguments.length, arguments.kv_heads, arguments.head_size
+    q, kv = (jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=sharding) for x in (shape, kv_shape))
+    function = contenders(
+        arguments.batch,
+        arguments.length,
+        arguments.heads,
+        arguments.kv_heads,
+        arguments.head_size,
+        device,
+        arguments.causal,
+    )[arguments.contender]
+
+    def both(query: jax.Array, key: jax.Array, value: jax.Array, d_output: jax.Array) -> Any:
+        output, pullback = jax.vjp(function, query, key, value)
+        return output, pullback(d_output)
+
+    compiled = jax.jit(both).lower(q, kv, kv, q).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    print(memory.temp_size_in_bytes)
+
+
+def bundles(folder: Path) -> dict[str, int]:
+    """Bundles of each kernel of a program, by name, from the compiler's dump."""
+    found = {}
+    for path in folder.glob('*schedule-analysis_final_bundles.txt'):
+        text = path.read_text(errors='replace')
+        if 'tpu_custom_call' in text:
+            name = re.sub(r'^\d+-|-\d+-schedule.*$', '', path.name)
+            match = re.search(r'total scheduled bundles:\s*(\d+)', text)
+            assert match is not None, f'{path} does not say how many bundles it counts'
+            found[name] = int(match[1])
+    return found
+
+
+def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> tuple[int, dict[str, int]]:
+    """(Bytes of temporaries, bundles by kernel) of a contender, compiled in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {name: value for name, value in vars(arguments).items() if name not in ('contender', 'causal')}
+        command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
+        command += [f'--contender={contender}', *(['--causal'] if causal else [])]
+        settings = {
+            'JAX_PLATFORMS': 'cpu',
+            'TPU_SKIP_MDS_QUERY': '1',
+            'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+            'TPU_WORKER_HOSTNAMES': 'localhost',
+            'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+            'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true',
+        }
+        output = subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, text=True).stdout
+        return int(output.split()[-1]), bundles(Path(folder))
+
+
+def main() -> None:
+    """Compile every contender, with and without the causal mask, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--topology', default='v5e:2x2')
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--length', type=int, default=4096)
+    parser.add_argument('--heads', type=int, default=8)
+    parser.add_argument('--kv_heads', type=int, default=8)
+    parser.add_argument('--head_size', type=int, default=128)
+    parser.add_argument('--contenders', default='ours;splash;splash, fused backward;flash')
+    parser.add_argument('--contender', help=argparse.SUPPRESS)
+    parser.add_argument('--causal', action='store_true', help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        compile_one(arguments)
+        return
+    print(f'{vars(arguments)}')
+    for contender in arguments.contenders.split(';'):
+        temporaries, causal = measure(arguments, contender, True)
+        _, full = measure(arguments, contender, False)
+        print(f'{contender}: temporaries {temporaries / 1e6:.1f} MB')
+        for name, count in sorted(causal.items()):
+            print(f'    {name}: {count} bundles with the causal mask, {full.get(name, 0)} without')
+
+
+if __name__ == '__main__':
+    main()
