@@ -82,7 +82,11 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
 
     costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
     stages = sizes['pipeline']
-    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens / stages
+    in_flight = 1
+    if stages > 1:  # microbatches that have gone forward and not back
+        most = step.gradient_accumulation
+        in_flight = most if run.pipeline.schedule == 'gpipe' else min(stages, most)
+    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens * in_flight / stages
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns

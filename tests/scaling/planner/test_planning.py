@@ -1,11 +1,13 @@
 """Plans by the compiler, on simulated CPU devices and for TPUs."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from llm.errors import UserError
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.scaling.accounting import training_memory
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory, read_refusal
 from llm.scaling.planner.page import render
@@ -67,6 +69,24 @@ def test_text_and_page_say_the_same(on_cpu):
 def test_batch_that_does_not_divide_is_a_mistake():
     with pytest.raises(UserError, match='cannot be divided over 8 devices'):
         estimate(small_run(mesh={'fsdp': 8}, step={'batch_size': 12}), find_topology('h100:8'))
+
+
+@pytest.mark.parametrize(('schedule', 'kept'), [('gpipe', 12), ('1f1b', 2)])
+def test_bubble_and_memory_of_a_pipeline(schedule, kept):
+    """Two stages of two layers, twelve microbatches of two rows: the papers' bubble is 1 of 13; run, at most 5% more."""
+    run = small_run(
+        mesh={'pipeline': 2},
+        step={'batch_size': 24, 'gradient_accumulation': 12},
+        remat='full',
+        implementation='chunked',
+        num_layers=4,
+    )
+    run = dataclasses.replace(run, pipeline=PipelineConfig(schedule))
+    found = estimate(run, find_topology('h100:2'))
+    idle = found.roofline.bubble / found.roofline.step
+    assert 1 / 13 - 1e-9 <= idle <= 1 - 12 / (13 * 1.05) + 1e-9
+    assert found.estimate.activations == kept * 2 * 2 * LENGTH * D * 2
+    assert schedule in found.run.describe()
 
 
 def test_search_without_a_compiler_is_reported():
