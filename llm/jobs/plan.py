@@ -44,7 +44,8 @@ class Plan:
 
     def run_config(self) -> RunConfig:
         """The part of the run that is planned."""
-        return RunConfig(self.run.model, self.run.optimizer, self.run.step, self.run.mesh, self.run.rules)
+        run = self.run
+        return RunConfig(run.model, run.optimizer, run.step, run.mesh, run.rules, run.pipeline)
 
     def __call__(self, invocation: Invocation) -> None:
         """Print the plan, and write it to the output directory."""
@@ -54,7 +55,7 @@ class Plan:
         run = self.run_config()
         if invocation.dry_run:
             run = run.fixed(topology.sizes(run.mesh))
-            print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules))
+            print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules, run.pipeline))
             return
         candidates = [] if self.search is None else search(run, topology, self.search, say=_say)
         if candidates:

@@ -15,13 +15,14 @@ from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
-# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and gradients.
-LAYER_AT_ONCE = 2.45
+# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their
+# gradients.
+LAYER_AT_ONCE = 2.35
 GATHERED_LAYERS = 2.4
 # Part of the memory beside HBM that takes arrays of the layer at work.
-ON_CHIP_SHARE = 0.85
+ON_CHIP_SHARE = 0.7
 # What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
-SUMS_OF_GRADIENTS = 2.1
+SUMS_OF_GRADIENTS = 2.2
 # Bytes of an element of a chunk's logits: the logits and their gradient, both in fp32.
 BYTES_OF_LOGITS = 8.0
 # The head's gradient in fp32, before and after it is scattered or added to.
@@ -81,7 +82,11 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
 
     costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
     stages = sizes['pipeline']
-    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens / stages
+    in_flight = 1
+    if stages > 1:  # microbatches that have gone forward and not back
+        most = step.gradient_accumulation
+        in_flight = most if run.pipeline.schedule == 'gpipe' else min(stages, most)
+    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens * in_flight / stages
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
@@ -126,7 +131,9 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
-        cast += part if size != 4 else 0.0
+        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack).
+        at_once = spec.role is not Role.HIDDEN or run.model.remat == 'none' or not run.model.scan_layers
+        cast += part if size != 4 and at_once else 0.0
         is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
         if spec.role is Role.HIDDEN:
             layers += whole if is_gathered else 0.0

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from llm.evaluation.reports.document import bars, cards, details, document, grid
 from llm.evaluation.reports.escaping import escape
+from llm.scaling.planner.quantities import byte_size, duration
 from llm.scaling.planner.records import Record
-from llm.scaling.planner.text import duration, gigabytes, mesh_words
+from llm.scaling.planner.text import mesh_words
 from llm.training.progress import short_number
 
 _MOST_BARS = 24
@@ -49,7 +50,7 @@ def _section(title: str, content: str) -> str:
 
 def _header(title: str, record: Record) -> str:
     fits = record['memory']['fits']
-    words = 'fits' if fits else f'{gigabytes(record["memory"]["over"])} too much'
+    words = 'fits' if fits else f'{byte_size(record["memory"]["over"])} too much'
     mark = ' complete' if fits else ''
     return (
         f'<header><h1>{escape(title)}</h1><span class="status{mark}">{escape(words)}</span>'
@@ -64,7 +65,7 @@ def _advice(record: Record) -> str:
     advice = record.get('advice')
     text = 'No single change or pair of changes makes it fit: use more devices.'
     if advice:
-        text = f'Cheapest change that should make it fit: {advice["change"]} ({gigabytes(advice["needed"])}).'
+        text = f'Cheapest change that should make it fit: {advice["change"]} ({byte_size(advice["needed"])}).'
     return f'<section class="warnings"><b>It does not fit.</b> {escape(text)}</section>'
 
 
@@ -72,7 +73,7 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
     roof, memory, run = record['roofline'], record['memory'], record['run']
     share = 100 * memory['needed'] / memory['available']
     figures = [
-        ('Memory of a device', gigabytes(memory['needed']), f'{share:.0f}% of {gigabytes(memory["available"])}'),
+        ('Memory of a device', byte_size(memory['needed']), f'{share:.0f}% of {byte_size(memory["available"])}'),
         ('Step, at the least', duration(roof['step']), f'bound by {roof["bottleneck"]}'),
         (
             'Model FLOPs utilization',
@@ -92,20 +93,20 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
 
 def _memory(record: Record) -> str:
     memory = record['memory']
-    parts = [(words, memory['estimate'][name], gigabytes(memory['estimate'][name])) for name, words in _PARTS.items()]
+    parts = [(words, memory['estimate'][name], byte_size(memory['estimate'][name])) for name, words in _PARTS.items()]
     pieces = []
     if 'memory' in record.get('compiler', {}):
         kinds = record['compiler']['memory']
-        rows = [(name, float(kinds[name]), gigabytes(kinds[name])) for name in ('arguments', 'temporaries', 'code')]
+        rows = [(name, float(kinds[name]), byte_size(kinds[name])) for name in ('arguments', 'temporaries', 'code')]
         fresh = kinds['outputs'] - kinds['aliased']
-        rows.append(('outputs not in place of arguments', float(fresh), gigabytes(fresh)))
-        rows.append(('total', float(kinds['total']), gigabytes(kinds['total'])))
-        rows.append(('available', memory['available'], gigabytes(memory['available'])))
+        rows.append(('outputs not in place of arguments', float(fresh), byte_size(fresh)))
+        rows.append(('total', float(kinds['total']), byte_size(kinds['total'])))
+        rows.append(('available', memory['available'], byte_size(memory['available'])))
         pieces.append(f'<div class="card"><small>By kind, from the compiler</small>{bars(rows, own="total")}</div>')
     peak = memory['estimate']['peak']
     parts += [
-        ('at the peak', peak, gigabytes(peak)),
-        ('available', memory['available'], gigabytes(memory['available'])),
+        ('at the peak', peak, byte_size(peak)),
+        ('available', memory['available'], byte_size(memory['available'])),
     ]
     note = 'By what it is, from the analytic model; not all of it is there at once'
     pieces.append(f'<div class="card"><small>{note}</small>{bars(parts, own="at the peak")}</div>')
@@ -116,7 +117,7 @@ def _time(record: Record) -> str:
     roof = record['roofline']
     rows = [
         ('compute', roof['compute']),
-        (f'HBM, {gigabytes(roof["hbm_bytes"])}', roof['hbm']),
+        (f'HBM, {byte_size(roof["hbm_bytes"])}', roof['hbm']),
         ('links, beside other work', roof['asynchronous_links']),
         ('links, that other work waits for', roof['synchronous_links']),
         ('bubble of the pipeline', roof['bubble']),
@@ -132,16 +133,16 @@ def _collectives(record: Record) -> str:
     if not found:
         return ''
     names = [f'{each["kind"]}, {"*".join(each["axes"]) or "network"}' for each in found]
-    drawn = [(name, each['link_bytes'], gigabytes(each['link_bytes'])) for name, each in zip(names, found, strict=True)]
+    drawn = [(name, each['link_bytes'], byte_size(each['link_bytes'])) for name, each in zip(names, found, strict=True)]
     rows = [
         (
             each['kind'],
             '*'.join(each['axes']) or '-',
             'network' if each['across_slices'] else 'links',
             f'{each["executions"]:,}',
-            gigabytes(each['payload']),
-            gigabytes(each['link_bytes']),
-            gigabytes(each['asynchronous_link_bytes']),
+            byte_size(each['payload']),
+            byte_size(each['link_bytes']),
+            byte_size(each['asynchronous_link_bytes']),
             duration(each['seconds']),
         )
         for each in found
@@ -159,7 +160,7 @@ def _search(candidates: Sequence[Record]) -> str:
     rows = [
         (
             each['run'],
-            gigabytes(each['needed']) if 'needed' in each else '-',
+            byte_size(each['needed']) if 'needed' in each else '-',
             duration(each['step']) if 'step' in each else '-',
             f'{100 * each["mfu_causal"]:.1f}%' if 'mfu_causal' in each else '-',
             'compiler' if each['compiled'] else 'analytic model',

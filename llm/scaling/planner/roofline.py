@@ -59,11 +59,6 @@ class Roofline:
         return sum(each.exposed for each in self.links)
 
 
-def bubble_fraction(stages: int, microbatches: int) -> float:
-    """Idle share of a pipeline with all forward, then all backward passes (Huang et al. 2019, GPipe, section 2.3)."""
-    return (stages - 1) / (microbatches + stages - 1)
-
-
 def roofline(
     flops: StepFlops,
     hbm_bytes: float,
@@ -71,14 +66,13 @@ def roofline(
     topology: Topology,
     links: Links,
     *,
-    stages: int = 1,
-    microbatches: int = 1,
+    idle: float = 0.0,
 ) -> Roofline:
     """Times of a step whose work on one device is given.
 
     Args:
         hbm_bytes: to and from HBM. traffic: what the device sends.
-        stages, microbatches: of the pipeline.
+        idle: share of the step in which a stage of the pipeline waits for others.
     """
     compute = flops.hardware / topology.peak_flops_per_device
     hbm = hbm_bytes / topology.hbm_bandwidth_per_device
@@ -86,7 +80,6 @@ def roofline(
     beside = sum(each.seconds - each.exposed for each in times)
     exposed = sum(each.exposed for each in times)
     busy = max(compute, hbm, beside) + exposed
-    idle = bubble_fraction(stages, microbatches)
     step = busy / (1 - idle)
     peak = topology.peak_flops_per_device * topology.num_devices
     return Roofline(

@@ -5,6 +5,7 @@ from typing import Any
 
 from llm.models.decoder import DecoderConfig
 from llm.parallel.mesh import MESH_AXES, MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.planner.topology import Topology
 from llm.training.optimizers import OptimizerConfig
@@ -23,6 +24,7 @@ class RunConfig:
     step: StepConfig
     mesh: MeshConfig = MeshConfig()
     rules: AxisRules = AxisRules()
+    pipeline: PipelineConfig = PipelineConfig()
 
     @property
     def tokens_per_step(self) -> int:
@@ -37,7 +39,14 @@ class RunConfig:
         """
         topology.sizes(self.mesh)
         return Trainer(
-            self.model, self.optimizer, self.step, ANY_STEPS, self.mesh, self.rules, devices=list(topology.devices)
+            self.model,
+            self.optimizer,
+            self.step,
+            ANY_STEPS,
+            self.mesh,
+            self.rules,
+            devices=list(topology.devices),
+            pipeline=self.pipeline,
         )
 
     def fixed(self, sizes: dict[str, int]) -> 'RunConfig':
@@ -51,4 +60,6 @@ class RunConfig:
         mesh = ' '.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1) or 'one device'
         count = self.step.gradient_accumulation
         names = f' ({", ".join(self.model.remat_names)})' if self.model.remat_names else ''
+        if self.mesh.pipeline > 1:
+            mesh = f'{mesh} ({self.pipeline.schedule})'
         return f'{mesh}, {count} microbatch{"es" if count > 1 else ""}, remat {self.model.remat}{names}'

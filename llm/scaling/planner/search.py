@@ -11,6 +11,7 @@ from llm.models.remat import RematKind
 from llm.parallel.mesh import MESH_AXES
 from llm.scaling.planner.compiling import CompiledStep
 from llm.scaling.planner.planning import Plan, estimate, plan
+from llm.scaling.planner.quantities import byte_size
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
 
@@ -119,7 +120,15 @@ def search(
         )
     ranked = sorted(final, key=lambda each: (not each.fits, bool(compiled) and each.compiled is None, _order(each)))
     best = ranked[0]
-    rows = [Candidate(each.run, each, '' if each is best and each.fits else _reason(each, best)) for each in ranked]
+    estimated = {each.run: each for each in possible}  # like is compared with like
+    rows = [
+        Candidate(
+            each.run,
+            each,
+            '' if each is best and each.fits else _reason(each, best if each.compiled else estimated[best.run]),
+        )
+        for each in ranked
+    ]
     rows += [Candidate(candidate, None, reason) for candidate, reason in failed.items()]
     return rows + [Candidate(candidate, None, reason) for candidate, each, reason in found if each is None]
 
@@ -160,7 +169,7 @@ def _reason(each: Plan, best: Plan) -> str:
     if not each.fits:
         if each.compiled is not None and not isinstance(each.compiled, CompiledStep):
             source = 'the compiler refuses it'
-        return f'needs {each.needed / 1e9:.2f} GB of {each.available / 1e9:.2f} GB ({source})'
+        return f'needs {byte_size(each.needed)} of {byte_size(each.available)} ({source})'
     slower = each.roofline.step / best.roofline.step - 1
     if slower < 0:
         return f'{-100 * slower:.1f}% faster by the analytic model, not among those compiled'

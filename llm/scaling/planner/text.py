@@ -2,20 +2,11 @@
 
 from collections.abc import Sequence
 
+from llm.scaling.planner.quantities import byte_size, duration
 from llm.scaling.planner.records import Record
 from llm.training.progress import short_number
 
 _MOST_CANDIDATES = 40
-
-
-def gigabytes(size: float) -> str:
-    """'12.34 GB', of 10^9 bytes."""
-    return f'{size / 1e9:.2f} GB'
-
-
-def duration(seconds: float) -> str:
-    """'123.4 ms', '1.88 s'."""
-    return f'{seconds:.2f} s' if seconds >= 1 else f'{1e3 * seconds:.1f} ms'
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = '  ') -> str:
@@ -48,10 +39,10 @@ def mesh_words(record: Record) -> str:
 def _headline(record: Record) -> str:
     run, topology, memory = record['run'], record['topology'], record['memory']
     verdict = (
-        f'fits: {gigabytes(memory["needed"])} of {gigabytes(memory["available"])} a device'
+        f'fits: {byte_size(memory["needed"])} of {byte_size(memory["available"])} a device'
         if memory['fits']
-        else f'DOES NOT FIT: needs {gigabytes(memory["needed"])} of {gigabytes(memory["available"])} a device, '
-        f'{gigabytes(memory["over"])} too much'
+        else f'DOES NOT FIT: needs {byte_size(memory["needed"])} of {byte_size(memory["available"])} a device, '
+        f'{byte_size(memory["over"])} too much'
     )
     lines = [
         f'{short_number(run["parameters"])} parameters on {topology["name"]} ({topology["chips"]} chips, '
@@ -65,7 +56,7 @@ def _headline(record: Record) -> str:
         change = f'{100 * advice["slower"]:.0f}% slower' if advice['slower'] >= 0 else 'no slower'
         lines.append(
             f'cheapest change that should make it fit: {advice["change"]} '
-            f'({gigabytes(advice["needed"])} by the analytic model, {change} for the same tokens)'
+            f'({byte_size(advice["needed"])} by the analytic model, {change} for the same tokens)'
         )
     elif not memory['fits']:
         lines.append('no single change or pair of changes makes it fit: use more devices')
@@ -77,16 +68,16 @@ def _memory(record: Record) -> str:
     compiler = record.get('compiler', {})
     if 'memory' in compiler:
         kinds = compiler['memory']
-        rows = [(name, gigabytes(kinds[name])) for name in ('arguments', 'outputs', 'aliased', 'temporaries', 'code')]
-        lines += ['Memory of a device, by the compiler', table([*rows, ('total', gigabytes(kinds['total']))]), '']
+        rows = [(name, byte_size(kinds[name])) for name in ('arguments', 'outputs', 'aliased', 'temporaries', 'code')]
+        lines += ['Memory of a device, by the compiler', table([*rows, ('total', byte_size(kinds['total']))]), '']
     if 'refused' in compiler:
         lines += ['The compiler refuses it:', f'  {compiler["refused"]}', '']
     parts = record['memory']['estimate']
     names = ('parameters', 'optimizer', 'batch', 'gradients', 'weights', 'activations', 'layer', 'logits', 'code')
-    rows = [(name, gigabytes(parts[name])) for name in names]
+    rows = [(name, byte_size(parts[name])) for name in names]
     lines += [
         'By what it is, by the analytic model (not all at once)',
-        table([*rows, ('at the peak', gigabytes(parts['peak']))]),
+        table([*rows, ('at the peak', byte_size(parts['peak']))]),
     ]
     if 'estimate_error' in compiler:
         lines.append(f"  the model's peak is {100 * compiler['estimate_error']:+.1f}% off the compiler's")
@@ -108,7 +99,7 @@ def _time(record: Record) -> str:
     roof = record['roofline']
     rows = [
         ('compute', duration(roof['compute'])),
-        (f'HBM ({gigabytes(roof["hbm_bytes"])})', duration(roof['hbm'])),
+        (f'HBM ({byte_size(roof["hbm_bytes"])})', duration(roof['hbm'])),
         ('links, beside other work', duration(roof['asynchronous_links'])),
         ('links, that other work waits for', duration(roof['synchronous_links'])),
     ]
@@ -138,8 +129,8 @@ def _collectives(record: Record) -> str:
                 each['kind'],
                 f'{axes} (network)' if each['across_slices'] else axes,
                 f'{each["executions"]:,}',
-                gigabytes(each['payload']),
-                gigabytes(each['link_bytes']),
+                byte_size(each['payload']),
+                byte_size(each['link_bytes']),
                 f'{100 * share:.0f}%',
                 duration(each['seconds']),
             )
@@ -157,7 +148,7 @@ def format_search(candidates: Sequence[Record]) -> str:
     rows = [('', 'memory', 'step', 'MFU', 'why not')]
     for each in candidates[:_MOST_CANDIDATES]:
         if 'step' in each:
-            figures = (gigabytes(each['needed']), duration(each['step']), f'{100 * each["mfu_causal"]:.1f}%')
+            figures = (byte_size(each['needed']), duration(each['step']), f'{100 * each["mfu_causal"]:.1f}%')
         else:
             figures = ('-', '-', '-')
         rows.append((each['run'], *figures, each['reason'] or 'the best that was found'))
