@@ -61,8 +61,8 @@ def write_page(strength: int, wanted: list[Any], verdicts: dict[str, tuple[str, 
         by_mesh.setdefault(mesh, Counter())[verdicts[name(case)][0]] += 1
     lines = [
         f'A covering array of strength {strength}: {len(wanted)} training steps in float64 on 8 simulated devices, '
-        f'{counts["equal"]} equal to one device within 1e-9, {counts["differs"]} different, {counts["refused"]} refused '
-        'with an error.',
+        f'{counts["equal"]} equal to one device within 1e-9, {counts["differs"]} different, '
+        f'{counts["refused"]} refused with an error.',
         '',
         '| mesh | equal | different | refused |',
         '|---|---|---|---|',

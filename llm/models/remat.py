@@ -46,8 +46,8 @@ def rematerialized(function: Callable, kind: RematKind, names: tuple[str, ...], 
         'names': policies.save_only_these_names(*names),
     }[kind]
 
-    # A new function each time: JAX keeps what it traced by function and shapes, and would not see that another mesh is in
-    # force now.
+    # A new function each time: JAX keeps what it traced by function and shapes, and would not see that another mesh is
+    # in force now.
     def traced_anew(*arguments: Any) -> Any:
         return function(*arguments)
 

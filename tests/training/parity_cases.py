@@ -202,9 +202,8 @@ def errors(case: Case) -> list[str]:
         if not worst <= 1e-9:
             found.append(f'gradient of {jax.tree_util.keystr(path)} off by {worst:.1e} of its largest value')
     wanted = {collective for axis in AXES if case[axis] > 1 for collective in COLLECTIVES.get(axis, ())}
-    for collective in sorted(wanted):
-        if f'{collective}(' not in program and f'{collective}-start(' not in program:
-            found.append(f'no {collective} in the program')
+    missing = [each for each in sorted(wanted) if f'{each}(' not in program and f'{each}-start(' not in program]
+    found += [f'no {collective} in the program' for collective in missing]
     if case['sequence'] > 1 and not any(f' {collective}' in program for collective in METHODS[case['method']]):
         found.append(f'none of {METHODS[case["method"]]} in the program')
     return found
