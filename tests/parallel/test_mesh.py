@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from llm.configuration import load_job
 from llm.errors import UserError
 from llm.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 
@@ -59,3 +62,31 @@ def test_real_slices_are_told_apart():
 def test_impossible_meshes_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    ('piece', 'sizes'),
+    [
+        ('data_parallel', {'data': 8}),
+        ('fsdp', {'fsdp': 8}),
+        ('sequence', {'sequence': 2, 'fsdp': 4}),
+        ('multi_slice', {'data': 2, 'fsdp': 4}),
+        ('pipeline', {'pipeline': 4, 'fsdp': 2}),
+    ],
+)
+def test_the_pieces_for_gin_make_these_meshes(piece, sizes, tmp_path):
+    job = tmp_path / 'job.gin'
+    job.write_text(
+        'from __gin__ import dynamic_registration\nfrom tests.parallel import mesh_job\nfrom llm.parallel import mesh\n'
+        'JOB = @mesh_job.Hold()\nmesh_job.Hold.mesh = @mesh.MeshConfig()\n' + USED.get(piece, '')
+    )
+    folder = Path(__file__).parents[2] / 'gin_configs' / 'meshes'
+    config = load_job([str(folder / f'{piece}.gin'), str(job)])[0].mesh
+    assert {axis: size for axis, size in make_mesh(config).shape.items() if size > 1} == sizes
+
+
+# What a piece configures besides the mesh must be used by the job.
+USED = {
+    'sequence': 'from llm.parallel import sharding\nmesh_job.Hold.more = @sharding.AxisRules()\n',
+    'pipeline': 'from llm.parallel.pipeline import schedules\nmesh_job.Hold.more = @schedules.PipelineConfig()\n',
+}
