@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llm.parallel.sharding import Axes, MeshAxes, manual_axes, rules_in_force
+from llm.parallel.sharding import Axes, MeshAxes, dividing, manual_axes, rules_in_force
 from llm.parallel.vocabulary import lookup_in_parts
 
 
@@ -118,9 +118,9 @@ def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> ja
             return lookup_in_parts(table, ids, str(axes[0]), dtype)
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     rows, width = map(_names, rules.partition(axes, mesh, parameters=True))
-    batch, sequence = map(_names, rules.partition(('batch', 'sequence'), mesh, parameters=False))
-    if ids.shape[0] == 1:  # positions that all rows share
-        batch = ()
+    # Positions that all rows share, or one token a row as in decoding, are not cut up.
+    cuts = rules.partition(('batch', 'sequence'), mesh, parameters=False)
+    batch, sequence = (dividing(cut, size, mesh) for cut, size in zip(cuts, ids.shape, strict=True))
     if set(rows) & {*batch, *sequence}:  # no device has the ids that another would look up for it
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     cut = _Cut(mesh, rows, width, batch, sequence, table.shape, table.dtype, jnp.dtype(dtype))

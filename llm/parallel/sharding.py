@@ -151,6 +151,14 @@ def target_device() -> jax.Device:
     return _device.get() or jax.devices()[0]
 
 
+def dividing(entry: MeshAxes, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec, but for the last ones until the rest divides `size`."""
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    while size % math.prod(mesh.shape[name] for name in names):
+        names = names[:-1]
+    return names
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Place activation `x`, whose dimensions have these logical axes, by the rules in force; outside of rules, x.
 
@@ -165,10 +173,7 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     mesh, rules = current
     spec = []
     for size, entry in zip(x.shape, rules.partition(axes, mesh, parameters=False), strict=True):
-        names = (entry,) if isinstance(entry, str) else (entry or ())
-        while size % math.prod(mesh.shape[name] for name in names):
-            names = names[:-1]
-        spec.append(names or None)
+        spec.append(dividing(entry, size, mesh) or None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 

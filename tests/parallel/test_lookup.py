@@ -31,18 +31,18 @@ def run(table, ids, weight, mesh, rules):
     return found, gradient
 
 
-@pytest.mark.parametrize('rows', ['of the batch', 'shared'])
+@pytest.mark.parametrize('shape', [(8, 16), (1, 16), (8, 1)], ids=['tokens', 'shared by rows', 'one a row'])
 @pytest.mark.parametrize(
     ('mesh', 'rules'),
     [(mesh, AxisRules()) for mesh in MESHES.values()]
     + [(MESHES['all'], WIDTH_OVER_TENSOR), (MESHES['all'], ROWS_OVER_FSDP)],
     ids=[*MESHES, 'width over an axis that tokens are not over', 'rows over an axis that tokens are over'],
 )
-def test_equals_one_device(mesh, rules, rows):
+def test_equals_one_device(mesh, rules, shape):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((16, 24)).astype(np.float32)
     # Each id several times, and ids outside of the table, which are clamped.
-    ids = rng.integers(-2, 19, (8 if rows == 'of the batch' else 1, 16)).astype(np.int32)
+    ids = rng.integers(-2, 19, shape).astype(np.int32)
     weight = rng.standard_normal((*ids.shape, 24)).astype(np.float32)
     found, gradient = run(table, ids, weight, make_mesh(mesh), rules)
     inside = np.clip(ids, 0, 15)
