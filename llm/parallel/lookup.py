@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llm.parallel.sharding import Axes, MeshAxes, dividing, manual_axes, rules_in_force
+from llm.parallel.sharding import Axes, dividing, manual_axes, names, rules_in_force
 from llm.parallel.vocabulary import lookup_in_parts
 
 
@@ -99,10 +99,6 @@ def _backward(cut: _Cut, ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array
 _lookup.defvjp(_forward, _backward)
 
 
-def _names(entry: MeshAxes) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table: [V, D] and [B, S] -> [B, S, D] in `dtype`. Ids outside the table are clamped into it.
 
@@ -117,7 +113,7 @@ def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> ja
         if manual_axes(str(axes[0]), parameters=True):
             return lookup_in_parts(table, ids, str(axes[0]), dtype)
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
-    rows, width = map(_names, rules.partition(axes, mesh, parameters=True))
+    rows, width = map(names, rules.partition(axes, mesh, parameters=True))
     # Positions that all rows share, or one token a row as in decoding, are not cut up.
     cuts = rules.partition(('batch', 'sequence'), mesh, parameters=False)
     batch, sequence = (dividing(cut, size, mesh) for cut, size in zip(cuts, ids.shape, strict=True))

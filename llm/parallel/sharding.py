@@ -16,6 +16,11 @@ Axes = tuple[str | None, ...]
 MeshAxes = str | tuple[str, ...] | None
 
 
+def names(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
     """The table: (logical axis, mesh axes it is split over). First fitting row wins, `None` keeps an axis whole.
@@ -74,7 +79,7 @@ class AxisRules:
             chosen: tuple[str, ...] = ()
             for logical, mesh_axes in rows:
                 if logical == axis and mesh_axes is not None:
-                    wanted = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+                    wanted = names(mesh_axes)
                     usable = tuple(a for a in wanted if mesh.shape[a] > 1 and a not in mesh.manual_axes)
                     if not taken.intersection(usable):
                         chosen = usable
@@ -153,10 +158,10 @@ def target_device() -> jax.Device:
 
 def dividing(entry: MeshAxes, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The mesh axes of an entry of a PartitionSpec, but for the last ones until the rest divides `size`."""
-    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-    while size % math.prod(mesh.shape[name] for name in names):
-        names = names[:-1]
-    return names
+    axes = names(entry)
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -216,7 +221,7 @@ def split_over(axis: str, *, parameters: bool) -> tuple[str, ...]:
         return ()
     mesh, rules = current
     spec = rules.partition((axis,), AbstractMesh(mesh.axis_sizes, mesh.axis_names), parameters=parameters)[0]
-    return (spec,) if isinstance(spec, str) else tuple(spec or ())
+    return names(spec)
 
 
 def manual_axes(axis: str, *, parameters: bool) -> tuple[str, ...]:
@@ -244,7 +249,7 @@ def parameter_sharding(
     """
     spec = rules.partition(axes, mesh, parameters=True)
     for axis, size, mesh_axes in zip(axes, shape, spec, strict=True):
-        over = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        over = names(mesh_axes)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
         if size % ways:
             raise UserError(

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 from llm.errors import UserError
 from llm.kernels.cross_entropy import Placement, summed_cross_entropy, token_cross_entropy
 from llm.models.embedding import Projection
-from llm.parallel.sharding import MeshAxes, rules_in_force
-
-
-def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+from llm.parallel.sharding import names, rules_in_force
 
 
 def _placement(projection: Projection, targets: jax.Array) -> Placement:
@@ -25,10 +21,10 @@ def _placement(projection: Projection, targets: jax.Array) -> Placement:
     if current is None:
         return Placement()
     mesh, rules = current
-    batch, sequence, vocab = map(_mesh_axes, rules.partition(('batch', 'sequence', 'vocab'), mesh, parameters=False))
+    batch, sequence, vocab = map(names, rules.partition(('batch', 'sequence', 'vocab'), mesh, parameters=False))
     parameter = rules.partition(projection.axes, mesh, parameters=True)
     # Where the two tables do not agree on the vocabulary the compiler moves the kernel.
-    embed = tuple(axis for axis in _mesh_axes(parameter[projection.axes.index('embed')]) if axis not in vocab)
+    embed = tuple(axis for axis in names(parameter[projection.axes.index('embed')]) if axis not in vocab)
     sizes = (*targets.shape, projection.kernel.shape[1])
     for name, size, axes in zip(('batch', 'sequence', 'vocab'), sizes, (batch, sequence, vocab), strict=True):
         ways = math.prod(mesh.shape[axis] for axis in axes)

@@ -18,7 +18,7 @@ from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
-from llm.parallel.sharding import AxisRules, parameter_sharding, sequence_cut, use_rules
+from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
@@ -139,8 +139,7 @@ class Trainer:
     def _ways(self, axis: str) -> int:
         """Devices that share an activation along a logical axis."""
         axes = self.rules.partition((axis,), self.mesh, parameters=False)[0]
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        return math.prod(self.mesh.shape[name] for name in names)
+        return math.prod(self.mesh.shape[name] for name in names(axes))
 
     def _fresh_state(self, seed: int | jax.Array) -> State:
         parameters = initialize(self.specs, self.model_config.initialization, seed)

@@ -27,7 +27,7 @@ from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
 from llm.parallel.pipeline.table import Table
-from llm.parallel.sharding import AxisRules, use_rules
+from llm.parallel.sharding import AxisRules, names, use_rules
 
 AXIS = 'pipeline'
 Batch = dict[str, jax.Array]
@@ -86,7 +86,7 @@ def run(
         ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
         for the gradients.
     """
-    batch_axes = _names(rules.partition(('batch',), mesh, parameters=False)[0])
+    batch_axes = names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
     specs = jax.tree.map(lambda each: _restrict(each.spec, manual), placements, is_leaf=_is_placement)
     columns = jnp.asarray(np.stack(list(table.columns.values()), axis=-1))
@@ -121,13 +121,9 @@ def _is_placement(node: Any) -> bool:
     return isinstance(node, Placement)
 
 
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """`spec` without mesh axes other than `axes`."""
-    return PartitionSpec(*(tuple(a for a in _names(each) if a in axes) or None for each in spec))
+    return PartitionSpec(*(tuple(a for a in names(each) if a in axes) or None for each in spec))
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +215,7 @@ class _Device:
         return (layers, shared), sums
 
     def _sum_over_copies(self, x: jax.Array, placement: Placement) -> jax.Array:
-        used = {axis for each in placement.spec for axis in _names(each)}
+        used = {axis for each in placement.spec for axis in names(each)}
         axes = tuple(axis for axis in self.manual if axis not in used)
         return jax.lax.psum(x, axes) if axes else x
 
@@ -257,7 +253,7 @@ class _Device:
 
         def one(x: jax.Array, placement: Placement) -> jax.Array:
             for dimension, axes in enumerate(placement.spec):
-                over = tuple(axis for axis in _names(axes) if axis in self.manual and axis != AXIS)
+                over = tuple(axis for axis in names(axes) if axis in self.manual and axis != AXIS)
                 if over:
                     x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
             return x

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MESH_AXES
-from llm.parallel.sharding import AxisRules, MeshAxes, parameter_sharding
+from llm.parallel.sharding import AxisRules, names, parameter_sharding
 from llm.scaling.accounting import TrainingMemory, bytes_per_device
 from llm.scaling.planner.run_config import ANY_STEPS
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
@@ -43,11 +43,6 @@ class Placement:
     def over(self, axis: str, *, parameters: bool = False) -> tuple[str, ...]:
         """The mesh axes that a logical axis is divided over."""
         return names(self.rules.partition((axis,), self.mesh, parameters=parameters)[0])
-
-
-def names(axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (axes,) if isinstance(axes, str) else (axes or ())
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,8 @@ import math
 
 from llm.kernels.cross_entropy.chunked import default_chunk
 from llm.models.parameters import Role, named_specs
-from llm.scaling.planner.abstract import Placement, model_specs, names, state_bytes
+from llm.parallel.sharding import names
+from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.run_config import RunConfig
 

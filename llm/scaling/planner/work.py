@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable
 
 from llm.models.parameters import Role, named_specs
+from llm.parallel.sharding import names
 from llm.scaling.accounting import TokenFlops, flops_per_token
-from llm.scaling.planner.abstract import Placement, model_specs, names, state_bytes
+from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import LayerCosts, layer_costs
 from llm.scaling.planner.memory import estimate_memory
 from llm.scaling.planner.run_config import RunConfig

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from llm.models.parameters import ParameterSpec, Role, named_specs
-from llm.parallel.sharding import AxisRules, MeshAxes
+from llm.parallel.sharding import AxisRules, names
 from llm.scaling.program.collectives import Collective, Program
 
 # Split over devices that each run their own share of it: never gathered.
@@ -137,8 +137,8 @@ class _Gathered:
         used = rules.partition(spec.axes, mesh, parameters=False)
         stack, dimensions, ways, axes = 1, [], [], []
         for axis, size, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):
-            kept = [name for name in _names(here) if axis in _OWN_SHARE or name in _names(there)]
-            moved = [name for name in _names(here) if name not in kept]
+            kept = [name for name in names(here) if axis in _OWN_SHARE or name in names(there)]
+            moved = [name for name in names(here) if name not in kept]
             share = size // math.prod(mesh.shape[name] for name in kept)
             if axis in ('layers', 'remainder'):
                 stack *= share
@@ -163,10 +163,6 @@ class _Gathered:
             for merged in _with_merged_neighbours(dimensions):
                 yield tuple(sorted(size for size in merged if size > 1))
                 yield tuple(sorted(size for size in (self.stack, *merged) if size > 1))
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else (axes or ())
 
 
 def _with_merged_neighbours(dimensions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
