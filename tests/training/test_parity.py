@@ -15,9 +15,9 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.parallel.mesh import MeshConfig
 from llm.training.optimizers import OptimizerConfig
-from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.training.parity_cases import BATCH, GRADIENT, LENGTH, batch
 
 LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
@@ -27,11 +27,6 @@ WINDOWED = dataclasses.replace(LAYER, mixer=dataclasses.replace(LAYER.mixer, win
 MODEL = DecoderConfig(vocab_size=64, d_model=32, num_layers=3, pattern=(LAYER, WINDOWED), compute_dtype='float64')
 # Whatever the loss can do: a kernel that is the table's transpose, a factor and a cap.
 CAPPED = dataclasses.replace(MODEL, tied_embeddings=True, final_logit_soft_cap=1.5, mup_base_width=64)
-# SGD at rate 1 without clipping: the change of a parameter is its gradient.
-GRADIENT = OptimizerConfig(
-    kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
-)
-BATCH, LENGTH = 16, 16
 
 MESHES = {
     'data': MeshConfig(data=8),
@@ -45,28 +40,6 @@ MESHES = {
 # What XLA must have put into the program for a mesh axis to have done anything. XLA:CPU writes a reduce-scatter as
 # an all-reduce whose result is sliced.
 COLLECTIVES = {'data': ('all-reduce',), 'fsdp': ('all-gather', 'all-reduce'), 'tensor': ('all-reduce',)}
-
-
-def _batch(packed: bool) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(1, 64, size=(BATCH, LENGTH + 1)).astype(np.int32)
-    weights = np.ones((BATCH, LENGTH), np.float32)
-    weights[1, 9:] = weights[5, :] = 0
-    segments = np.ones((BATCH, LENGTH), np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-    if packed:
-        for row in range(BATCH):
-            cut = 3 + row % 8
-            segments[row, cut:] = 2
-            positions[row, cut:] -= cut
-            weights[row, cut - 1] = 0
-    return {
-        'inputs': tokens[:, :-1],
-        'targets': tokens[:, 1:],
-        'loss_weights': weights,
-        'segment_ids': segments,
-        'positions': positions,
-    }
 
 
 def _to_float64(tree):
@@ -92,10 +65,10 @@ def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool, model: D
             devices=jax.devices()[: np.prod(mesh.sizes(8)) if mesh.data != -1 else 1],
         )
         state = jax.device_put(_initial_state(model), trainer.state_shardings)
-        batch = jax.device_put(_batch(packed), trainer.batch_sharding)
+        rows = jax.device_put(batch(packed), trainer.batch_sharding)
         before = jax.device_get(state['parameters'])
-        compiled = trainer.train_step.lower(state, batch).compile()
-        state, metrics = compiled(state, batch)
+        compiled = trainer.train_step.lower(state, rows).compile()
+        state, metrics = compiled(state, rows)
         gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, jax.device_get(state['parameters']))
         return float(metrics['loss']), gradients, compiled.as_text()
 

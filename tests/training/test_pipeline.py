@@ -16,10 +16,9 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
-from llm.training.optimizers import OptimizerConfig
-from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.training.parity_cases import BATCH, GRADIENT, LENGTH, batch
 
 LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), feed_forward=FeedForwardConfig(d_ff=48)
@@ -41,28 +40,6 @@ MODELS = {
         compute_dtype='float64',
     ),
 }
-# SGD at rate 1 without clipping: the change of a parameter is its gradient.
-GRADIENT = OptimizerConfig(
-    kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
-)
-BATCH, LENGTH = 16, 16
-
-
-def _batch(packed: bool) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(1, 64, size=(BATCH, LENGTH + 1)).astype(np.int32)
-    weights = np.ones((BATCH, LENGTH), np.float32)
-    weights[1, 9:] = weights[5, :] = 0  # microbatches differ in their numbers of real tokens
-    segments = np.ones((BATCH, LENGTH), np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-    if packed:
-        for row in range(BATCH):
-            cut = 3 + row % 8
-            segments[row, cut:] = 2
-            positions[row, cut:] -= cut
-            weights[row, cut - 1] = 0
-    arrays = {'loss_weights': weights, 'segment_ids': segments, 'positions': positions}
-    return {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:], **arrays}
 
 
 def _to_float64(tree):
@@ -92,9 +69,9 @@ def _run(trainer, model, packed):
     """(loss, gradients, HLO text) of one step in float64."""
     with jax.enable_x64():
         state = jax.device_put(_initial_state(model), trainer.state_shardings)
-        batch = jax.device_put(_batch(packed), trainer.batch_sharding)
-        compiled = trainer.train_step.lower(state, batch).compile()
-        state, metrics = compiled(state, batch)
+        rows = jax.device_put(batch(packed), trainer.batch_sharding)
+        compiled = trainer.train_step.lower(state, rows).compile()
+        state, metrics = compiled(state, rows)
         before, after = _initial_state(model)['parameters'], jax.device_get(state['parameters'])
         return float(metrics['loss']), jax.tree.map(lambda old, new: old - new, before, after), compiled.as_text()
 
@@ -164,8 +141,8 @@ def test_evaluation_agrees_with_one_device(schedule):
         for mesh, pipeline in ((MeshConfig(data=1), PipelineConfig()), (MeshConfig(data=2, pipeline=2), schedule)):
             trainer = _trainer('windowed', 4, mesh, pipeline)
             state = jax.device_put(_initial_state('windowed'), trainer.state_shardings)
-            batch = jax.device_put(_batch(True), trainer.batch_sharding)
-            sums.append(jax.device_get(trainer.evaluation_step(state['parameters'], batch)))
+            rows = jax.device_put(batch(True), trainer.batch_sharding)
+            sums.append(jax.device_get(trainer.evaluation_step(state['parameters'], rows)))
         assert sums[0]['tokens'] == sums[1]['tokens']
         assert sums[1]['nll'] == pytest.approx(sums[0]['nll'], rel=1e-12)
 
