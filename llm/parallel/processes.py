@@ -7,6 +7,7 @@ What a lost process does to the others is in `llm.parallel.supervision`.
 
 import dataclasses
 import os
+import socket
 import sys
 import time
 import traceback
@@ -157,6 +158,14 @@ def _detect(
     return address, count, index, ','.join(map(str, devices or ()))
 
 
+def _check_port(processes: Processes) -> None:
+    """Raises OSError if process 0 cannot listen on its port, of which jaxlib dies with SIGSEGV."""
+    if processes.process_id == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(('', int(processes.coordinator_address.rpartition(':')[2])))
+
+
 @contextmanager
 def joined(processes: Processes | None) -> Iterator[None]:
     """Join the others before the block and leave with them after it; nothing for None. JAX must not be in use yet.
@@ -179,6 +188,7 @@ def joined(processes: Processes | None) -> Iterator[None]:
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     local = [int(device) for device in processes.local_device_ids.split(',') if device]
     try:
+        _check_port(processes)
         jax.distributed.initialize(
             processes.coordinator_address,
             processes.num_processes,
@@ -188,7 +198,7 @@ def joined(processes: Processes | None) -> Iterator[None]:
             initialization_timeout=processes.initialization_timeout_seconds,
             heartbeat_timeout_seconds=processes.heartbeat_timeout_seconds,
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         port = processes.coordinator_address.rpartition(':')[2]
         raise UserError(
             f'process {processes.process_id} of {processes.num_processes} cannot join ({error})',

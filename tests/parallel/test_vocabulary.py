@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, use_rules
-from llm.parallel.vocabulary import lookup, token_negative_log_likelihood
+from llm.parallel.vocabulary import lookup_in_parts, token_negative_log_likelihood
 
 V, D, B, S = 16, 6, 2, 4
 MESHES = [MeshConfig(data=1, pipeline=4), MeshConfig(data=1, pipeline=2, tensor=2, sequence=2)]
@@ -34,7 +34,7 @@ def test_lookup(config):
     ids = jnp.asarray([[0, 3, 15, 7], [8, 3, -2, 40]])  # the last two are clamped
 
     def both(table, ids):
-        x, vjp = jax.vjp(lambda table: lookup(table, ids, 'vocab', table.dtype), table)
+        x, vjp = jax.vjp(lambda table: lookup_in_parts(table, ids, 'vocab', table.dtype), table)
         # The result is on all stages, and is used on one.
         used = jnp.where(jax.lax.axis_index('pipeline') == 1, 1.0, 0.0)
         return x, vjp(used * jnp.cos(x))[0]
