@@ -16,6 +16,7 @@ from llm.data.examples import Examples
 from llm.data.objectives import Example
 from llm.data.packing import PackedRows
 from llm.errors import UserError
+from llm.parallel.sharding import names
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -146,7 +147,7 @@ class Loader:
 
     def _check_divisible(self, dimension: int, size: int, what: str, fix: str) -> None:
         entry = self.sharding.spec[dimension] if dimension < len(self.sharding.spec) else None
-        axes = (entry,) if isinstance(entry, str) else entry or ()
+        axes = names(entry)
         parts = math.prod(self.sharding.mesh.shape[axis] for axis in axes)
         if size % parts:
             over = ', '.join(f'{axis}={self.sharding.mesh.shape[axis]}' for axis in axes)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llm.errors import UserError
 from llm.inference.sampling import SamplingConfig, row_keys, sample, token_keys
 from llm.models.decoder import Decoder, DecoderConfig
-from llm.parallel.sharding import AxisRules, use_rules
+from llm.parallel.sharding import AxisRules, names, use_rules
 
 # Why a row ended: it chose a stop token; it has all tokens asked for, or no position left; the caller ended it.
 End = Literal['stop_token', 'length', 'finished']
@@ -223,8 +223,8 @@ class Decoding:
     def _batch(self) -> tuple[dict[str, np.ndarray], int]:
         """The prompts as arrays, padded to few different shapes, and the length of the cache."""
         generator = self._generator
-        axes = generator.rules.partition(('batch',), generator.mesh, parameters=False)[0] or ()
-        ways = math.prod(generator.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        axes = names(generator.rules.partition(('batch',), generator.mesh, parameters=False)[0])
+        ways = math.prod(generator.mesh.shape[axis] for axis in axes)
         rows = ways * _power_of_two(-(-len(self._prompts) // ways))
         lengths = [len(prompt.tokens) for prompt in self._prompts]
         cache_length = _power_of_two(max(_SHORTEST, *self._limits))
