@@ -44,7 +44,7 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, size)
 
 
-def _visibility(
+def visibility(
     options: Options,
     positions: Positions,
     offset: Any,
@@ -104,7 +104,7 @@ def block_table(
     pruned = np.ones((1, -(-lengths[0] // block_sizes[0]), -(-lengths[1] // block_sizes[1])), bool)
     whole = pruned
     if options.offset is not None:
-        pruned, whole = _visibility(options, Positions(), options.offset, lengths, block_sizes, np)
+        pruned, whole = visibility(options, Positions(), options.offset, lengths, block_sizes, np)
     if max(pruned.shape) >= 1 << BLOCK_BITS:
         raise ValueError(f'{lengths} queries and keys make more blocks of {block_sizes} than an entry can hold')
     # The first entry of an outer block stands in where none of the block's is needed.
@@ -127,7 +127,7 @@ def block_table(
     offset: Any = options.offset
     if positions.offset is not None:
         offset = jnp.reshape(positions.offset, (-1, 1, 1)).astype(jnp.int32)
-    visible, whole = _visibility(options, positions, offset, lengths, block_sizes, jnp)
+    visible, whole = visibility(options, positions, offset, lengths, block_sizes, jnp)
     shown, complete = ((x & pruned)[:, query_block, key_block] for x in (visible, whole))
     group = np.cumsum(first) - 1
     needed = jnp.zeros((shown.shape[0], group[-1] + 1), bool).at[:, group].max(shown)
