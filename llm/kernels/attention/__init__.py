@@ -6,38 +6,63 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from llm.kernels.attention import chunked, flash, pallas_tpu, reference, sequence
+from llm.errors import UserError
+from llm.kernels.attention import chunked, cudnn, flash, pallas_gpu, pallas_tpu, reference, sequence
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.sequence_axis import SequenceAxis
 
-Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
+Implementation = Literal['auto', 'chunked', 'cudnn', 'pallas_gpu', 'pallas_tpu', 'reference']
 
 
 @functools.cache
-def by_blocks(implementation: Implementation, tpu: str | None) -> flash.Implementation:
+def by_blocks(implementation: Implementation, chip: str | None) -> flash.Implementation:
     """The forward and backward functions of an implementation.
 
     Args:
-        implementation: 'chunked' or 'pallas_tpu'.
-        tpu: kind of TPU that will run it; None for anything else, where 'pallas_tpu' is interpreted.
+        implementation: 'chunked', 'pallas_gpu' or 'pallas_tpu'.
+        chip: what will run it, as `chip_of` says; None for what the kernel is not made for, where it is interpreted.
     """
     if implementation == 'chunked':
         return flash.Implementation(chunked.forward, chunked.backward)
+    if implementation == 'pallas_gpu':
+        return flash.Implementation(
+            functools.partial(pallas_gpu.forward, gpu=chip), functools.partial(pallas_gpu.backward, gpu=chip)
+        )
     return flash.Implementation(
-        functools.partial(pallas_tpu.forward, tpu=tpu), functools.partial(pallas_tpu.backward, tpu=tpu)
+        functools.partial(pallas_tpu.forward, tpu=chip), functools.partial(pallas_tpu.backward, tpu=chip)
     )
 
 
+def chip_of(device: jax.Device, platform: str) -> str | None:
+    """The kind of a TPU or the compute capability of a GPU, as '9.0'; None if `device` is not of `platform`."""
+    if device.platform != platform:
+        return None
+    return device.device_kind if platform == 'tpu' else str(device.compute_capability)
+
+
 def choose(implementation: Implementation, device: jax.Device, queries: int) -> Implementation:
-    """What 'auto' means on `device` for this many queries; any other choice as it is."""
+    """What 'auto' means on `device` for this many queries; any other choice as it is.
+
+    Raises:
+        UserError: 'pallas_gpu' is asked for on a GPU that it cannot run on.
+    """
     if implementation not in get_args(Implementation):
         raise ValueError(f'no attention implementation is called {implementation!r}')
-    # One token at a time (decoding) has nothing to cut up.
+    gpu = chip_of(device, 'gpu')
+    if implementation == 'pallas_gpu' and gpu is not None and not pallas_gpu.runs_on(gpu):
+        raise UserError(
+            f'needs an NVIDIA GPU of compute capability 8.0 or later, and this one has {gpu}',
+            where="attention implementation 'pallas_gpu'",
+            fix="Use 'auto'.",
+        )
     if implementation != 'auto':
         return implementation
+    # One token at a time (decoding) has nothing to cut up.
     if queries == 1:
         return 'reference'
-    return 'pallas_tpu' if device.platform == 'tpu' else 'chunked' if device.platform == 'cpu' else 'reference'
+    if device.platform == 'tpu':
+        return 'pallas_tpu'
+    return 'pallas_gpu' if gpu is not None and pallas_gpu.runs_on(gpu) else 'chunked'
 
 
 def dot_product_attention(
@@ -79,12 +104,15 @@ def dot_product_attention(
         sinks: [H].
         sequence_axis: rows are cut along this mesh axis, and S = T tokens are one device's piece (inside
             `jax.shard_map`); then query_offset is 0 and key_lengths None. See `sequence`.
-        implementation: 'auto' takes the fastest one for `device`. Pieces of rows need one that goes by blocks:
-            'reference' means 'chunked' there.
+        implementation: 'auto' takes the one made for `device`. Pieces of rows need one that goes by blocks:
+            'reference' means 'chunked' there. 'cudnn' cannot do all of this; see `cudnn`.
         device: one of those that will run this; default: the first there is.
 
     Returns:
         [B, S, H, K] in the dtype of `query`.
+
+    Raises:
+        UserError: the implementation that is asked for cannot do this, or not on this device.
     """
     reference.check_arguments(
         query,
@@ -105,6 +133,12 @@ def dot_product_attention(
         dtype = jnp.promote_types(query.dtype, jnp.float32)
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes)).astype(dtype)
     if sequence_axis is not None:
+        if implementation == 'cudnn':
+            raise UserError(
+                'cannot do rows that are cut along a mesh axis',
+                where="attention implementation 'cudnn'",
+                fix="Use 'pallas_gpu' or 'auto'.",
+            )
         if key_lengths is not None or not (isinstance(query_offset, int) and query_offset == 0):
             raise ValueError('a row that is cut along a mesh axis has no query_offset and no key_lengths')
         query_offset = jnp.zeros((), jnp.int32)  # each device has its own
@@ -127,12 +161,15 @@ def dot_product_attention(
         )
     static, traced = (query_offset, None) if isinstance(query_offset, int) else (None, query_offset)
     positions = Positions(query_segment_ids, key_segment_ids, traced, key_lengths, slopes)
-    attend: Any = flash.attention if sequence_axis is None else functools.partial(sequence.attention, sequence_axis)
-    output: jax.Array = attend(
-        by_blocks(implementation, device.device_kind if device.platform == 'tpu' else None),
+    arguments = (
         Options(scale, causal, window, soft_cap, static),
         *(jnp.asarray(x) for x in (query, key, value)),
         jax.tree.map(jnp.asarray, positions),
         None if sinks is None else jnp.asarray(sinks),
     )
+    if implementation == 'cudnn':
+        return cudnn.attention(*arguments, gpu=chip_of(device, 'gpu'))
+    chip = chip_of(device, 'gpu' if implementation == 'pallas_gpu' else 'tpu')
+    attend: Any = flash.attention if sequence_axis is None else functools.partial(sequence.attention, sequence_axis)
+    output: jax.Array = attend(by_blocks(implementation, chip), *arguments)
     return output

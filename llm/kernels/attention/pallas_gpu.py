@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-    """Bytes of shared memory that one program may take, and blocks of each kernel by padded head size."""
+    """Bytes of shared memory that one program may take, and the blocks of each kernel by padded head size."""
 
     shared: int
     forward: dict[int, Blocks]
@@ -49,20 +49,31 @@ class _Chip:
     backward_keys: dict[int, Blocks]
 
 
-_LARGE = _Chip(
+# The largest of a few blocks whose programs XLA compiles without keeping registers in memory (bf16, causal, packed;
+# ptxas -v on what jaxlib 0.10.2 makes for sm_80 and sm_90). Hopper's tensor cores read both factors of a product from
+# shared memory, so its programs have registers to spare. On neither has anything been timed.
+_AMPERE = _Chip(
     shared=163 * 2**10,
-    forward={64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
+    forward={64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
     backward_queries={64: Blocks(128, 64, 8, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
-    backward_keys={64: Blocks(128, 32, 4, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
+    backward_keys={64: Blocks(128, 32, 8, 3), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
 )
-_SMALL = dataclasses.replace(_LARGE, shared=99 * 2**10)
-# By compute capability (CUDA C programming guide, table "Technical specifications per compute capability").
+_HOPPER = _Chip(
+    shared=227 * 2**10,
+    forward={64: Blocks(128, 64, 4, 3), 128: Blocks(128, 128, 8, 2), 256: Blocks(128, 64, 8, 2)},
+    backward_queries={64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+    backward_keys={64: Blocks(128, 32, 8, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 8, 2)},
+)
+# By compute capability (CUDA C++ programming guide, technical specifications per compute capability).
 _CHIPS = {
-    '8.0': _LARGE,
-    '9.0': dataclasses.replace(_LARGE, shared=227 * 2**10),
-    '10.0': dataclasses.replace(_LARGE, shared=227 * 2**10),
-    '10.3': dataclasses.replace(_LARGE, shared=227 * 2**10),
+    '8.0': _AMPERE,
+    '8.7': _AMPERE,
+    '9.0': _HOPPER,
+    '10.0': _HOPPER,
+    '10.3': _HOPPER,
+    '11.0': _HOPPER,
 }
+_OTHER = dataclasses.replace(_AMPERE, shared=99 * 2**10)  # cards for desktops and inference
 
 # Name of an array in the kernel -> (array, or shape and dtype; how it is cut up: a key of _block_specs).
 Arrays = dict[str, tuple[Any, str]]
@@ -72,13 +83,18 @@ def _power_of_two(n: int, least: int) -> int:
     return max(least, pl.next_power_of_2(n))
 
 
-def _fit(blocks: Blocks, shared: int, own_arrays: int, row_bytes: int) -> Blocks:
-    """The blocks, made smaller until the rows of a program and those in flight fit in shared memory.
+def blocks_for(gpu: str | None, kernel: str, padded_size: int, itemsize: int) -> Blocks:
+    """How a kernel is cut up: as in the table, made smaller until its rows fit in shared memory.
 
     Args:
-        own_arrays: arrays of which a program keeps its own block; two go through its loop.
-        row_bytes: of one padded row.
+        gpu: see `forward`. kernel: a table of _Chip. itemsize: bytes of an element.
     """
+    chip = _CHIPS.get(gpu or '', _OTHER)
+    table: dict[int, Blocks] = getattr(chip, kernel)
+    blocks = table[min((size for size in table if size >= padded_size), default=max(table))]
+    # Of so many arrays a program keeps its own block; two more go through its loop.
+    own_arrays = 1 if kernel == 'forward' else 2
+    row_bytes, shared = padded_size * itemsize, chip.shared
     while (own_arrays * blocks.own + 2 * blocks.stages * blocks.loop) * row_bytes > shared:
         if blocks.stages > 2:
             blocks = blocks._replace(stages=blocks.stages - 1)
@@ -91,6 +107,12 @@ def _fit(blocks: Blocks, shared: int, own_arrays: int, row_bytes: int) -> Blocks
         else:
             break
     return blocks
+
+
+def runs_on(gpu: str) -> bool:
+    """Whether a GPU is one of NVIDIA's, Ampere or later, by its compute capability (AMD's have none, but a name)."""
+    major = gpu.partition('.')[0]
+    return major.isdecimal() and int(major) >= 8
 
 
 class _Problem:
@@ -110,12 +132,8 @@ class _Problem:
         self.batch, queries, all_heads, head_size = query.shape
         keys, self.groups = key.shape[1:3]
         self.keys_outer = kernel == 'backward_keys'
-        chip = _CHIPS.get(gpu or '', _SMALL)
         padded_size = _power_of_two(head_size, _SMALLEST)
-        table: dict[int, Blocks] = getattr(chip, kernel)
-        chosen = table[min((size for size in table if size >= padded_size), default=max(table))]
-        row_bytes = padded_size * query.dtype.itemsize
-        chosen = _fit(chosen, chip.shared, 1 if kernel == 'forward' else 2, row_bytes)
+        chosen = blocks_for(gpu, kernel, padded_size, query.dtype.itemsize)
         if blocks is None:
             blocks = (chosen.loop, chosen.own) if self.keys_outer else (chosen.own, chosen.loop)
             blocks = min(blocks[0], _power_of_two(queries, _SMALLEST)), min(blocks[1], _power_of_two(keys, _SMALLEST))
@@ -266,9 +284,7 @@ def backward(
 
     problem = _Problem('backward_queries', options, query, key, positions, gpu, blocks)
     outputs: Arrays = {'d_query': ((query.shape, d_query_type), 'queries')}
-    (d_query,) = problem.run(
-        backward_queries_kernel, inputs, outputs, statistics, 'flash_attention_backward_queries'
-    )
+    (d_query,) = problem.run(backward_queries_kernel, inputs, outputs, statistics, 'flash_attention_backward_queries')
     problem = _Problem('backward_keys', options, query, key, positions, gpu, blocks)
     outputs = dict.fromkeys(('d_key', 'd_value'), ((key.shape, d_key_type), 'keys'))
     d_key, d_value = problem.run(backward_keys_kernel, inputs, outputs, statistics, 'flash_attention_backward_keys')

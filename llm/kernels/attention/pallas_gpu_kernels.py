@@ -278,7 +278,6 @@ def backward_keys_kernel(program: Program) -> None:
         return program.over_blocks(add, sums)
 
     zeros = jnp.zeros((sizes.block_k, sizes.padded_size), dtype)
-    sums = (zeros, zeros)
-    d_key, d_value = of_head(0, sums) if sizes.heads == 1 else jax.lax.fori_loop(0, sizes.heads, of_head, sums)
+    d_key, d_value = jax.lax.fori_loop(0, sizes.heads, of_head, (zeros, zeros))
     program.store('d_key', d_key * program.options.scale, sizes.keys)
     program.store('d_value', d_value, sizes.keys)

@@ -14,12 +14,13 @@ from llm.models.decoder import DecoderConfig
 from llm.models.layer import LayerConfig
 from llm.scaling.planner.abstract import Placement
 
-Scores = Literal['held', 'blocks', 'blocks_skipped']
+Scores = Literal['held', 'blocks', 'blocks_skipped', 'blocks_twice']
 
 # Attention implementation -> what it does with the scores. Held: [B, H, S, T] arrays in HBM. Blocks: never more than
 # a block of them. Skipped: blocks that the causal mask hides are not computed. The backward pass of those that hold
 # none computes them again: five products where the forward pass has two (Dao et al. 2022, FlashAttention, algorithm 4).
-ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks'}
+# Twice: skipped too, and computed again by queries and by keys, which makes seven.
+ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks', 'pallas_gpu': 'blocks_twice'}
 _MANY = 128  # queries: when training, no row is a single token
 OTHER_ATTENTION: Scores = 'blocks_skipped'
 
@@ -122,6 +123,7 @@ class _DeviceOf:
     """As much of a jax.Device as decides which attention runs on it."""
 
     platform: str
+    compute_capability: str = '8.0'  # the least of the GPUs that are planned for
 
 
 def layer_costs(
@@ -136,7 +138,7 @@ def layer_costs(
     scores = scores_of(layer, platform)
     seen = sequence_length if mixer.window is None or scores == 'held' else min(mixer.window, sequence_length)
     computed = float(seen)
-    if scores == 'blocks_skipped':
+    if scores in ('blocks_skipped', 'blocks_twice'):
         computed = seen * (1 - (seen - 1) / (2 * sequence_length))  # causal: a row of S sees (S + 1) / 2 on average
     # The residual stream may be cut along the sequence more often than what attention works on.
     residual = d * placement.ways('sequence') / placement.ways('residual')
@@ -160,4 +162,5 @@ def layer_costs(
             Activation('feed_forward_hidden', f, size),
             Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
         ]
-    return LayerCosts(tuple(activations), residual * size, 2.0 if scores == 'held' else 2.5)
+    backward_factor = {'held': 2.0, 'blocks_twice': 3.5}.get(scores, 2.5)
+    return LayerCosts(tuple(activations), residual * size, backward_factor)

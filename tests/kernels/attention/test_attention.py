@@ -11,7 +11,7 @@ B, S, H, G, K = 2, 7, 4, 2, 8
 SCALE = K**-0.5
 
 
-@pytest.fixture(params=['reference', 'chunked', 'pallas_tpu'])
+@pytest.fixture(params=['reference', 'chunked', 'pallas_gpu', 'pallas_tpu'])
 def attend(request):
     return functools.partial(dot_product_attention, implementation=request.param)
 
