@@ -7,7 +7,6 @@ are summed over the query heads that share them inside the kernel. Arrays stay a
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
