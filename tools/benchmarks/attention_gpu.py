@@ -18,19 +18,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-CONTENDERS = {'ours': 'pallas_gpu', 'cudnn': 'cudnn', 'reference': 'reference'}
+CONTENDERS: dict[str, Literal['pallas_gpu', 'cudnn', 'reference']] = {
+    'ours': 'pallas_gpu',
+    'cudnn': 'cudnn',
+    'reference': 'reference',
+}
 SHAPES = '8x2048x16x16x64,8x2048x32x8x128,2x8192x32x8x128,4x4096x8x4x256'
 
 
-def functions(implementation: str, causal: bool, scale: float) -> dict[str, Callable[..., Any]]:
+def functions(contender: str, causal: bool, scale: float) -> dict[str, Callable[..., Any]]:
     """Compiled functions of query, key, value and the gradient of the output, by what they compute."""
     import jax
 
     from llm.kernels.attention import dot_product_attention
 
-    attend = functools.partial(dot_product_attention, scale=scale, causal=causal, implementation=implementation)
+    attend = functools.partial(dot_product_attention, scale=scale, causal=causal, implementation=CONTENDERS[contender])
 
     def forward(query: jax.Array, key: jax.Array, value: jax.Array, d_output: jax.Array) -> Any:
         return (attend(query, key, value),)
@@ -60,7 +64,7 @@ def measure(shape: tuple[int, ...], arguments: argparse.Namespace, contenders: l
         jax.random.normal(key, (batch, length, n, size), arguments.dtype)
         for key, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
     ]
-    compiled = {name: functions(CONTENDERS[name], not arguments.full, size**-0.5) for name in contenders}
+    compiled = {name: functions(name, not arguments.full, size**-0.5) for name in contenders}
     product = 2 * batch * heads * length**2 * size * (1 if arguments.full else 0.5)
     for what, products in (('forward', 2), ('forward + backward', 7)):
         run = {name: compiled[name][what] for name in contenders}

@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm.kernels.attention.block_table import visibility
 from llm.kernels.attention.masking import Options, Positions
+
+# Pairs of blocks looked at one by one when a program is traced; more of them are left to the device.
+_MOST_PAIRS = 2**22
 
 
 class BlockRanges(NamedTuple):
@@ -41,23 +45,28 @@ def block_ranges(
         positions: its segment ids are padded to whole blocks.
         lengths: of queries and keys, without padding. block_sizes: of queries and keys.
     """
+    (queries, keys), (block_q, block_k) = lengths, block_sizes
+    pairs = -(-queries // block_q) * -(-keys // block_k)
+    given = positions.offset, positions.key_lengths, positions.query_ids
+    known = all(x is None for x in given) and pairs <= _MOST_PAIRS
+    xp: Any = np if known else jnp
     offset: Any = options.offset
     if positions.offset is not None:
         offset = jnp.reshape(positions.offset, (-1, 1, 1)).astype(jnp.int32)
-    known = positions.offset is None and positions.key_lengths is None and positions.query_ids is None
-    # What is known is worked out now. The arrays are small beside what any device computes for that many blocks.
-    with jax.ensure_compile_time_eval() if known else jax.named_scope('block_ranges'):
-        visible, whole = visibility(options, positions, offset, lengths, block_sizes, jnp)
-        inner = 1 if keys_outer else 2
-        count = visible.shape[inner]
-        index = jnp.arange(count, dtype=jnp.int32).reshape((1, -1, 1) if keys_outer else (1, 1, -1))
-        high = jnp.max(jnp.where(visible, index + 1, 0), axis=inner)
-        low = jnp.minimum(jnp.min(jnp.where(visible, index, count), axis=inner), high)
-        first = jnp.minimum(jnp.min(jnp.where(whole, index, count), axis=inner, keepdims=True), count)
-        end = jnp.min(jnp.where(~whole & (index >= first), index, count), axis=inner)
-        first = jnp.minimum(first.squeeze(inner), high)
-        edges = jnp.stack([low, first, jnp.clip(end, first, high), high], axis=-1).astype(jnp.int32)
-        if not known:
-            return BlockRanges(edges)
-        before, middle, after = (bool(part) for part in jnp.any(jnp.diff(edges, axis=-1) > 0, axis=(0, 1)))
-    return BlockRanges(edges, (before, middle, after))
+    visible, whole = visibility(options, positions, offset, lengths, block_sizes, xp)
+    inner = 1 if keys_outer else 2
+    count = visible.shape[inner]
+    index = xp.arange(count, dtype=xp.int32).reshape((1, -1, 1) if keys_outer else (1, 1, -1))
+    high = xp.max(xp.where(visible, index + 1, 0), axis=inner)
+    low = xp.minimum(xp.min(xp.where(visible, index, count), axis=inner), high)
+    first = xp.min(xp.where(whole, index, count), axis=inner, keepdims=True)
+    end = xp.min(xp.where(~whole & (index >= first), index, count), axis=inner)
+    first = first.squeeze(inner)
+    # Without a whole block all are in the part that a causal mask makes: more often than not the other stays empty.
+    none = high if keys_outer else low
+    first, end = xp.where(first == count, none, first), xp.where(first == count, none, end)
+    edges = xp.stack([low, first, end, high], axis=-1).astype(xp.int32)
+    if not known:
+        return BlockRanges(edges)
+    before, middle, after = (bool(part) for part in np.any(np.diff(edges, axis=-1) > 0, axis=(0, 1)))
+    return BlockRanges(jnp.asarray(edges), (before, middle, after))
