@@ -84,9 +84,11 @@ def test_four_devices_equal_one(layout, case):
     agree(4, layout, case, 'chunked')
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_two_devices_equal_one_with_the_tpu_kernel(layout):
-    agree(2, layout, 'packed, grouped, sinks', 'pallas_tpu')
+@pytest.mark.parametrize(
+    ('layout', 'implementation'), [*((layout, 'pallas_tpu') for layout in LAYOUTS), ('ring', 'pallas_gpu')]
+)
+def test_two_devices_equal_one_with_the_kernels(layout, implementation):
+    agree(2, layout, 'packed, grouped, sinks', implementation)
 
 
 def test_a_ring_of_eight_devices():
