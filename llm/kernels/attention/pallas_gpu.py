@@ -157,17 +157,19 @@ class _Problem:
             positions = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids)
         self.positions = positions
 
-    def _block_specs(self) -> dict[str, pl.BlockSpec]:
-        """How arrays are cut up. What a program loops over is whole in its specification, and loaded by the program."""
+    def _block_specs(self, own_edges: bool) -> dict[str, pl.BlockSpec]:
+        """How arrays are cut up. What a program loops over is whole in its specification, and loaded by the program.
+
+        Args:
+            own_edges: whether each row of the batch has its own ranges.
+        """
         sizes, heads, size = self.sizes, self.sizes.heads, self.sizes.padded_size
-        rows = 1 if self.positions.key_lengths is None and self.positions.query_ids is None else self.batch
-        by_row = self.positions.offset is not None and self.positions.offset.ndim > 0
 
         def spec(shape: tuple[int | None, ...], index: Callable[[Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
             return pl.BlockSpec(shape, lambda program, head, row: index(sizes.block(program), head, row))
 
         shared = {
-            'edges': spec((None, None, 4), lambda i, h, b: (b if rows > 1 or by_row else 0, i, 0)),
+            'edges': spec((None, None, 4), lambda i, h, b: (b if own_edges else 0, i, 0)),
             'row_scalars': spec((None, 2), lambda i, h, b: (b, 0)),
             'slopes': spec((self.groups * heads,), lambda i, h, b: (0,)),
         }
@@ -203,7 +205,7 @@ class _Problem:
         if positions.query_ids is not None and positions.key_ids is not None:
             inputs |= {'query_ids': (positions.query_ids, 'query_ids'), 'key_ids': (positions.key_ids, 'key_ids')}
         names = [*inputs, *outputs]
-        specs = self._block_specs()
+        specs = self._block_specs(own_edges=ranges.edges.shape[0] > 1)
 
         def body(*refs: Any) -> None:
             kernel(Program(self.options, sizes, ranges.kinds, dict(zip(names, refs, strict=True)), dtype))

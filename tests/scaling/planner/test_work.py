@@ -51,6 +51,8 @@ def test_kernel_skips_masked_blocks_and_computes_scores_again():
     held, kernel = flops(remat='none').hardware, flops(remat='none', implementation='pallas_tpu').hardware
     attention = TOKENS * L * 2 * 2 * H * K  # for each key
     assert held - kernel == pytest.approx(attention * (3 * LENGTH - 3.5 * (LENGTH + 1) / 2))
+    twice = flops(remat='none', implementation='pallas_gpu').hardware
+    assert twice - kernel == pytest.approx(attention * (LENGTH + 1) / 2)
 
 
 def test_kept_outputs_of_a_kernel_spare_its_forward_pass():
