@@ -205,10 +205,12 @@ class _Problem:
         if positions.query_ids is not None and positions.key_ids is not None:
             inputs |= {'query_ids': (positions.query_ids, 'query_ids'), 'key_ids': (positions.key_ids, 'key_ids')}
         names = [*inputs, *outputs]
+        native = not self.interpret and dtype == jnp.float32
         specs = self._block_specs(own_edges=ranges.edges.shape[0] > 1)
 
         def body(*refs: Any) -> None:
-            kernel(Program(self.options, sizes, ranges.kinds, dict(zip(names, refs, strict=True)), dtype))
+            named = dict(zip(names, refs, strict=True))
+            kernel(Program(self.options, sizes, ranges.kinds, named, dtype, native))
 
         body.__name__ = name  # what a profiler shows
         return pl.pallas_call(

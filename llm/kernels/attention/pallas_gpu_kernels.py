@@ -8,6 +8,7 @@ registers.
 import dataclasses
 import functools
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,16 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int], dtype: Any) -> j
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
 
 
+def _instruction(ptx: str, *arguments: jax.Array) -> jax.Array:
+    """One instruction on float32 arrays of the same shape, element by element."""
+    like = jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)
+    constraints = ','.join(['=f', *('f' for _ in arguments)])
+    (result,) = plgpu.elementwise_inline_asm(
+        ptx, args=arguments, constraints=constraints, pack=1, result_shape_dtypes=[like]
+    )
+    return result
+
+
 class Program:
     """What a kernel knows: one program of the grid (block, head, row of the batch).
 
@@ -61,12 +72,20 @@ class Program:
         refs: by name; 'edges' [4], 'row_scalars' (offset and key length of the row), 'slopes' [H] with ALiBi, and
             'query_ids', 'key_ids' with segments.
         dtype: of statistics and sums.
+        native: whether NVIDIA's instructions may be named: float32, and not interpreted.
     """
 
     def __init__(
-        self, options: Options, sizes: Sizes, kinds: tuple[bool, bool, bool], refs: dict[str, Any], dtype: Any
+        self,
+        options: Options,
+        sizes: Sizes,
+        kinds: tuple[bool, bool, bool],
+        refs: dict[str, Any],
+        dtype: Any,
+        native: bool,
     ):
         self.options, self.sizes, self.kinds, self.refs, self.dtype = options, sizes, kinds, refs, dtype
+        self.native = native
         self.block = sizes.block(pl.program_id(0))
         self.head = pl.program_id(1)
         # Scores are `factor` times what `raw_scores` gives, in units of log 2; it is positive, so that it may follow
@@ -135,6 +154,19 @@ class Program:
                 carry = jax.lax.fori_loop(edges[part], edges[part + 1], each, carry)
         return carry
 
+    def exponents(self, raw: jax.Array, base: jax.Array) -> jax.Array:
+        """Scores less `base`, which broadcasts, in units of log 2: raw * factor - base."""
+        if not self.native:
+            return raw * self.factor - base
+        # XLA keeps the compiler from fusing the two. A number in PTX is written as its bits.
+        bits = struct.pack('>f', self.factor).hex()
+        return _instruction(f'fma.rn.ftz.f32 $0, $1, 0f{bits}, $2;', raw, jnp.broadcast_to(-base, raw.shape))
+
+    def exp2(self, x: jax.Array) -> jax.Array:
+        """2**x."""
+        # The instruction alone: around it go three more for results below 2**-126, which here are as good as zero.
+        return _instruction('ex2.approx.ftz.f32 $0, $1;', x) if self.native else jnp.exp2(x)
+
     def raw_scores(
         self, products: jax.Array, head: Any, first_query: Any, first_key: Any, partial: bool, *, keys_first: bool
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -185,7 +217,7 @@ class Program:
     ) -> tuple[jax.Array, jax.Array]:
         """Weights, and the gradient of scaled products; log_sum_exp (in units of log 2) and delta broadcast."""
         # No score exceeds the log-sum-exp, but of scores near 1e9 a rounding more or less is e**64.
-        weights = jnp.exp2(jnp.minimum(raw * self.factor - log_sum_exp, 0))
+        weights = self.exp2(jnp.minimum(self.exponents(raw, log_sum_exp), 0))
         d_scores = weights * (d_weights - delta)
         if allowed is not None:  # what is hidden may have overflowed, and 0 times infinity is no number
             d_scores = jnp.where(allowed, d_scores, 0)
@@ -206,8 +238,8 @@ def forward_kernel(program: Program) -> None:
         now = jnp.maximum(highest, jnp.max(raw, axis=1) * program.factor)
         # A query that has met only hidden keys so far: -inf less 0, and not less -inf.
         base = now if allowed is None else jnp.where(now == -jnp.inf, 0, now)
-        weights = jnp.exp2(raw * program.factor - base[:, None])
-        shrink = jnp.exp2(highest - base)
+        weights = program.exp2(program.exponents(raw, base[:, None]))
+        shrink = program.exp2(highest - base)
         value = program.keys('value', first, tail=partial)
         mixed = mixed * shrink[:, None] + _dot(weights.astype(value.dtype), value, (1, 0), dtype)
         return mixed, now, total * shrink + jnp.sum(weights, axis=1)
