@@ -48,9 +48,9 @@ class _Chip:
     backward_keys: dict[int, Blocks]
 
 
-# The largest of a few blocks whose programs XLA compiles without keeping registers in memory (bf16, causal, packed;
-# ptxas -v on what jaxlib 0.10.2 makes for sm_80 and sm_90). Hopper's tensor cores read both factors of a product from
-# shared memory, so its programs have registers to spare. On neither has anything been timed.
+# The largest of a few blocks whose programs fit in registers, or do but for some 40 bytes (bf16, causal, packed;
+# tools/benchmarks/attention_gpu_registers.py for sm_80 and sm_90). Hopper's tensor cores read factors from shared
+# memory, so its programs have registers to spare. On neither has anything been timed.
 _AMPERE = _Chip(
     shared=163 * 2**10,
     forward={64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 64, 8, 2)},
