@@ -87,7 +87,7 @@ def test_indices_that_depend_on_the_data_are_refused(kernel_traffic):
 
 @pytest.mark.parametrize(('causal', 'pairs', 'loads'), [(False, 16, 16), (True, 10, 9)])
 def test_attention_loads_visible_blocks_only(kernel_traffic, causal, pairs, loads):
-    """Four blocks of queries and of keys. With the causal mask keys 0; 0, 1; 0, 1, 2; 0 to 3, of which the second stays."""
+    """Four blocks of queries and of keys. With the causal mask keys 0; 0, 1; 0 to 2; 0 to 3, and the second stays."""
     size, block = 64, 128
     options = Options(scale=1.0, causal=causal, window=None, soft_cap=None, offset=0)
     shape = jax.ShapeDtypeStruct((1, 4 * block, 1, size), jnp.bfloat16)

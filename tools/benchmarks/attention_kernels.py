@@ -5,7 +5,7 @@
 Forward and backward of one layer in bf16, compiled for one chip of the topology, on any machine. For each kernel it
 prints, with the causal mask and without: the temporaries in memory; bytes to and from HBM, of its kernels by their
 grids and blocks (kernel_traffic.py) and of the whole program by its instructions, which count a kernel's operands once;
-and the VLIW bundles of each kernel. With the mask a kernel has two versions of a step, with and without masking; without,
+and the VLIW bundles of each kernel. With the mask a kernel has two versions of a step, with and without masking; else
 one, whose bundles are about the cycles of a step; divided by the scores of a step, so that blocks of different sizes
 compare, they are what a score costs.
 
@@ -93,9 +93,9 @@ def compile_one(arguments: argparse.Namespace) -> None:
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from kernel_traffic import kernel_traffic  # beside this file
 
     from llm.scaling.program import hbm_bytes
-    from kernel_traffic import kernel_traffic  # beside this file
 
     device = topologies.get_topology_desc(platform='tpu', topology_name=arguments.topology).devices[0]
     sharding = NamedSharding(Mesh(np.array([device]), ('one',)), PartitionSpec())
