@@ -34,7 +34,8 @@ def test_every_row_is_a_job_that_uses_all_chips(tool):
             devices *= size
         assert devices == chips, row.name
         assert (job.run.step.batch_size, job.run.step.sequence_length) == (row.rows, row.length)
-        assert job.run.model.remat == 'full' and job.run.model.compute_dtype == 'bfloat16'
+        assert job.run.model.remat == ('offload' if row.offloaded else 'full'), row.name
+        assert job.run.model.remat_names == row.offloaded and job.run.model.compute_dtype == 'bfloat16'
         assert job.run.optimizer.kind == 'adamw'
 
 

@@ -79,6 +79,7 @@ CASES = (
     Case('everything kept', 'v5e:2x2', _FSDP, remat='none'),
     Case('projections kept', 'v5e:2x2', _FSDP, remat='dots_no_batch'),
     Case('names kept', 'v5e:2x2', _FSDP, remat='names', remat_names=('query', 'key', 'value', 'attention')),
+    Case('inputs offloaded', 'v5e:2x2', _FSDP, remat='offload', remat_names=('layer_input',)),
     Case('data', 'v5e:2x2', {'data': 4}),
     Case('tensor', 'v5e:2x2', {'tensor': 4}),
     Case('fsdp and tensor', 'v5e:2x2', {'fsdp': 2, 'tensor': 2}),

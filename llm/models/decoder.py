@@ -57,7 +57,7 @@ class DecoderConfig:
         compute_dtype: type of activations; parameters are cast to it where they are used.
         scan_layers: run repeats by jax.lax.scan (compiles one) rather than unrolled (compiles all).
         remat: what the backward pass computes again; see llm.models.remat.
-        remat_names: activations to keep under remat 'names', from REMAT_NAMES.
+        remat_names: activations that remat 'names' keeps, or 'offload' moves to the host; from REMAT_NAMES.
         initialization: how parameters start.
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates

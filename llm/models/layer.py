@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
 from llm.models.attention import Attention, AttentionConfig
@@ -15,6 +16,7 @@ from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForward, FeedForwardConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
+from llm.models.remat import LAYER_INPUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Layer(nnx.Module):
         config = self.config
         post = config.norm_position == 'post'
 
+        x = checkpoint_name(x, LAYER_INPUT)
         source = x
         normed = x if post else _apply(self.mixer_norm, x)
         y, cache = self.mixer(normed, context, cache, repeat)

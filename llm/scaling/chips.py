@@ -25,6 +25,7 @@ class Chip:
             torus, a GPU one to the switch of its node.
         torus_dimensions: of the links between chips; 0 for a switch. wraps: multiple of which a side of the torus must
             be for its ends to be joined.
+        host_bandwidth: bytes/s of a chip to the memory of its host, or from it.
         network_bandwidth: bytes/s and chip over the data-center network, between slices or nodes.
         pod_chips: of the largest slice; 0 for GPUs, whose nodes are not counted.
         source: where the figures are from.
@@ -41,6 +42,7 @@ class Chip:
     link_bandwidth: float
     torus_dimensions: int
     wraps: int
+    host_bandwidth: float
     network_bandwidth: float
     pod_chips: int
     source: str
@@ -52,6 +54,9 @@ class Chip:
 
 # Where a page gives the bidirectional bandwidth of all links of a chip, a link's is that over twice the ports.
 _DOCS = 'https://cloud.google.com/tpu/docs'
+# PCIe of a v4, each way: Austin et al. 2025, "How to Scale Your Model", chapter 2. None is published for later TPUs,
+# and the same is assumed.
+_TPU_HOST_BANDWIDTH = 16e9
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -67,6 +72,7 @@ CHIPS = {
             link_bandwidth=50e9,
             torus_dimensions=3,
             wraps=4,
+            host_bandwidth=_TPU_HOST_BANDWIDTH,
             network_bandwidth=6.25e9,
             pod_chips=4096,
             source=f'{_DOCS}/v4; links: Jouppi et al. 2023, "TPU v4", table 4; network: as v5p, none is published',
@@ -83,6 +89,7 @@ CHIPS = {
             link_bandwidth=50e9,
             torus_dimensions=2,
             wraps=16,
+            host_bandwidth=_TPU_HOST_BANDWIDTH,
             network_bandwidth=3.125e9,
             pod_chips=256,
             source=f'{_DOCS}/v5e: 400 GB/s both ways over 4 ports, 6.4 Tb/s of network for 256 chips',
@@ -99,6 +106,7 @@ CHIPS = {
             link_bandwidth=100e9,
             torus_dimensions=3,
             wraps=4,
+            host_bandwidth=_TPU_HOST_BANDWIDTH,
             network_bandwidth=6.25e9,
             pod_chips=6144,
             source=f'{_DOCS}/v5p: 1,200 GB/s both ways over 6 ports, 50 Gb/s of network a chip',
@@ -115,6 +123,7 @@ CHIPS = {
             link_bandwidth=100e9,
             torus_dimensions=2,
             wraps=16,
+            host_bandwidth=_TPU_HOST_BANDWIDTH,
             network_bandwidth=12.5e9,
             pod_chips=256,
             source=f'{_DOCS}/v6e and {_DOCS}/tpu7x: 800 GB/s both ways over 4 ports, 100 Gb/s of network a chip',
@@ -131,6 +140,7 @@ CHIPS = {
             link_bandwidth=100e9,
             torus_dimensions=3,
             wraps=4,
+            host_bandwidth=_TPU_HOST_BANDWIDTH,
             network_bandwidth=12.5e9,
             pod_chips=9216,
             source=f'{_DOCS}/tpu7x: 1,200 GB/s both ways over 6 ports, 100 Gb/s of network a chip',
@@ -147,9 +157,10 @@ CHIPS = {
             link_bandwidth=300e9,
             torus_dimensions=0,
             wraps=0,
+            host_bandwidth=32e9,
             network_bandwidth=25e9,
             pod_chips=0,
-            source="NVIDIA A100 80GB SXM data sheet: 600 GB/s of NVLink both ways; DGX A100's one 200 Gb/s port a GPU",
+            source='NVIDIA A100 80GB SXM data sheet: 600 GB/s of NVLink, 64 of PCIe both ways; DGX A100: 200 Gb/s',
         ),
         Chip(
             name='h100',
@@ -163,9 +174,10 @@ CHIPS = {
             link_bandwidth=450e9,
             torus_dimensions=0,
             wraps=0,
+            host_bandwidth=64e9,
             network_bandwidth=50e9,
             pod_chips=0,
-            source="NVIDIA H100 SXM data sheet: 900 GB/s of NVLink both ways; DGX H100's one 400 Gb/s port a GPU",
+            source="NVIDIA H100 SXM data sheet: 900 GB/s of NVLink, 128 of PCIe both ways; DGX H100's 400 Gb/s port",
         ),
         Chip(
             name='h200',
@@ -179,9 +191,10 @@ CHIPS = {
             link_bandwidth=450e9,
             torus_dimensions=0,
             wraps=0,
+            host_bandwidth=64e9,
             network_bandwidth=50e9,
             pod_chips=0,
-            source="NVIDIA H200 SXM data sheet: 900 GB/s of NVLink both ways; DGX H200's one 400 Gb/s port a GPU",
+            source="NVIDIA H200 SXM data sheet: 900 GB/s of NVLink, 128 of PCIe both ways; DGX H200's 400 Gb/s port",
         ),
     )
 }

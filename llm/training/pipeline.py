@@ -138,8 +138,14 @@ def make_pipeline_table(
     """The schedule of a training step whose microbatches have `shape` (rows, length).
 
     Raises:
-        UserError: the layers cannot be divided over the stages, or there are too few microbatches.
+        UserError: the layers cannot be divided over the stages, there are too few microbatches, or remat is 'offload'.
     """
+    if config.remat == 'offload':
+        raise UserError(
+            'a stage of a pipeline keeps the inputs of its layers on the device, and offloads none',
+            where='DecoderConfig.remat',
+            fix="Use remat = 'full', or MeshConfig.pipeline = 1.",
+        )
     if config.remainder:
         raise UserError(
             f'{config.num_layers} layers are no whole number of patterns of {len(config.pattern)}, and a pipeline has '

@@ -1,8 +1,10 @@
 """The decoder as a whole: layout, packing, windows, dropout, remat, muP and what it refuses."""
 
 import dataclasses
+from collections import Counter
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from llm.errors import UserError
 from llm.models.decoder import Decoder
 from llm.models.normalization import NormConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
+from llm.models.remat import REMAT_NAMES
 from tests.models.small_decoders import DECODER, LAYER, build, compiled, decoder_config, layer, parameters, run, tokens
 
 POSITIONS = ('rope', 'alibi', 'learned', 'sinusoidal', 'none')
@@ -96,6 +99,8 @@ def test_loops_and_recomputation_change_no_gradient(float64):
         ('dots', (), True),
         ('dots_no_batch', (), True),
         ('names', ('attention', 'feed_forward_hidden'), True),
+        ('offload', ('layer_input',), True),
+        ('offload', REMAT_NAMES, False),
     ):
         config = dataclasses.replace(plain, remat=remat, remat_names=names, scan_layers=scan)
         assert_equal_trees(loss_and_gradients(config, params), expected, 1e-12)
@@ -125,6 +130,37 @@ def test_remat_keeps_what_it_says():
     assert none > dots > no_batch > full
     hidden = 2 * 8 * 24 * DECODER.num_layers
     assert residuals('names', ('feed_forward_hidden',)) == full + hidden
+    # The input of a layer that is kept by name takes the place of the one kept as an argument.
+    assert residuals('offload', ('layer_input', 'feed_forward_hidden')) == full + hidden
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_offload_sends_to_the_host_what_it_says(scan):
+    """Forward, every layer sends both of the named activations to the host; backward, they are taken back."""
+    config = decoder_config(
+        remat='offload', remat_names=('layer_input', 'feed_forward_hidden'), scan_layers=scan, num_layers=3
+    )
+    graph, _ = nnx.split(Decoder(config))
+    inputs, width = tokens(2, 8), {'layer_input': 16, 'feed_forward_hidden': 24}
+
+    def loss(params):
+        return nnx.merge(graph, params)(inputs).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(parameters(config))
+    moved = Counter(transfers(program.jaxpr))
+    times = 1 if scan else 3  # the body of the loop is there once
+    shapes = [(2, 8, size) for size in width.values()]
+    memories = (jax.memory.Space.Host, jax.memory.Space.Device)
+    assert moved == {(memory, shape): times for memory in memories for shape in shapes}
+
+
+def transfers(jaxpr):
+    """(memory, shape) of every array that is moved to a memory, programs within the program looked into."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'device_put':
+            yield from ((array.aval.memory_space, array.aval.shape) for array in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from transfers(inner)
 
 
 @pytest.mark.parametrize('position', POSITIONS)
@@ -278,6 +314,7 @@ def test_learned_positions_end():
         ({'remat': 'some'}, "remat is 'some'"),
         ({'remat': 'names'}, "remat is 'names' and remat_names is ()"),
         ({'remat_names': ('query',)}, "remat is 'none' and remat_names is"),
+        ({'remat': 'offload'}, "remat is 'offload' and remat_names is ()"),
         ({'remat': 'names', 'remat_names': ('queries',)}, 'queries'),
         ({'mup_base_width': 0}, 'mup_base_width is 0'),
     ],

@@ -1,4 +1,7 @@
-"""The same step on every mesh: float64 loss and gradients within 1e-9 of one device, and collectives are there."""
+"""What the parity matrix leaves out: grouped queries, layers left over, capped and scaled logits, the expert axis.
+
+As there, loss and gradients in float64 are within 1e-9 of one device's, and the collectives are in the program.
+"""
 
 import dataclasses
 import functools
@@ -29,12 +32,7 @@ MODEL = DecoderConfig(vocab_size=64, d_model=32, num_layers=3, pattern=(LAYER, W
 CAPPED = dataclasses.replace(MODEL, tied_embeddings=True, final_logit_soft_cap=1.5, mup_base_width=64)
 
 MESHES = {
-    'data': MeshConfig(data=8),
-    'fsdp': MeshConfig(data=1, fsdp=8),
-    'tensor': MeshConfig(data=1, tensor=2),
-    'data x fsdp': MeshConfig(data=4, fsdp=2),
-    'data x tensor': MeshConfig(data=4, tensor=2),
-    'fsdp x tensor': MeshConfig(data=1, fsdp=4, tensor=2),
+    'tensor': MeshConfig(data=1, tensor=2),  # with fewer devices than there are
     'data x fsdp x tensor': MeshConfig(data=2, fsdp=2, tensor=2),
 }
 # What XLA must have put into the program for a mesh axis to have done anything. XLA:CPU writes a reduce-scatter as
@@ -73,8 +71,11 @@ def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool, model: D
         return float(metrics['loss']), gradients, compiled.as_text()
 
 
-@pytest.mark.parametrize('packed', [False, True], ids=['whole', 'packed'])
-@pytest.mark.parametrize(('accumulation', 'scan'), [(1, True), (2, False)], ids=['scan', 'accumulated-unrolled'])
+@pytest.mark.parametrize(
+    ('accumulation', 'scan', 'packed'),
+    [(1, True, False), (2, False, True)],
+    ids=['scan-whole', 'accumulated-unrolled-packed'],
+)
 @pytest.mark.parametrize('name', MESHES)
 def test_meshes_agree_with_one_device(name, accumulation, scan, packed):
     program = _agrees_with_one_device(MESHES[name], accumulation, scan, packed, MODEL)
@@ -110,7 +111,7 @@ def _agrees_with_one_device(mesh: MeshConfig, accumulation: int, scan: bool, pac
     return program
 
 
-@pytest.mark.parametrize('accumulation', [2, 4, 8])
+@pytest.mark.parametrize('accumulation', [2, 8])
 def test_accumulation_changes_nothing(accumulation):
     loss, gradients, _ = _run(MeshConfig(), 1, True, True)
     other_loss, other_gradients, _ = _run(MeshConfig(), accumulation, True, True)

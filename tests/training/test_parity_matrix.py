@@ -1,4 +1,7 @@
-"""Every pair of parallel axes, models, schedules and options: float64 loss and gradients of one device, within 1e-9."""
+"""Every pair of parallel axes, models, schedules and options: float64 loss and gradients of one device, within 1e-9.
+
+Cases with pipeline stages are in test_parity_matrix_pipelines.py, so that two processes share the work.
+"""
 
 import itertools
 
@@ -10,12 +13,12 @@ PAIRS = cases(strength=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', PAIRS, ids=name)
+@pytest.mark.parametrize('case', [case for case in PAIRS if case['pipeline'] == 1], ids=name)
 def test_equals_one_device(case):
     assert verdict(case) == ('equal', [])
 
 
-def test_the_cases_have_every_pair_of_values_that_isis_allowed():
+def test_the_cases_have_every_pair_of_values_that_is_allowed():
     allowed = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
     allowed = [case for case in allowed if is_allowed(case)]
     for first, second in itertools.combinations(FACTORS, 2):

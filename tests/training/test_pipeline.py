@@ -177,6 +177,7 @@ def test_schedules_store_the_same():
         ({'num_layers': 10}, 4, 2, INTERLEAVED, '10 repeats .* 2 pipeline stages of 2 chunks'),
         ({'pattern': (LAYER, WINDOWED), 'num_layers': 9}, 4, 2, ONE_F_ONE_B, '9 layers are no whole number'),
         ({}, 1, 2, GPIPE, '1 microbatches are fewer than 2 pipeline stages'),
+        ({'remat': 'offload', 'remat_names': ('query',)}, 4, 2, GPIPE, 'offloads none'),
         ({'vocab_size': 63}, 4, 2, GPIPE, "'vocab' of size 63 cannot be divided over mesh axis 'pipeline'"),
     ],
 )

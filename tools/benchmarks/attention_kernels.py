@@ -3,15 +3,19 @@
     python tools/benchmarks/attention_kernels.py [--topology=v5e:2x2] [--length=4096] [--heads=8] [--kv_heads=8]
 
 Forward and backward of one layer in bf16, compiled for one chip of the topology, on any machine. For each kernel it
-prints the temporaries in memory and the VLIW bundles of its compiled program, with the causal mask (two versions of a
-step, with and without masking) and without (one). The bundles of the latter are about the cycles of a step; divided by
-the scores of a step, so that blocks of different sizes compare, they are what a score costs.
+prints, with the causal mask and without: the temporaries in memory; bytes to and from HBM, of its kernels by their
+grids and blocks (kernel_traffic.py) and of the whole program by its instructions, which count a kernel's operands once;
+and the VLIW bundles of each kernel. With the mask a kernel has two versions of a step, with and without masking; else
+one, whose bundles are about the cycles of a step; divided by the scores of a step, so that blocks of different sizes
+compare, they are what a score costs.
 
-Splash attention runs with blocks of 512, as MaxText starts it; flash attention with blocks of 512 too.
+Splash attention and flash attention run with blocks of 512, as MaxText starts splash, and of 1024, ours with those that
+it chooses.
 """
 
 import argparse
 import functools
+import json
 import os
 import re
 import subprocess
@@ -21,7 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BLOCK = 512
+CONTENDERS = (
+    'ours',
+    'splash 512',
+    'splash 512, fused backward',
+    'splash 1024',
+    'splash 1024, fused backward',
+    'flash 512',
+    'flash 1024',
+)
 
 
 def contenders(
@@ -41,14 +53,14 @@ def contenders(
     def heads_first(x: jax.Array) -> jax.Array:
         return x.transpose(0, 2, 1, 3)
 
-    def with_splash(fused: bool, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def with_splash(block: int, fused: bool, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
-        own_pass = None if fused else BLOCK
+        own_pass = None if fused else block
         blocks = splash.BlockSizes(
-            block_q=BLOCK,
-            block_kv=BLOCK,
-            block_q_dkv=BLOCK,
-            block_kv_dkv=BLOCK,
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
             block_q_dq=own_pass,
             block_kv_dq=own_pass,
             use_fused_bwd_kernel=fused,
@@ -58,29 +70,32 @@ def contenders(
         )
         return heads_first(jax.vmap(kernel)(*(heads_first(x) for x in (query * scale, key, value))))
 
-    def with_flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def with_flash(block: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
         names = [field for field in flash.BlockSizes.__dataclass_fields__ if field != 'block_b']
-        blocks = flash.BlockSizes(block_b=1, **dict.fromkeys(names, BLOCK))
+        blocks = flash.BlockSizes(block_b=1, **dict.fromkeys(names, block))
         arrays = (heads_first(x) for x in (query, key, value))
         return heads_first(flash.flash_attention(*arrays, causal=causal, sm_scale=scale, block_sizes=blocks))
 
     ours = functools.partial(dot_product_attention, scale=scale, causal=causal, device=device)
-    return {
-        'ours': ours,
-        'splash': functools.partial(with_splash, False),
-        'splash, fused backward': functools.partial(with_splash, True),
-        'flash': with_flash,
-    }
+    found: dict[str, Callable[..., Any]] = {'ours': ours}
+    for block in (512, 1024):
+        found[f'splash {block}'] = functools.partial(with_splash, block, False)
+        found[f'splash {block}, fused backward'] = functools.partial(with_splash, block, True)
+        found[f'flash {block}'] = functools.partial(with_flash, block)
+    return found
 
 
 def compile_one(arguments: argparse.Namespace) -> None:
-    """Compile one contender and print its bytes of temporaries; the compiler leaves its dumps where it was told to."""
+    """Compile one contender and print its figures as JSON; the compiler leaves its dumps where it was told to."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from kernel_traffic import kernel_traffic  # beside this file
+
+    from llm.scaling.program import hbm_bytes
 
     device = topologies.get_topology_desc(platform='tpu', topology_name=arguments.topology).devices[0]
     sharding = NamedSharding(Mesh(np.array([device]), ('one',)), PartitionSpec())
@@ -102,9 +117,15 @@ def compile_one(arguments: argparse.Namespace) -> None:
         return output, pullback(d_output)
 
     compiled = jax.jit(both).lower(q, kv, kv, q).compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    print(memory.temp_size_in_bytes)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    traffic = kernel_traffic(both, q, kv, kv, q)
+    figures = {
+        'temporaries': memory.temp_size_in_bytes,
+        'program': hbm_bytes(text),
+        'kernels': {f'kernel {i + 1}, {each.name}': each.total for i, each in enumerate(traffic)},
+    }
+    print(json.dumps(figures))
 
 
 def bundles(folder: Path) -> dict[str, int]:
@@ -120,8 +141,8 @@ def bundles(folder: Path) -> dict[str, int]:
     return found
 
 
-def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> tuple[int, dict[str, int]]:
-    """(Bytes of temporaries, bundles by kernel) of a contender, compiled in a process of its own."""
+def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> dict[str, Any]:
+    """The figures of a contender, compiled in a process of its own; what the compiler said if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {name: value for name, value in vars(arguments).items() if name not in ('contender', 'causal')}
         command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
@@ -134,8 +155,10 @@ def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> tupl
             'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
             'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true',
         }
-        output = subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, text=True).stdout
-        return int(output.split()[-1]), bundles(Path(folder))
+        done = subprocess.run(command, check=False, env=os.environ | settings, capture_output=True, text=True)
+        if done.returncode:
+            return {'failure': done.stderr.strip().splitlines()[-1][:300]}
+        return {**json.loads(done.stdout.splitlines()[-1]), 'bundles': bundles(Path(folder))}
 
 
 def main() -> None:
@@ -147,7 +170,7 @@ def main() -> None:
     parser.add_argument('--heads', type=int, default=8)
     parser.add_argument('--kv_heads', type=int, default=8)
     parser.add_argument('--head_size', type=int, default=128)
-    parser.add_argument('--contenders', default='ours;splash;splash, fused backward;flash')
+    parser.add_argument('--contenders', default=';'.join(CONTENDERS))
     parser.add_argument('--contender', help=argparse.SUPPRESS)
     parser.add_argument('--causal', action='store_true', help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -156,11 +179,21 @@ def main() -> None:
         return
     print(f'{vars(arguments)}')
     for contender in arguments.contenders.split(';'):
-        temporaries, causal = measure(arguments, contender, True)
-        _, full = measure(arguments, contender, False)
-        print(f'{contender}: temporaries {temporaries / 1e6:.1f} MB')
-        for name, count in sorted(causal.items()):
-            print(f'    {name}: {count} bundles with the causal mask, {full.get(name, 0)} without')
+        for causal in (True, False):
+            print(f'{contender}, {"causal" if causal else "no"} mask: ', end='', flush=True)
+            figures = measure(arguments, contender, causal)
+            if 'failure' in figures:
+                print(figures['failure'])
+                continue
+            moved = sum(figures['kernels'].values())
+            print(
+                f'temporaries {figures["temporaries"] / 1e6:.1f} MB; HBM: kernels {moved / 1e6:.1f} MB, '
+                f'program with each operand of a kernel once {figures["program"] / 1e6:.1f} MB'
+            )
+            for name, size in figures['kernels'].items():
+                print(f'    {name}: {size / 1e6:.1f} MB')
+            for name, count in sorted(figures['bundles'].items()):
+                print(f'    {name}: {count} bundles')
 
 
 if __name__ == '__main__':

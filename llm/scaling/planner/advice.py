@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from llm.errors import UserError
-from llm.models.remat import RematKind
+from llm.models.remat import LAYER_INPUT, RematKind
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory
 from llm.scaling.planner.planning import Plan, estimate
 from llm.scaling.planner.run_config import RunConfig
@@ -34,6 +34,9 @@ def _stronger_remat(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for remat in policies[present + 1 :]:
         model = dataclasses.replace(run.model, remat=remat, remat_names=())
         yield f"remat = '{remat}'", dataclasses.replace(run, model=model)
+    if run.model.remat != 'offload' and run.mesh.pipeline == 1:  # stages of a pipeline do not read remat
+        model = dataclasses.replace(run.model, remat='offload', remat_names=(LAYER_INPUT,))
+        yield f"remat = 'offload' with remat_names = ('{LAYER_INPUT}',)", dataclasses.replace(run, model=model)
 
 
 def _more_microbatches(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:

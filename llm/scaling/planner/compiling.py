@@ -25,7 +25,8 @@ class CompiledMemory:
 
     Attributes:
         arguments: train state and batch. outputs: new train state and metrics. aliased: outputs in the place of
-            arguments. temporaries: everything in between. code: the program.
+            arguments. temporaries: everything in between. code: the program. host: temporaries in the memory of the
+            host, no part of the others.
     """
 
     arguments: int
@@ -33,6 +34,7 @@ class CompiledMemory:
     temporaries: int
     aliased: int
     code: int
+    host: int
 
     @property
     def total(self) -> int:
@@ -113,6 +115,7 @@ def compile_step(run: RunConfig, topology: Topology) -> CompiledStep | OutOfMemo
             temporaries=sizes.temp_size_in_bytes,
             aliased=sizes.alias_size_in_bytes,
             code=sizes.generated_code_size_in_bytes,
+            host=sizes.host_temp_size_in_bytes,
         ),
         program=program,
         weights=weight_traffic(

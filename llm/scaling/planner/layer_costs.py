@@ -12,6 +12,7 @@ import jax
 from llm.kernels.attention import choose
 from llm.models.decoder import DecoderConfig
 from llm.models.layer import LayerConfig
+from llm.models.remat import LAYER_INPUT
 from llm.scaling.planner.abstract import Placement
 
 Scores = Literal['held', 'blocks', 'blocks_skipped', 'blocks_twice']
@@ -24,8 +25,8 @@ ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks',
 _MANY = 128  # queries: when training, no row is a single token
 OTHER_ATTENTION: Scores = 'blocks_skipped'
 
-# What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept; its last product
-# only feeds a sum, and is never needed again.
+# What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept, on the device or
+# the host; its last product only feeds a sum, and is never needed again.
 PROJECTIONS = ('query', 'key', 'value', 'attention_output', 'up', 'gate')
 _NEVER_KEPT = 'feed_forward_output'
 KEPT: dict[str, tuple[str, ...]] = {
@@ -34,8 +35,9 @@ KEPT: dict[str, tuple[str, ...]] = {
     'dots': (*PROJECTIONS, 'scores', 'attention'),
     'dots_no_batch': PROJECTIONS,
 }
-# names that remat 'names' may give -> activations here.
-NAMED = {
+# names that remat 'names' and 'offload' may give -> activations here; the input of a layer is none that it makes.
+NAMED: dict[str, tuple[str, ...]] = {
+    LAYER_INPUT: (),
     'query': ('query',),
     'key': ('key',),
     'value': ('value',),
@@ -72,24 +74,35 @@ class LayerCosts:
 
     Attributes:
         input_size: bytes per token of what the layer reads. backward_factor: FLOPs of the backward pass of attention
-            over those of its forward pass; of everything else it is 2.
+            over those of its forward pass; of everything else it is 2. host_apart: whether the host's memory is not the
+            device's own.
     """
 
     activations: tuple[Activation, ...]
     input_size: float
     backward_factor: float
+    host_apart: bool
 
     def kept(self, model: DecoderConfig) -> tuple[str, ...]:
         """Names of the activations that the model's remat policy keeps."""
-        if model.remat == 'names':
+        if model.remat in ('names', 'offload'):
             return tuple(each for name in model.remat_names for each in NAMED.get(name, ()))
         names = KEPT[model.remat]
         return tuple(each.name for each in self.activations if each.name != _NEVER_KEPT) if '*' in names else names
 
     def saved(self, model: DecoderConfig) -> float:
-        """Bytes per token that wait for the backward pass, the input included."""
+        """Bytes per token that wait for the backward pass on the device, the input included."""
         kept = self.kept(model)
-        return self.input_size + sum(each.size for each in self.activations if each.name in kept)
+        everything = self.input_size + sum(each.size for each in self.activations if each.name in kept)
+        return everything - self.offloaded(model)
+
+    def offloaded(self, model: DecoderConfig) -> float:
+        """Bytes per token that wait for the backward pass in the memory of the host."""
+        if model.remat != 'offload' or not self.host_apart:
+            return 0.0
+        kept = self.kept(model)
+        moved = sum(each.size for each in self.activations if each.name in kept)
+        return moved + (self.input_size if LAYER_INPUT in model.remat_names else 0.0)
 
     def all(self) -> float:
         """Bytes per token of every activation, as they are worked on."""
@@ -163,4 +176,4 @@ def layer_costs(
             Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
         ]
     backward_factor = {'held': 2.0, 'blocks_twice': 3.5}.get(scores, 2.5)
-    return LayerCosts(tuple(activations), residual * size, backward_factor)
+    return LayerCosts(tuple(activations), residual * size, backward_factor, host_apart=platform != 'cpu')

@@ -20,6 +20,8 @@ from llm.scaling.planner.run_config import RunConfig
 # gradients.
 LAYER_AT_ONCE = 2.35
 GATHERED_LAYERS = 2.4
+# Layers whose activations are on their way to the host, or back.
+OFFLOADED_LAYERS = 2.0
 # Part of the memory beside HBM that takes arrays of the layer at work.
 ON_CHIP_SHARE = 0.7
 # What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
@@ -42,6 +44,7 @@ class MemoryEstimate:
         activations: kept for the backward pass. layer: of the layer at work. logits: of a chunk of the loss, and the
             gradient of the head. code: the program.
         peak: the most that is there at once; less than the sum of the others.
+        host: activations that wait in the memory of the host, beside all this.
     """
 
     parameters: float
@@ -54,6 +57,7 @@ class MemoryEstimate:
     logits: float
     code: float
     peak: float
+    host: float
 
     @property
     def arguments(self) -> float:
@@ -87,7 +91,12 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     if stages > 1:  # microbatches that have gone forward and not back
         most = step.gradient_accumulation
         in_flight = most if run.pipeline.schedule == 'gpipe' else min(stages, most)
-    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens * in_flight / stages
+    layers = [costs[i % len(costs)] for i in range(model.num_layers)]
+    waiting = tokens * in_flight / stages
+    saved = waiting * sum(cost.saved(model) for cost in layers)
+    host = waiting * sum(cost.offloaded(model) for cost in layers)
+    if host:  # what is on its way to the host and back is here
+        saved += OFFLOADED_LAYERS * host / len(layers)
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
@@ -114,6 +123,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         logits=logits + head_gradient,
         code=code,
         peak=arguments + max(loss, backward, update) + code,
+        host=host,
     )
 
 

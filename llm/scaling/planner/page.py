@@ -102,12 +102,16 @@ def _memory(record: Record) -> str:
         rows.append(('outputs not in place of arguments', float(fresh), byte_size(fresh)))
         rows.append(('total', float(kinds['total']), byte_size(kinds['total'])))
         rows.append(('available', memory['available'], byte_size(memory['available'])))
+        if kinds['host']:
+            rows.append(('on the host, beside it', float(kinds['host']), byte_size(kinds['host'])))
         pieces.append(f'<div class="card"><small>By kind, from the compiler</small>{bars(rows, own="total")}</div>')
     peak = memory['estimate']['peak']
     parts += [
         ('at the peak', peak, byte_size(peak)),
         ('available', memory['available'], byte_size(memory['available'])),
     ]
+    if host := memory['estimate']['host']:
+        parts.append(('on the host, beside it', host, byte_size(host)))
     note = 'By what it is, from the analytic model; not all of it is there at once'
     pieces.append(f'<div class="card"><small>{note}</small>{bars(parts, own="at the peak")}</div>')
     return f'<div class="grid charts">{"".join(pieces)}</div>'
@@ -118,6 +122,7 @@ def _time(record: Record) -> str:
     rows = [
         ('compute', roof['compute']),
         (f'HBM, {byte_size(roof["hbm_bytes"])}', roof['hbm']),
+        (f'to and from the host, {byte_size(roof["host_bytes"])}', roof['host']),
         ('links, beside other work', roof['asynchronous_links']),
         ('links, that other work waits for', roof['synchronous_links']),
         ('bubble of the pipeline', roof['bubble']),

@@ -10,7 +10,7 @@ from llm.scaling.planner.memory import MemoryEstimate, estimate_memory
 from llm.scaling.planner.roofline import Roofline, on_network, roofline
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
-from llm.scaling.planner.work import StepFlops, step_flops, step_hbm_bytes, step_traffic
+from llm.scaling.planner.work import StepFlops, step_flops, step_hbm_bytes, step_host_bytes, step_traffic
 from llm.training.pipeline import make_pipeline_table, repeat_costs_of
 
 
@@ -22,7 +22,7 @@ class Plan:
         run: with every size of its mesh written out. parameters: of the model.
         state: bytes of the train state on one device. estimate: the analytic model of memory.
         compiled: what the compiler says; None where nothing was compiled.
-        hbm_bytes: to and from HBM in a step on one device.
+        hbm_bytes: to and from HBM in a step on one device. host_bytes: to and from the memory of the host.
         flops, roofline: of one step.
     """
 
@@ -35,6 +35,7 @@ class Plan:
     compiled: CompiledStep | OutOfMemory | None
     flops: StepFlops
     hbm_bytes: float
+    host_bytes: float
     roofline: Roofline
 
     @property
@@ -95,6 +96,7 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
     links = topology.links(run.mesh)
     traffic = on_network(step_traffic(run, sizes, topology.platform), links)
     hbm = step_hbm_bytes(run, sizes, topology.platform)
+    host = step_host_bytes(run, sizes, topology.platform)
     if isinstance(compiled, CompiledStep):
         traffic, hbm = compiled.program.traffic(), compiled.hbm_bytes
     return Plan(
@@ -107,12 +109,14 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
         compiled=compiled,
         flops=flops,
         hbm_bytes=hbm,
+        host_bytes=host,
         roofline=roofline(
             flops,
             hbm,
             traffic,
             topology,
             links,
+            host_bytes=host,
             idle=_idle_share(run, sizes['pipeline']),
         ),
     )

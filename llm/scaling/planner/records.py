@@ -49,6 +49,8 @@ def plan_record(plan: Plan, advice: Advice | None = None) -> Record:
             'compute': roof.compute,
             'hbm': roof.hbm,
             'hbm_bytes': plan.hbm_bytes,
+            'host': roof.host,
+            'host_bytes': plan.host_bytes,
             'asynchronous_links': roof.asynchronous,
             'synchronous_links': roof.exposed,
             'bubble': roof.bubble,

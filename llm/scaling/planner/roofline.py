@@ -33,14 +33,16 @@ class Roofline:
     """Seconds of one step on one device.
 
     Attributes:
-        compute: of hardware FLOPs at the peak. hbm: of bytes at the peak bandwidth. links: of each row of traffic.
+        compute: of hardware FLOPs at the peak. hbm: of bytes at the peak bandwidth. host: of bytes to and from the
+            host. links: of each row of traffic.
         bubble: of waiting for other stages of a pipeline.
         step: predicted. mfu, mfu_causal: of the step, in both conventions for attention.
-        bottleneck: what a faster step needs first: 'compute', 'HBM', or 'all-gather over fsdp' and the like.
+        bottleneck: what a faster step needs first: 'compute', 'HBM', 'the host', 'all-gather over fsdp' and so on.
     """
 
     compute: float
     hbm: float
+    host: float
     links: tuple[LinkTime, ...]
     bubble: float
     step: float
@@ -66,31 +68,35 @@ def roofline(
     topology: Topology,
     links: Links,
     *,
+    host_bytes: float = 0.0,
     idle: float = 0.0,
 ) -> Roofline:
     """Times of a step whose work on one device is given.
 
     Args:
-        hbm_bytes: to and from HBM. traffic: what the device sends.
+        hbm_bytes: to and from HBM. traffic: what the device sends. host_bytes: to and from the memory of the host, one
+            way after the other: forward, then backward.
         idle: share of the step in which a stage of the pipeline waits for others.
     """
     compute = flops.hardware / topology.peak_flops_per_device
     hbm = hbm_bytes / topology.hbm_bandwidth_per_device
+    host = host_bytes / topology.host_bandwidth_per_device
     times = tuple(_link_time(row, links) for row in traffic)
     beside = sum(each.seconds - each.exposed for each in times)
     exposed = sum(each.exposed for each in times)
-    busy = max(compute, hbm, beside) + exposed
+    busy = max(compute, hbm, host, beside) + exposed
     step = busy / (1 - idle)
     peak = topology.peak_flops_per_device * topology.num_devices
     return Roofline(
         compute=compute,
         hbm=hbm,
+        host=host,
         links=times,
         bubble=step - busy,
         step=step,
         mfu=flops.model / step / peak,
         mfu_causal=flops.model_causal / step / peak,
-        bottleneck=_bottleneck(compute, hbm, times, step - busy),
+        bottleneck=_bottleneck(compute, hbm, host, times, step - busy),
     )
 
 
@@ -126,8 +132,8 @@ def _link_time(row: Traffic, links: Links) -> LinkTime:
     return LinkTime(row, bandwidth, seconds, seconds * (1 - share))
 
 
-def _bottleneck(compute: float, hbm: float, times: Sequence[LinkTime], bubble: float) -> str:
-    parts = {'compute': compute, 'HBM': hbm, 'the pipeline bubble': bubble}
+def _bottleneck(compute: float, hbm: float, host: float, times: Sequence[LinkTime], bubble: float) -> str:
+    parts = {'compute': compute, 'HBM': hbm, 'the host': host, 'the pipeline bubble': bubble}
     for each in times:
         where = 'between slices' if each.traffic.across_slices else 'over ' + ', '.join(each.traffic.axes)
         name = f'{each.traffic.kind} {where}'

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from llm.errors import UserError
-from llm.models.remat import RematKind
+from llm.models.remat import LAYER_INPUT, RematKind
 from llm.parallel.mesh import MESH_AXES
 from llm.scaling.planner.compiling import CompiledStep
 from llm.scaling.planner.planning import Plan, estimate, plan
@@ -22,7 +22,8 @@ class SearchConfig:
 
     Attributes:
         axes: mesh axes whose sizes are tried; the others stay as the run has them.
-        remats: policies of llm.models.remat. microbatches: values of gradient_accumulation.
+        remats: policies of llm.models.remat; what 'offload' moves is the inputs of layers. microbatches: values of
+            gradient_accumulation.
         compile_best: how many of the fastest that should fit are compiled; 0 for none.
         margin: part of the memory that the analytic model must leave free for a candidate to be compiled.
     """
@@ -145,7 +146,8 @@ def candidates(run: RunConfig, topology: Topology, config: SearchConfig) -> Iter
         for remat, microbatches in itertools.product(config.remats, config.microbatches):
             if run.step.batch_size % microbatches:
                 continue
-            model = dataclasses.replace(run.model, remat=remat, remat_names=())
+            names = (LAYER_INPUT,) if remat == 'offload' else ()
+            model = dataclasses.replace(run.model, remat=remat, remat_names=names)
             step = dataclasses.replace(run.step, gradient_accumulation=microbatches)
             yield dataclasses.replace(run, model=model, step=step).fixed(mesh)
 

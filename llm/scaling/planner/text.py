@@ -69,16 +69,18 @@ def _memory(record: Record) -> str:
     if 'memory' in compiler:
         kinds = compiler['memory']
         rows = [(name, byte_size(kinds[name])) for name in ('arguments', 'outputs', 'aliased', 'temporaries', 'code')]
-        lines += ['Memory of a device, by the compiler', table([*rows, ('total', byte_size(kinds['total']))]), '']
+        rows.append(('total', byte_size(kinds['total'])))
+        if kinds['host']:
+            rows.append(('on the host, beside it', byte_size(kinds['host'])))
+        lines += ['Memory of a device, by the compiler', table(rows), '']
     if 'refused' in compiler:
         lines += ['The compiler refuses it:', f'  {compiler["refused"]}', '']
     parts = record['memory']['estimate']
     names = ('parameters', 'optimizer', 'batch', 'gradients', 'weights', 'activations', 'layer', 'logits', 'code')
-    rows = [(name, byte_size(parts[name])) for name in names]
-    lines += [
-        'By what it is, by the analytic model (not all at once)',
-        table([*rows, ('at the peak', byte_size(parts['peak']))]),
-    ]
+    rows = [*((name, byte_size(parts[name])) for name in names), ('at the peak', byte_size(parts['peak']))]
+    if parts['host']:
+        rows.append(('on the host, beside it', byte_size(parts['host'])))
+    lines += ['By what it is, by the analytic model (not all at once)', table(rows)]
     if 'estimate_error' in compiler:
         lines.append(f"  the model's peak is {100 * compiler['estimate_error']:+.1f}% off the compiler's")
     return '\n'.join(lines)
@@ -103,6 +105,8 @@ def _time(record: Record) -> str:
         ('links, beside other work', duration(roof['asynchronous_links'])),
         ('links, that other work waits for', duration(roof['synchronous_links'])),
     ]
+    if roof['host']:
+        rows.append((f'to and from the host ({byte_size(roof["host_bytes"])})', duration(roof['host'])))
     if roof['bubble']:
         rows.append(('bubble of the pipeline', duration(roof['bubble'])))
     rows.append(('step, at the least', duration(roof['step'])))

@@ -77,6 +77,11 @@ class Topology:
         return self.chip.hbm_bandwidth * self.device_share
 
     @property
+    def host_bandwidth_per_device(self) -> float:
+        """Bytes/s of one device to the memory of its host, or from it."""
+        return self.chip.host_bandwidth * self.device_share
+
+    @property
     def on_chip_memory(self) -> float:
         """Bytes beside HBM in which a device's program keeps what it works on."""
         return self.chip.vmem_bytes * self.device_share
@@ -287,6 +292,7 @@ def _cpu(name: str, shape: tuple[int, ...], num_slices: int) -> Topology:
         link_bandwidth=bandwidth / count,
         torus_dimensions=0,
         wraps=0,
+        host_bandwidth=bandwidth / count,
         network_bandwidth=bandwidth / count,
         pod_chips=1,
         vmem_bytes=0,

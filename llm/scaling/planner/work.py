@@ -84,6 +84,13 @@ def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> floa
     return (activations / sizes['pipeline']) + moved + logits + update
 
 
+def step_host_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
+    """Bytes that one device sends to the host and takes back in a step: activations that wait there, twice."""
+    placement = Placement.of(sizes, run.rules)
+    layers = sum(cost.offloaded(run.model) for cost in _layers(run, placement, platform))
+    return 2 * tokens_per_device(run, placement) * layers / sizes['pipeline']
+
+
 def _compute_bytes(run: RunConfig) -> int:
     return {'float32': 4, 'float64': 8}.get(run.model.compute_dtype, 2)
 

@@ -2,7 +2,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.scaling.planner.abstract import tiled_bytes
-from llm.scaling.planner.memory import LAYER_AT_ONCE, SUMS_OF_GRADIENTS, estimate_memory
+from llm.scaling.planner.memory import LAYER_AT_ONCE, OFFLOADED_LAYERS, SUMS_OF_GRADIENTS, estimate_memory
 from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, sizes_of, small_run
 
 PARAMETERS = L * (4 * D * H * K + 3 * D * F + 2 * D) + D + 2 * V * D
@@ -35,6 +35,21 @@ def test_full_remat_keeps_the_input_of_every_layer():
 def test_names_keep_what_they_name():
     kept = memory(remat='names', remat_names=('query', 'attention')).activations
     assert kept == L * ROWS * LENGTH * 2 * (D + 2 * H * K)
+
+
+def test_what_is_offloaded_waits_on_the_host():
+    inputs = memory(remat='offload', remat_names=('layer_input',))
+    one = ROWS * LENGTH * D * 2
+    assert inputs.host == L * one
+    assert inputs.activations == OFFLOADED_LAYERS * one  # on their way
+    queries = memory(remat='offload', remat_names=('query',))
+    assert queries.host == L * ROWS * LENGTH * H * K * 2
+    assert queries.activations == L * one + OFFLOADED_LAYERS * ROWS * LENGTH * H * K * 2
+    assert memory(remat='full').host == 0
+
+
+def test_the_host_of_a_cpu_is_the_device_itself():
+    assert memory('cpu', remat='offload', remat_names=('layer_input',)) == memory('cpu', remat='full')
 
 
 def test_policies_keep_less_and_less():

@@ -19,6 +19,9 @@ from llm.scaling.planner.text import format_plan, format_search
 from llm.scaling.planner.topology import find_topology
 from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, small_run
 
+# Enough layers and tokens that what waits for the backward pass is a good part of a TPU's temporaries.
+LARGE = {'mesh': {'fsdp': 4}, 'step': {'batch_size': 64, 'sequence_length': 512}, 'num_layers': 16}
+
 
 @pytest.fixture(scope='module')
 def on_cpu():
@@ -28,8 +31,14 @@ def on_cpu():
 def test_arguments_of_a_compiled_step_are_state_and_batch(on_cpu):
     memory = on_cpu.compiled.memory
     assert memory.arguments == pytest.approx(on_cpu.estimate.arguments, abs=64)
-    assert memory.aliased <= memory.outputs <= memory.arguments
     assert on_cpu.needed == memory.total > memory.arguments
+
+
+def test_new_state_takes_the_place_of_the_old(on_cpu):
+    """The donated train state is most of the arguments; of the outputs only the metrics are new."""
+    memory, state = on_cpu.compiled.memory, on_cpu.state
+    assert memory.aliased == state.parameters + state.optimizer + 4  # the count of steps
+    assert 0 < memory.outputs - memory.aliased < 1000
 
 
 def test_state_is_what_the_trainer_has(on_cpu):
@@ -106,10 +115,14 @@ def test_refusals_are_read():
     assert read_refusal('INTERNAL: something else', 1.0) is None
 
 
+@pytest.fixture(scope='module')
+def on_tpu():
+    return plan(small_run(**LARGE, remat='full'), find_topology('v5e:2x2'))
+
+
 @pytest.mark.tpu_compile
-def test_plan_for_a_tpu():
-    topology = find_topology('v5e:2x2')
-    found = plan(small_run(mesh={'fsdp': 4}, remat='full'), topology)
+def test_plan_for_a_tpu(on_tpu):
+    found, topology = on_tpu, on_tpu.topology
     assert isinstance(found.compiled, CompiledStep) and found.fits
     assert found.compiled.memory.arguments == pytest.approx(found.estimate.arguments, rel=0.02)
     assert found.available == 15.75 * 2**30
@@ -118,6 +131,21 @@ def test_plan_for_a_tpu():
     model = estimate(found.run, topology)
     sent = [sum(each.traffic.link_bytes for each in one.roofline.links) for one in (found, model)]
     assert 0.8 < sent[0] / sent[1] < 1.5
+
+
+@pytest.mark.tpu_compile
+def test_inputs_of_layers_wait_on_the_host_of_a_tpu(on_tpu):
+    """Sixteen rows of 512 tokens a device, of sixteen layers; what the device has less of is most of that."""
+    offload = plan(small_run(**LARGE, remat='offload', remat_names=('layer_input',)), on_tpu.topology)
+    memory = offload.compiled.memory
+    assert memory.host == offload.estimate.host == 16 * 16 * 512 * D * 2
+    assert on_tpu.compiled.memory.host == on_tpu.estimate.host == on_tpu.host_bytes == 0
+    assert on_tpu.compiled.memory.temporaries - memory.temporaries > 0.6 * memory.host
+    assert offload.host_bytes == 2 * memory.host
+    text = format_plan(plan_record(offload))
+    assert 'on the host, beside it' in text and f'to and from the host ({byte_size(2 * memory.host)})' in text
+    # The new train state takes the place of all arguments but the batch.
+    assert memory.aliased == memory.arguments - 5 * 4 * 16 * 512
 
 
 @pytest.mark.tpu_compile

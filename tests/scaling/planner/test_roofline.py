@@ -32,6 +32,12 @@ def test_the_longer_of_compute_and_hbm_counts():
     assert found.mfu == pytest.approx(0.25)
 
 
+def test_transfers_to_the_host_run_beside_other_work():
+    hidden, slow = times(host_bytes=32e9), times(host_bytes=128e9)
+    assert (hidden.host, hidden.step, hidden.bottleneck) == (0.5, 1.0, 'compute')
+    assert (slow.host, slow.step, slow.bottleneck) == (2.0, 2.0, 'the host')
+
+
 def test_asynchronous_links_hide_behind_compute_and_others_add_up():
     hidden = times(row('all-gather', ('tensor',), 450e9 / 2, beside=450e9 / 2))
     assert (hidden.asynchronous, hidden.exposed, hidden.step) == (0.5, 0.0, 1.0)

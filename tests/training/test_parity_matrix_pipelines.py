@@ -1,0 +1,11 @@
+"""The cases of the parity matrix that have pipeline stages; see test_parity_matrix.py."""
+
+import pytest
+
+from tests.training.parity_cases import cases, name, verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', [case for case in cases(strength=2) if case['pipeline'] > 1], ids=name)
+def test_equals_one_device(case):
+    assert verdict(case) == ('equal', [])
