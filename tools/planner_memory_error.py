@@ -92,7 +92,7 @@ CASES = (
     Case('muon', 'v5e:2x2', _FSDP, optimizer='muon', layers=4),
     Case('many tokens', 'v6e:2x2', _FSDP, rows=64),
 )
-_FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'total')
+_FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'temp_size', 'total')
 
 
 def measure(cases: tuple[Case, ...], path: Path | None) -> Iterator[tuple[Case, dict[str, float]]]:
@@ -108,7 +108,7 @@ def measure(cases: tuple[Case, ...], path: Path | None) -> Iterator[tuple[Case, 
                 print(f'{case.name}: {compiled.message}')
                 continue
             memory = compiled.memory
-            known[case.name] = {**dataclasses.asdict(memory), 'total': memory.total}
+            known[case.name] = {field: getattr(memory, field) for field in _FIELDS}
             if path is not None:
                 is_new = not path.exists()
                 with path.open('a', newline='') as file:

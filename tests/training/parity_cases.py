@@ -138,7 +138,8 @@ def _model(model: str, repeats: int, scan: bool) -> DecoderConfig:
 
 def _run(trainer: Trainer, initial: Any, packings: tuple[bool, ...]) -> tuple[list[tuple[float, Any]], str]:
     """([(loss, gradients) of rows packed like this], HLO text) of a step."""
-    compiled, found = None, []
+    compiled: Any = None
+    found = []
     with jax.enable_x64():
         for packed in packings:
             state = jax.device_put(initial, trainer.state_shardings)
