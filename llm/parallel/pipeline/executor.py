@@ -8,12 +8,14 @@ Mesh axes over which the batch is split are manual too, so that gradients are su
 other axes are left to the compiler. Collectives in an operation are those within a stage: all devices of a stage, and
 of no other, take part in them.
 
-Embedding, final layers and loss belong to no stage: their parameters are sharded over all stages, which compute them
-together between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with
-Vocabulary Parallelism", section 4).
+Embedding and loss belong to no stage: their parameters are sharded over all stages, which compute them together
+between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with Vocabulary
+Parallelism", section 4). The same goes for layers that are left over when stages have equally many: of those each
+stage does some of the rows, with weights that are gathered as they are needed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,12 +44,14 @@ class Stages:
         embed: (shared, rows, key of the microbatch) -> x [B, S, D].
         context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
         repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
+        remainder: (parameters, x, context) -> x, of the layers after the last repeat.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
     context: Callable[[Batch, jax.Array | None], Any]
     repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    remainder: Callable[[Any, jax.Array, Any], jax.Array]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
 
 
@@ -78,7 +82,9 @@ def run(
 
     Args:
         placements: of `layers` and `shared`, trees of Placement.
-        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`. shared: the others.
+        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`.
+        shared: {'ends': of embedding and loss, 'repeats': the same tree as `layers` of the repeats after those, not
+            sharded along the leading axis, 'remainder': the layers after the last repeat}; the last two may be empty.
         batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
         key: of the step, for dropout; every microbatch folds in its index.
 
@@ -96,7 +102,7 @@ def run(
         layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
     ) -> tuple[tuple[Any, Any] | None, Sums]:
         with use_rules(jax.sharding.get_abstract_mesh(), rules):
-            device = _Device(table, stages, placements, manual, layers, shared, batch, key)
+            device = _Device(table, stages, rules, placements, manual, layers, shared, batch, key)
             return device.run(columns[:, 0], joint)
 
     mapped = jax.shard_map(
@@ -119,6 +125,19 @@ def run(
 
 def _is_placement(node: Any) -> bool:
     return isinstance(node, Placement)
+
+
+def _without_leading_axis(placements: Any) -> Any:
+    return jax.tree.map(
+        lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
+        placements,
+        is_leaf=_is_placement,
+    )
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for jax.checkpoint."""
+    return str(primitive) != 'all_gather'
 
 
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -170,6 +189,7 @@ class _Device:
         self,
         table: Table,
         stages: Stages,
+        rules: AxisRules,
         placements: tuple[Any, Any],
         manual: tuple[str, ...],
         layers: Any,
@@ -179,6 +199,7 @@ class _Device:
     ) -> None:
         problem = table.problem
         self.table, self.stages, self.manual, self.evaluation = table, stages, manual, problem.evaluation
+        self.rules = rules
         self.layer_placements, self.shared_placements = placements
         self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
         self.layers, self.shared, self.key = layers, shared, key
@@ -223,11 +244,11 @@ class _Device:
         table, rows = self.table, self.rows(jnp.int32(0))
         x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
         self.message = jnp.zeros(x.shape, x.dtype)
-        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows)
+        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows, jnp.int32(0))
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
         if self.evaluation:
             return _State(inputs=jnp.zeros((table.input_slots, 1, *x.shape), x.dtype), sums=sums)
-        context = (jnp.int32(0), self._context({'microbatch': jnp.int32(0)}))
+        context = (jnp.int32(0), self._context_of(rows, jnp.int32(0)))
         self.split = split_backward(self._repeat, self._parameters(jnp.int32(0)), self.message, context)
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
@@ -248,28 +269,61 @@ class _Device:
 
     # What the stages do together.
 
-    def _gathered(self, parameters: Any, placements: Any) -> Any:
-        """Whole parameters, but for `pipeline` and the axes that the compiler places."""
+    def _gathered(self, parameters: Any, placements: Any, *, from_stages: bool = False) -> Any:
+        """Whole parameters, but for the axes that the compiler places, and but for `pipeline` unless `from_stages`."""
 
         def one(x: jax.Array, placement: Placement) -> jax.Array:
             for dimension, axes in enumerate(placement.spec):
-                over = tuple(axis for axis in names(axes) if axis in self.manual and axis != AXIS)
+                over = tuple(a for a in names(axes) if a in self.manual and (from_stages or a != AXIS))
                 if over:
                     x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
             return x
 
-        return jax.tree.map(one, parameters, placements)
+        return jax.tree.map(one, jax.tree.map(_cast, parameters, placements), placements)
 
-    def _whole_shared(self, shared: Any) -> Any:
-        return self._gathered(jax.tree.map(_cast, shared, self.shared_placements), self.shared_placements)
+    def _ends(self, shared: Any) -> Any:
+        return self._gathered(shared['ends'], self.shared_placements['ends'])
 
     def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
-        return self.stages.embed(self._whole_shared(shared), rows, self._key(microbatch))
+        return self.stages.embed(self._ends(shared), rows, self._key(microbatch))
 
-    def _loss(self, shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
-        """Of the last stage's x; every stage has its part of the vocabulary."""
-        x = jax.lax.psum(jnp.where(self.stage == self.num_stages - 1, x, 0), AXIS)
-        return self.stages.loss(self._whole_shared(shared), x, rows)
+    def _loss(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> tuple[jax.Array, Sums]:
+        """Of the last stage's x, after the layers that no stage has; every stage has its part of the vocabulary."""
+        x = jnp.where(self.stage == self.num_stages - 1, x, 0)
+        if not shared['repeats'] and not shared['remainder']:
+            x = jax.lax.psum(x, AXIS)
+        elif x.shape[0] % self.num_stages:  # all do the same
+            x = self._left_over(shared, jax.lax.psum(x, AXIS), rows, microbatch)
+        else:
+            size = x.shape[0] // self.num_stages
+            own = {name: jax.lax.dynamic_slice_in_dim(r, self.stage * size, size) for name, r in rows.items()}
+            x = jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
+            with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
+                x = self._left_over(shared, x, own, microbatch)
+            x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
+        return self.stages.loss(self._ends(shared), x, rows)
+
+    def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> jax.Array:
+        """The layers that no stage has, of these rows."""
+        context, placements = self._context_of(rows, microbatch), self.shared_placements
+        of_one = _without_leading_axis(placements['repeats'])
+
+        # What is gathered is gathered again in the backward pass.
+        @functools.partial(jax.checkpoint, policy=_all_but_gathered, prevent_cse=False)
+        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            parameters, index = parameters_and_index
+            whole = self._gathered(parameters, of_one, from_stages=True)
+            return self.stages.repeat(whole, x, index, context), None
+
+        @functools.partial(jax.checkpoint, policy=_all_but_gathered)
+        def remainder(parameters: Any, x: jax.Array) -> jax.Array:
+            whole = self._gathered(parameters, placements['remainder'], from_stages=True)
+            return self.stages.remainder(whole, x, context)
+
+        if repeats := shared['repeats']:
+            first, count = self.table.problem.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
+            x, _ = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
+        return remainder(shared['remainder'], x) if shared['remainder'] else x
 
     def _on(self, stage: int, x: jax.Array) -> jax.Array:
         """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
@@ -282,13 +336,9 @@ class _Device:
         return jax.tree.map(_cast, read(self.layers, repeat), self.layer_placements)
 
     def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
-        placements = jax.tree.map(
-            lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
-            self.layer_placements,
-            is_leaf=_is_placement,
-        )
         index, context = index_and_context
-        return self.stages.repeat(self._gathered(parameters, placements), x, index, context)
+        whole = self._gathered(parameters, _without_leading_axis(self.layer_placements))
+        return self.stages.repeat(whole, x, index, context)
 
     def _run_forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """FORWARD, if that is this tick's operation: the state, and x after the last repeat."""
@@ -362,8 +412,11 @@ class _Device:
         # Without an operation that changes it, it is written back as it was.
         return dataclasses.replace(state, gradients=write(state.gradients, dy, row['gradient_slot'])), dy
 
+    def _context_of(self, rows: Batch, microbatch: jax.Array) -> Any:
+        return self.stages.context(rows, self._key(microbatch))
+
     def _context(self, row: dict[str, jax.Array]) -> Any:
-        return self.stages.context(self.rows(row['microbatch']), self._key(row['microbatch']))
+        return self._context_of(self.rows(row['microbatch']), row['microbatch'])
 
     def _indices(self, row: dict[str, jax.Array], repeat: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Index of a chunk's repeat among this stage's, and in the model."""
@@ -403,7 +456,7 @@ class _Device:
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
-            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']))[1])
+            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
@@ -414,7 +467,9 @@ class _Device:
         def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
             shared, sums, _ = carry
             rows = self.rows(both['loss'])
-            loss, vjp, found = jax.vjp(lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True)
+            loss, vjp, found = jax.vjp(
+                lambda shared, x: self._loss(shared, x, rows, both['loss']), self.shared, x, has_aux=True
+            )
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
             return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
 

@@ -124,7 +124,7 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
     for _, spec in named_specs(model_specs(run.model)):
         if spec.role in (Role.VECTOR, Role.EMBEDDING) and not (run.model.tied_embeddings and 'vocab' in spec.axes):
             continue
-        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
         part, whole = float(size), float(size)
         for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):

@@ -113,13 +113,17 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
             traffic,
             topology,
             links,
-            idle=_idle_share(run, sizes['pipeline']),
+            idle=_idle_share(run, sizes),
         ),
     )
 
 
-def _idle_share(run: RunConfig, stages: int) -> float:
-    """The bubble of the pipeline's own schedule: stages step together, a tick lasts as long as its longest piece."""
+def _idle_share(run: RunConfig, sizes: dict[str, int]) -> float:
+    """The bubble of the pipeline's own schedule: stages step together, a tick lasts as long as its longest piece.
+
+    Layers left over when stages have equally many are run by all of them, each some of the rows where it can.
+    """
+    stages = sizes['pipeline']
     if stages == 1:
         return 0.0
     microbatches, specs = run.step.gradient_accumulation, model_specs(run.model)
@@ -127,7 +131,11 @@ def _idle_share(run: RunConfig, stages: int) -> float:
     table = make_pipeline_table(run.pipeline, run.model, specs, stages, microbatches, (rows, run.step.sequence_length))
     costs = repeat_costs_of(run.model, specs, rows, run.step.sequence_length)
     whole = costs.forward + costs.recompute + costs.input_gradient + costs.weight_gradient
-    return 1 - microbatches * run.model.repeats / stages * whole / table.cost(costs)
+    repeats = run.model.num_layers / len(run.model.pattern)
+    left = repeats - table.problem.staged_repeats
+    local_rows = rows // Placement.of(sizes, run.rules).ways('batch')
+    shared = stages if local_rows % stages == 0 else 1
+    return 1 - microbatches * repeats / stages * whole / (table.cost(costs) + microbatches * left / shared * whole)
 
 
 def _check_batch(run: RunConfig, placement: Placement) -> None:
