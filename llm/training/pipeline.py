@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from llm.errors import UserError
 from llm.models.context import Context
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
+from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
 from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, run
 from llm.parallel.pipeline.granularity import Costs
@@ -26,12 +28,21 @@ from llm.parallel.sharding import AxisRules, manual_axes
 from llm.parallel.vocabulary import token_negative_log_likelihood
 from llm.training.layout import token_order
 
+_REMATS: tuple[RematKind, ...] = ('none', 'full', 'dots', 'dots_no_batch', 'names')
+
 
 def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
-    """The functions of `config`'s decoder.
+    """The functions of `config`'s decoder; `config.remat` is of a whole repeat of the layers.
 
-    A stage computes its layers again in the backward pass, from the input of every repeat, whatever `config.remat` is.
+    Raises:
+        UserError: what `config.remat` keeps cannot be kept from tick to tick.
     """
+    if config.remat not in _REMATS:
+        raise UserError(
+            f"remat {config.remat!r} is not possible in a pipeline, which keeps everything in its stages' own memory",
+            where='DecoderConfig.remat',
+            fix=f'Use one of {", ".join(_REMATS)}, or MeshConfig.pipeline = 1.',
+        )
     decoder = Decoder(config)
     graph, abstract = nnx.split(decoder)
     layers_graph, _ = nnx.split(decoder.layers)
@@ -75,7 +86,8 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
         }
         return sums['nll'] + sums['z_loss'], sums
 
-    return Stages(embed, context, repeat, remainder, loss)
+    remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
+    return Stages(embed, context, repeat, remainder, loss, None if config.remat == 'none' else remat)
 
 
 def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
@@ -153,7 +165,8 @@ def repeat_costs_of(
     def repeat(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
         return stages.repeat(parameters, x, jnp.int32(0), context)
 
-    return count(repeat, parameters, jax.ShapeDtypeStruct((rows, length, config.d_model), dtype), context)
+    x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)
+    return count(repeat, parameters, x, context, stages.remat)
 
 
 def make_pipeline_table(

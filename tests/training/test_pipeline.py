@@ -24,6 +24,7 @@ LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), feed_forward=FeedForwardConfig(d_ff=48)
 )
 WINDOWED = dataclasses.replace(LAYER, mixer=dataclasses.replace(LAYER.mixer, window=5), dropout=0.2)
+# With remat 'none' stages keep all that the backward pass reads, with the others what the policy says.
 MODELS = {
     'dense': DecoderConfig(vocab_size=64, d_model=32, num_layers=8, pattern=(LAYER,), compute_dtype='float64'),
     # Two layers a repeat, one of them windowed; dropout; everything that is tied or added at the ends.
@@ -38,10 +39,13 @@ MODELS = {
         embedding_dropout=0.1,
         final_logit_soft_cap=5.0,
         compute_dtype='float64',
+        remat='full',
     ),
 }
 # 5 repeats of two layers, which no number of stages divides, and one more layer.
-MODELS['uneven'] = dataclasses.replace(MODELS['windowed'], num_layers=11)
+MODELS['uneven'] = dataclasses.replace(
+    MODELS['windowed'], num_layers=11, remat='names', remat_names=('attention', 'feed_forward_hidden')
+)
 
 
 def _to_float64(tree):

@@ -46,6 +46,7 @@ class Stages:
         repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
         remainder: (parameters, x, context) -> x, of the layers after the last repeat.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
+        remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
@@ -53,6 +54,7 @@ class Stages:
     repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
     remainder: Callable[[Any, jax.Array, Any], jax.Array]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +153,13 @@ class _State:
     """What a device carries from tick to tick.
 
     Attributes:
-        inputs: [slots, repeats, B, S, D], in evaluation of the first repeat only. sums: of the losses.
+        inputs: what the forward passes of repeats keep, [slots, repeats, ...] each. The first is their inputs, [slots,
+            repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
         gradients: [slots, B, S, D]. residuals, operands: see Table. layers, shared: sums of gradients. These are None
             in evaluation.
     """
 
-    inputs: jax.Array
+    inputs: list[jax.Array]
     sums: Sums
     gradients: Any = None
     residuals: Any = None
@@ -168,6 +171,12 @@ class _State:
 def _replace(state: _State, name: str, value: Any) -> _State:
     changes: dict[str, Any] = {name: value}
     return dataclasses.replace(state, **changes)
+
+
+def _with_input(state: _State, condition: jax.Array, x: jax.Array, slot: jax.Array, repeat: jax.Array | int) -> _State:
+    """With x as the input of a repeat, where `condition`."""
+    first, *others = state.inputs
+    return dataclasses.replace(state, inputs=[write_if(condition, first, x, slot, repeat), *others])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,15 +256,16 @@ class _Device:
         _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows, jnp.int32(0))
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
         if self.evaluation:
-            return _State(inputs=jnp.zeros((table.input_slots, 1, *x.shape), x.dtype), sums=sums)
+            return _State(inputs=[jnp.zeros((table.input_slots, 1, *x.shape), x.dtype)], sums=sums)
         context = (jnp.int32(0), self._context_of(rows, jnp.int32(0)))
-        self.split = split_backward(self._repeat, self._parameters(jnp.int32(0)), self.message, context)
+        parameters = self._parameters(jnp.int32(0))
+        self.split = split_backward(self._repeat, parameters, self.message, context, self.stages.remat)
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
             return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
 
         return _State(
-            inputs=jnp.zeros((table.input_slots, self.repeats, *x.shape), x.dtype),
+            inputs=[jnp.zeros((table.input_slots, self.repeats, *s.shape), s.dtype) for s in self.split.kept],
             sums=sums,
             gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
             residuals=buffers(self.split.residuals, table.residual_cells),
@@ -309,13 +319,15 @@ class _Device:
         of_one = _without_leading_axis(placements['repeats'])
 
         # What is gathered is gathered again in the backward pass.
-        @functools.partial(jax.checkpoint, policy=_all_but_gathered, prevent_cse=False)
+        remat = self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered)
+
+        @remat
         def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             parameters, index = parameters_and_index
             whole = self._gathered(parameters, of_one, from_stages=True)
             return self.stages.repeat(whole, x, index, context), None
 
-        @functools.partial(jax.checkpoint, policy=_all_but_gathered)
+        @remat
         def remainder(parameters: Any, x: jax.Array) -> jax.Array:
             whole = self._gathered(parameters, placements['remainder'], from_stages=True)
             return self.stages.remainder(whole, x, context)
@@ -345,18 +357,20 @@ class _Device:
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
         due = row['operation'] == Operation.FORWARD
 
-        def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def step(repeat: jax.Array, carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
             inputs, x = carry
-            if not self.evaluation:
-                inputs = write(inputs, x, slot, repeat)
             local, index = self._indices(row, repeat)
-            return inputs, self._repeat(self._parameters(local), x, (index, context))
+            if self.evaluation:
+                return inputs, self._repeat(self._parameters(local), x, (index, context))
+            y, kept = self.split.forward(self._parameters(local), x, (index, context))
+            return write(inputs, kept, slot, repeat), y
 
-        x = read(state.inputs, slot, row['first'])
+        x = read(state.inputs[0], slot, row['first'])
         inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
-        if not self.evaluation:
-            inputs = write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
-        return dataclasses.replace(state, inputs=inputs), x
+        if self.evaluation:
+            return dataclasses.replace(state, inputs=inputs), x
+        at = slot, jnp.minimum(last, self.repeats - 1)
+        return _with_input(dataclasses.replace(state, inputs=inputs), due & (last < self.repeats), x, *at), x
 
     def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
@@ -379,8 +393,8 @@ class _Device:
             return write(operands, found, at.cell), dx
 
         def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            x = read(state.inputs, slot, at.repeat)
-            dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
+            kept = read(state.inputs, slot, at.repeat)
+            dx, found = split.recompute_input_gradient(at.parameters, kept, at.context, dy)
             return write(operands, found, at.cell), dx
 
         def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
@@ -432,8 +446,7 @@ class _Device:
 
         due = both['embed'] >= 0
         x = when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
-        inputs = write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
-        state = dataclasses.replace(state, inputs=inputs)
+        state = _with_input(state, due & (self.stage == 0), x, both['embed_slot'], 0)
 
         state, x = self._run_forward(state, row)
         if self.evaluation:
@@ -450,9 +463,10 @@ class _Device:
         """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
         to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
         x = when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
-        slot, buffer = row[f'receive_{name}'], getattr(state, name)
-        index = (slot, 0) if name == 'inputs' else (slot,)
-        return _replace(state, name, write_if(slot >= 0, buffer, x, *index))
+        slot = row[f'receive_{name}']
+        if name == 'inputs':
+            return _with_input(state, slot >= 0, x, slot, 0)
+        return dataclasses.replace(state, gradients=write_if(slot >= 0, state.gradients, x, slot))
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
