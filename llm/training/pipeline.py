@@ -24,9 +24,9 @@ from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
-from llm.parallel.sharding import AxisRules, manual_axes
-from llm.parallel.vocabulary import token_negative_log_likelihood
+from llm.parallel.sharding import AxisRules
 from llm.training.layout import token_order
+from llm.training.losses import summed_loss
 
 _REMATS: tuple[RematKind, ...] = ('none', 'full', 'dots', 'dots_no_batch', 'names')
 
@@ -75,16 +75,7 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
 
     def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
         model = merged(shared)
-        logits = model.logits(model.normalize(x))
-        axes = manual_axes('vocab', parameters=True)
-        nll, log_z = token_negative_log_likelihood(logits, rows['targets'], axes)
-        weights = rows['loss_weights'].astype(nll.dtype)
-        sums = {
-            'nll': jnp.sum(nll * weights),
-            'z_loss': z_loss * jnp.sum(jnp.square(log_z) * weights),
-            'tokens': jnp.sum(weights),
-        }
-        return sums['nll'] + sums['z_loss'], sums
+        return summed_loss(model.projection(), model.normalize(x), rows['targets'], rows['loss_weights'], z_loss)
 
     remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
     return Stages(embed, context, repeat, remainder, loss, None if config.remat == 'none' else remat)

@@ -162,7 +162,7 @@ def _inline(closed: ClosedJaxpr, example: Sequence[Any], *, open_remat: bool = F
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
             if equation.primitive.name in _INLINED:
-                inner = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
+                inner: Any = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
                 outputs = run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), *inputs)
             elif open_remat and jaxpr is closed.jaxpr and equation.params.get('differentiated'):
                 outputs = run(equation.params['jaxpr'], (), *inputs)
