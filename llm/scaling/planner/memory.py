@@ -13,6 +13,7 @@ from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import layer_costs
+from llm.scaling.planner.pipelines import kept_bytes
 from llm.scaling.planner.run_config import RunConfig
 
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
@@ -73,7 +74,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         on_chip: bytes beside HBM that take part of what the backward pass works on.
 
     Raises:
-        UserError: the mesh cannot divide a parameter.
+        UserError: the mesh cannot divide a parameter, or the pipeline's schedule cannot run the model.
     """
     placement = Placement.of(sizes, run.rules)
     model, step = run.model, run.step
@@ -83,11 +84,10 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
 
     costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
     stages = sizes['pipeline']
-    in_flight = 1
-    if stages > 1:  # microbatches that have gone forward and not back
-        most = step.gradient_accumulation
-        in_flight = most if run.pipeline.schedule == 'gpipe' else min(stages, most)
-    saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens * in_flight / stages
+    if stages > 1:
+        saved = kept_bytes(run, costs, stages) * tokens
+    else:
+        saved = sum(costs[i % len(costs)].saved(model) for i in range(model.num_layers)) * tokens
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns

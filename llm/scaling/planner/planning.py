@@ -7,11 +7,11 @@ from llm.scaling.accounting import TrainingMemory, count
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory, compile_step
 from llm.scaling.planner.memory import MemoryEstimate, estimate_memory
+from llm.scaling.planner.pipelines import idle_share
 from llm.scaling.planner.roofline import Roofline, on_network, roofline
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
 from llm.scaling.planner.work import StepFlops, step_flops, step_hbm_bytes, step_traffic
-from llm.training.pipeline import make_pipeline_table, repeat_costs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +113,9 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
             traffic,
             topology,
             links,
-            idle=_idle_share(run, sizes),
+            idle=idle_share(run, placement),
         ),
     )
-
-
-def _idle_share(run: RunConfig, sizes: dict[str, int]) -> float:
-    """The bubble of the pipeline's own schedule: stages step together, a tick lasts as long as its longest piece.
-
-    Layers left over when stages have equally many are run by all of them, each some of the rows where it can.
-    """
-    stages = sizes['pipeline']
-    if stages == 1:
-        return 0.0
-    microbatches, specs = run.step.gradient_accumulation, model_specs(run.model)
-    rows = run.step.batch_size // microbatches
-    table = make_pipeline_table(run.pipeline, run.model, specs, stages, microbatches, (rows, run.step.sequence_length))
-    costs = repeat_costs_of(run.model, specs, rows, run.step.sequence_length)
-    whole = costs.forward + costs.recompute + costs.input_gradient + costs.weight_gradient
-    repeats = run.model.num_layers / len(run.model.pattern)
-    left = repeats - table.problem.staged_repeats
-    local_rows = rows // Placement.of(sizes, run.rules).ways('batch')
-    shared = stages if local_rows % stages == 0 else 1
-    return 1 - microbatches * repeats / stages * whole / (table.cost(costs) + microbatches * left / shared * whole)
 
 
 def _check_batch(run: RunConfig, placement: Placement) -> None:
