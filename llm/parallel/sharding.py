@@ -222,8 +222,9 @@ def map_shards(
     if current is None:
         return function(**arrays)
     mesh, rules = current
-    open_axes = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
-    if not open_axes:
+    open_axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    # In manual code also over axes of size 1: the compiler must not be left to partition a kernel, not even into one.
+    if not open_axes or (mesh.size == 1 and not mesh.manual_axes):
         return function(**arrays)
     specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
     out_spec = rules.partition(out_axes, mesh, parameters=False)
@@ -232,7 +233,7 @@ def map_shards(
         mesh=mesh,
         in_specs=(specs,),
         out_specs=out_spec,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=open_axes,
         check_vma=False,
     )
     result: jax.Array = mapped(arrays)
