@@ -95,11 +95,14 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     head_gradient = HEAD_GRADIENTS * 4 * model.d_model * columns
     cast, gathered, head = _weights(run, placement)
     accumulated = SUMS_OF_GRADIENTS * state.gradients if step.gradient_accumulation > 1 else 0.0
+    present = float(state.gradients)
+    if stages > 1:  # which add each gradient to the sum as soon as they have it
+        accumulated, present = float(state.gradients), 0.0
 
     always = cast + saved + accumulated
     loss = always + logits + head + head_gradient
-    backward = always + state.gradients + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
-    update = state.gradients + accumulated
+    backward = always + present + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
+    update = present + accumulated
     batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
     arguments = state.parameters + state.optimizer + batch
     code = CODE_BYTES if platform == 'tpu' else 0.0
@@ -107,7 +110,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         parameters=state.parameters,
         optimizer=state.optimizer,
         batch=batch,
-        gradients=state.gradients + accumulated,
+        gradients=present + accumulated,
         weights=cast + gathered,
         activations=saved,
         layer=at_work,
@@ -132,8 +135,12 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
-        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack).
-        at_once = spec.role is not Role.HIDDEN or run.model.remat == 'none' or not run.model.scan_layers
+        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack);
+        # a stage of a pipeline always, unless its layers come from others.
+        at_once = run.model.remat == 'none' or not run.model.scan_layers
+        if placement.mesh.shape['pipeline'] > 1:
+            at_once = run.pipeline.chunks > 1
+        at_once = at_once or spec.role is not Role.HIDDEN
         cast += part if size != 4 and at_once else 0.0
         is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
         if spec.role is Role.HIDDEN:
