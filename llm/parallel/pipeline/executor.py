@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from llm.parallel.pipeline.buffers import add, read, when, write, write_if
+from llm.parallel.pipeline.buffers import add, in_order, read, when, write, write_if
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
@@ -362,8 +362,8 @@ class _Device:
             local, index = self._indices(row, repeat)
             if self.evaluation:
                 return inputs, self._repeat(self._parameters(local), x, (index, context))
-            y, kept = self.split.forward(self._parameters(local), x, (index, context))
-            return write(inputs, kept, slot, repeat), y
+            y, kept = self.split.forward(self._parameters(local), in_order(x), (index, context))
+            return write(inputs, in_order(kept), slot, repeat), in_order(y)
 
         x = read(state.inputs[0], slot, row['first'])
         inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
@@ -380,25 +380,25 @@ class _Device:
         split, context, slot = self.split, self._context(row), row['input_slot']
 
         def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            gradient, dx = split.whole(at.parameters, read(state.inputs, slot, at.repeat), at.context, dy)
+            gradient, dx = split.whole(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context, dy)
             return add(layers, gradient, at.local), dx
 
         def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            found = split.recompute(at.parameters, read(state.inputs, slot, at.repeat), at.context)
-            return write(residuals, found, at.offset), dy
+            found = split.recompute(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context)
+            return write(residuals, in_order(found), at.offset), dy
 
         def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            residuals = read(state.residuals, at.offset)
+            residuals = in_order(read(state.residuals, at.offset))
             dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
-            return write(operands, found, at.cell), dx
+            return write(operands, in_order(found), at.cell), dx
 
         def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            kept = read(state.inputs, slot, at.repeat)
+            kept = in_order(read(state.inputs, slot, at.repeat))
             dx, found = split.recompute_input_gradient(at.parameters, kept, at.context, dy)
-            return write(operands, found, at.cell), dx
+            return write(operands, in_order(found), at.cell), dx
 
         def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            operands = read(state.operands, at.cell)
+            operands = in_order(read(state.operands, at.cell))
             return add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
 
         steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
