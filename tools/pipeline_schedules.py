@@ -48,7 +48,7 @@ def llama_layer_costs(length: int) -> Costs:
         mixer=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, implementation='reference'),
         feed_forward=FeedForwardConfig(d_ff=14_336),
     )
-    model = DecoderConfig(128_256, 4096, LAYERS, (layer,), compute_dtype='bfloat16')
+    model = DecoderConfig(128_256, 4096, LAYERS, (layer,), compute_dtype='bfloat16', remat='full')
     costs = repeat_costs_of(model, parameter_specs(Decoder(model)), 1, length, compiled_costs)
     return Costs(*(value / costs.forward for value in dataclasses.astuple(costs)))
 

@@ -21,6 +21,7 @@ from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig, ScheduleKind
 from llm.scaling.planner.compiling import CompiledStep, compile_step
 from llm.scaling.planner.planning import estimate
 from llm.scaling.planner.run_config import RunConfig
@@ -48,6 +49,7 @@ class Case:
     remat: str = 'full'
     remat_names: tuple[str, ...] = ()
     optimizer: str = 'adamw'
+    schedule: ScheduleKind = '1f1b'
 
     def run(self) -> RunConfig:
         """The training run."""
@@ -69,10 +71,12 @@ class Case:
             OptimizerConfig(kind=kind),
             StepConfig(self.rows, self.length, gradient_accumulation=self.microbatches),
             MeshConfig(**mesh),
+            pipeline=PipelineConfig(self.schedule),
         )
 
 
 _FSDP = {'fsdp': 4}
+_STAGES = {'pipeline': 4}
 CASES = (
     Case('fsdp', 'v5e:2x2', _FSDP),
     Case('two microbatches', 'v5e:2x2', _FSDP, rows=16, microbatches=2),
@@ -91,6 +95,9 @@ CASES = (
     Case('deep', 'v6e:2x2', _FSDP, layers=32),
     Case('muon', 'v5e:2x2', _FSDP, optimizer='muon', layers=4),
     Case('many tokens', 'v6e:2x2', _FSDP, rows=64),
+    Case('stages', 'v5e:2x2', _STAGES, rows=32, microbatches=8, layers=16),
+    Case('stages, everything kept', 'v5e:2x2', _STAGES, rows=32, microbatches=8, layers=16, remat='none'),
+    Case('zero-bubble', 'v5e:2x2', _STAGES, rows=32, microbatches=8, layers=16, schedule='zero_bubble'),
 )
 _FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'temp_size', 'total')
 

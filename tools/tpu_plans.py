@@ -38,6 +38,7 @@ class Row:
 
     Attributes:
         model: a file of gin_configs/models. title: in the table. rows: of the global batch.
+        schedule, chunks: of the pipeline, where the mesh has one.
         theirs: (arguments GB, temporaries GB, seconds to compile), None where there is nothing to compare with.
         offloaded: activations that wait on the host; full remat without.
     """
@@ -53,6 +54,8 @@ class Row:
     microbatches: int = 1
     slices: int = 1
     offloaded: tuple[str, ...] = ()
+    schedule: str = '1f1b'
+    chunks: int = 1
 
     def job(self) -> PlanJob:
         """The plan job that makes it."""
@@ -68,6 +71,9 @@ class Row:
             *(f'mesh.MeshConfig.{axis} = {size}' for axis, size in sizes.items() if axis != 'tensor'),
             f'TENSOR = {sizes["tensor"]}',
             f'mesh.MeshConfig.dcn_data = {self.slices}',
+            'from llm.parallel.pipeline import schedules as stages',
+            f'stages.PipelineConfig.schedule = {self.schedule!r}',
+            f'stages.PipelineConfig.chunks = {self.chunks}',
         ]
         files = ['gin_configs/runs/plan.gin', f'gin_configs/models/{self.model}.gin']
         job, _ = load_job([str(ROOT / file) for file in files], bindings)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llm.parallel.sharding import Axes, dividing, manual_axes, names, rules_in_force
-from llm.parallel.vocabulary import lookup_in_parts
+from llm.parallel.sharding import Axes, dividing, manual_axes, map_shards, names, rules_in_force, split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> ja
     mesh, rules = current
     if mesh.manual_axes:
         if manual_axes(str(axes[0]), parameters=True):
-            return lookup_in_parts(table, ids, str(axes[0]), dtype)
+            return _lookup_in_parts(table, ids, str(axes[0]), dtype)
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     rows, width = map(names, rules.partition(axes, mesh, parameters=True))
     # Positions that all rows share, or one token a row as in decoding, are not cut up.
@@ -121,3 +120,26 @@ def lookup(table: jax.Array, ids: jax.Array, axes: Axes, dtype: jnp.dtype) -> ja
         return jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
     cut = _Cut(mesh, rows, width, batch, sequence, table.shape, table.dtype, jnp.dtype(dtype))
     return _lookup(cut, table, ids)
+
+
+def _lookup_in_parts(table: jax.Array, ids: jax.Array, axis: str, dtype: Any) -> jax.Array:
+    """`lookup` in manual code, which sees some of the rows of the table.
+
+    Args:
+        axis: logical axis of the table's rows.
+    """
+    axes = split_over(axis, parameters=True)
+
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        size = table.shape[0]
+        ids = jnp.clip(ids, 0, size * jax.lax.axis_size(axes) - 1) - size * jax.lax.axis_index(axes)
+        found = jnp.take(table, ids, axis=0, mode='clip').astype(dtype)
+        here = (ids >= 0) & (ids < size)
+        # One device has the row and the others zeros, so the sum is exact in any type.
+        return jax.lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), axes)
+
+    # XLA cannot partition a gather over two more axes in manual code.
+    ids_axes = ('batch', 'sequence')
+    return map_shards(
+        look_up, {'table': table, 'ids': ids}, {'table': (axis, None), 'ids': ids_axes}, (*ids_axes, None)
+    )

@@ -67,6 +67,31 @@ class AxisRules:
                 fix=f'Use one of {", ".join(methods)}.',
             )
 
+    def place(self, axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+        """The PartitionSpec of a parameter of this shape; a dimension may turn out not to be divisible.
+
+        Layers of a stack that the stages of a pipeline cannot share evenly, and layers that are not in the stack, are
+        cut up over the stages along another dimension: the largest that can be.
+        """
+        spec = list(self.partition(axes, mesh, parameters=True))
+        if not axes or axes[0] not in ('layers', 'remainder'):
+            return PartitionSpec(*spec)
+        over = names(self.partition(('layers',), mesh, parameters=True)[0])
+        ways = math.prod(mesh.shape[axis] for axis in over)
+        if not over or (axes[0] == 'layers' and shape[0] % ways == 0):
+            return PartitionSpec(*spec)
+        spec[0] = None
+        left = [size // math.prod(mesh.shape[a] for a in names(e)) for size, e in zip(shape, spec, strict=True)]
+        if fitting := [i for i in range(1, len(shape)) if left[i] % ways == 0]:
+            widest = max(fitting, key=lambda i: left[i])
+            spec[widest] = (*over, *names(spec[widest]))
+        return PartitionSpec(*(each if not isinstance(each, tuple) or len(each) > 1 else each[0] for each in spec))
+
+    def splitting(self, axis: str, mesh_axis: str) -> 'AxisRules':
+        """These rules with activations split along `axis` over one more mesh axis, the minor one."""
+        rows = tuple((each, (*names(over), mesh_axis) if each == axis else over) for each, over in self.activations)
+        return dataclasses.replace(self, activations=rows)
+
     def partition(self, axes: Axes, mesh: Mesh | AbstractMesh, *, parameters: bool) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
 
@@ -197,8 +222,9 @@ def map_shards(
     if current is None:
         return function(**arrays)
     mesh, rules = current
-    open_axes = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in mesh.manual_axes}
-    if not open_axes:
+    open_axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    # In manual code also over axes of size 1: the compiler must not be left to partition a kernel, not even into one.
+    if not open_axes or (mesh.size == 1 and not mesh.manual_axes):
         return function(**arrays)
     specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
     out_spec = rules.partition(out_axes, mesh, parameters=False)
@@ -207,7 +233,7 @@ def map_shards(
         mesh=mesh,
         in_specs=(specs,),
         out_specs=out_spec,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=open_axes,
         check_vma=False,
     )
     result: jax.Array = mapped(arrays)
@@ -247,7 +273,7 @@ def parameter_sharding(
     Raises:
         UserError: a dimension is not divisible by the mesh axes it is split over.
     """
-    spec = rules.partition(axes, mesh, parameters=True)
+    spec = rules.place(axes, shape, mesh)
     for axis, size, mesh_axes in zip(axes, shape, spec, strict=True):
         over = names(mesh_axes)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)

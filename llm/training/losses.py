@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from llm.errors import UserError
 from llm.kernels.cross_entropy import Placement, summed_cross_entropy, token_cross_entropy
 from llm.models.embedding import Projection
-from llm.parallel.sharding import names, rules_in_force
+from llm.parallel.sharding import manual_axes, names, rules_in_force, target_device
 
 
 def _placement(projection: Projection, targets: jax.Array) -> Placement:
@@ -34,7 +34,8 @@ def _placement(projection: Projection, targets: jax.Array) -> Placement:
                 where='AxisRules.activations',
                 fix=f'Make it a multiple of {ways}, or lower MeshConfig.{" or ".join(axes)}.',
             )
-    return Placement(mesh, batch, sequence, vocab, embed)
+    vocab = (*manual_axes('vocab', parameters=True), *vocab)
+    return Placement(mesh, batch, sequence, vocab, embed, target_device().platform)
 
 
 def token_negative_log_likelihood(

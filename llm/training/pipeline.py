@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from llm.errors import UserError
 from llm.models.context import Context
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
+from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
 from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, run
 from llm.parallel.pipeline.granularity import Costs
@@ -23,23 +24,33 @@ from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
-from llm.parallel.sharding import AxisRules, manual_axes
-from llm.parallel.vocabulary import token_negative_log_likelihood
+from llm.parallel.sharding import AxisRules
 from llm.training.layout import token_order
+from llm.training.losses import summed_loss
+
+_REMATS: tuple[RematKind, ...] = ('none', 'full', 'dots', 'dots_no_batch', 'names')
 
 
 def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
-    """The functions of `config`'s decoder.
+    """The functions of `config`'s decoder; `config.remat` is of a whole repeat of the layers.
 
-    A stage computes its layers again in the backward pass, from the input of every repeat, whatever `config.remat` is.
+    Raises:
+        UserError: what `config.remat` keeps cannot be kept from tick to tick.
     """
+    if config.remat not in _REMATS:
+        raise UserError(
+            f"remat {config.remat!r} is not possible in a pipeline, which keeps everything in its stages' own memory",
+            where='DecoderConfig.remat',
+            fix=f'Use one of {", ".join(_REMATS)}, or MeshConfig.pipeline = 1.',
+        )
     decoder = Decoder(config)
     graph, abstract = nnx.split(decoder)
     layers_graph, _ = nnx.split(decoder.layers)
-    unused = nnx.to_pure_dict(abstract)['layers']
+    remainder_graph, _ = nnx.split(decoder.remainder)
+    unused = nnx.to_pure_dict(abstract)
 
     def merged(shared: Any) -> Decoder:
-        return nnx.merge(graph, {**shared, 'layers': unused})
+        return nnx.merge(graph, {**unused, **shared})
 
     def embed(shared: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
         order = token_order(rows['inputs'].shape[1])
@@ -49,41 +60,35 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
     def context(rows: Batch, key: jax.Array | None) -> Any:
         return rows['segment_ids'], decoder.rotary(rows['positions']), key
 
-    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> jax.Array:
+    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> jax.Array:
         segment_ids, rotary, key = context
         order = token_order(segment_ids.shape[1])
+        read = Context(segment_ids, rotary, token_index=None if order is None else jnp.asarray(order))
+        return run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)[0]
+
+    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> jax.Array:
         layers = nnx.merge(layers_graph, jax.tree.map(lambda p: p[None], parameters))
-        x, _ = run_layers(
-            dict(layers.items()),
-            x,
-            Context(segment_ids, rotary, token_index=None if order is None else jnp.asarray(order)),
-            repeats=1,
-            first=index * len(config.pattern),
-            dropout_key=key,
-        )
-        return x
+        return run_once(layers, x, index * len(config.pattern), context)
+
+    def remainder(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
+        return run_once(nnx.merge(remainder_graph, parameters), x, config.repeats * len(config.pattern), context)
 
     def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
         model = merged(shared)
-        logits = model.logits(model.normalize(x))
-        axes = manual_axes('vocab', parameters=True)
-        nll, log_z = token_negative_log_likelihood(logits, rows['targets'], axes)
-        weights = rows['loss_weights'].astype(nll.dtype)
-        sums = {
-            'nll': jnp.sum(nll * weights),
-            'z_loss': z_loss * jnp.sum(jnp.square(log_z) * weights),
-            'tokens': jnp.sum(weights),
-        }
-        return sums['nll'] + sums['z_loss'], sums
+        return summed_loss(model.projection(), model.normalize(x), rows['targets'], rows['loss_weights'], z_loss)
 
-    return Stages(embed, context, repeat, loss)
+    remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
+    return Stages(embed, context, repeat, remainder, loss, None if config.remat == 'none' else remat)
 
 
 def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
     # Layers cast their matrices to the type of the products themselves; norms are taken in fp32.
-    return Placement(
-        PartitionSpec(*rules.partition(spec.axes, mesh, parameters=True)), None if spec.role == Role.VECTOR else dtype
-    )
+    return Placement(rules.place(spec.axes, spec.shape, mesh), None if spec.role == Role.VECTOR else dtype)
+
+
+def _cut_stack(spec: ParameterSpec, size: int, axis: str) -> ParameterSpec:
+    """The spec of `size` entries of a stacked parameter, along an axis of this name."""
+    return dataclasses.replace(spec, shape=(size, *spec.shape[1:]), axes=(axis, *spec.axes[1:]))
 
 
 def make_pipeline(
@@ -95,14 +100,41 @@ def make_pipeline(
     dropout, and if the table is for evaluation no gradients.
     """
     stages = make_stages(config, z_loss)
+    staged = table.problem.staged_repeats
+    left = config.repeats - staged
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
-    placements = jax.tree.map(place, specs)
-    layers = placements.pop('layers')
+    stacks = ('layers', 'remainder')
+
+    def divided(tree: Any, first: Callable[[Any], Any], rest: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """(what the stages have, the others) of a tree like the parameters; the functions cut the layers up."""
+        return jax.tree.map(first, tree['layers']), {
+            'ends': {name: value for name, value in tree.items() if name not in stacks},
+            'repeats': jax.tree.map(rest, tree['layers']) if left else {},
+            'remainder': tree.get('remainder', {}),
+        }
+
+    # Only stages have a leading axis that is cut up.
+    cut = divided(
+        specs,
+        functools.partial(_cut_stack, size=staged, axis='layers'),
+        functools.partial(_cut_stack, size=left, axis='remainder'),
+    )
+    placements = jax.tree.map(place, cut)
+
+    def joined(first: jax.Array, rest: jax.Array, spec: ParameterSpec) -> jax.Array:
+        sharding = NamedSharding(mesh, rules.place(spec.axes, spec.shape, mesh))
+        return jax.lax.with_sharding_constraint(jnp.concatenate([first, rest]), sharding)
 
     def compute(parameters: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Sums]:
-        shared = {name: value for name, value in parameters.items() if name != 'layers'}
-        found, sums = run(table, stages, mesh, rules, (layers, placements), parameters['layers'], shared, batch, key)
-        return None if found is None else {**found[1], 'layers': found[0]}, sums
+        layers, shared = divided(parameters, lambda x: x[:staged], lambda x: x[staged:])
+        found, sums = run(table, stages, mesh, rules, placements, layers, shared, batch, key)
+        if found is None:
+            return None, sums
+        layers, shared = found
+        if left:
+            layers = jax.tree.map(joined, layers, shared['repeats'], specs['layers'])
+        remainder = {'remainder': shared['remainder']} if shared['remainder'] else {}
+        return {**shared['ends'], **remainder, 'layers': layers}, sums
 
     return compute
 
@@ -124,7 +156,8 @@ def repeat_costs_of(
     def repeat(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
         return stages.repeat(parameters, x, jnp.int32(0), context)
 
-    return count(repeat, parameters, jax.ShapeDtypeStruct((rows, length, config.d_model), dtype), context)
+    x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)
+    return count(repeat, parameters, x, context, stages.remat)
 
 
 def make_pipeline_table(
@@ -138,21 +171,8 @@ def make_pipeline_table(
     """The schedule of a training step whose microbatches have `shape` (rows, length).
 
     Raises:
-        UserError: the layers cannot be divided over the stages, there are too few microbatches, or remat is 'offload'.
+        UserError: there are fewer repeats of the layers than blocks, or too few microbatches.
     """
-    if config.remat == 'offload':
-        raise UserError(
-            'a stage of a pipeline keeps the inputs of its layers on the device, and offloads none',
-            where='DecoderConfig.remat',
-            fix="Use remat = 'full', or MeshConfig.pipeline = 1.",
-        )
-    if config.remainder:
-        raise UserError(
-            f'{config.num_layers} layers are no whole number of patterns of {len(config.pattern)}, and a pipeline has '
-            'no place for the rest',
-            where='DecoderConfig.num_layers',
-            fix=f'Use a multiple of {len(config.pattern)}, or MeshConfig.pipeline = 1.',
-        )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
     table = make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
     validate(table)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from llm.parallel.lookup import lookup
 from llm.parallel.mesh import MeshConfig, make_mesh
@@ -71,3 +72,39 @@ def test_neither_the_table_nor_all_results_are_gathered():
     lines = [line for line in program.as_text().splitlines() if ' all-gather(' in line or ' all-gather-start(' in line]
     assert lines
     assert all('s32[' in line.split(' all-gather')[0] for line in lines)
+
+
+@pytest.mark.parametrize(
+    'config',
+    [MeshConfig(data=1, pipeline=4), MeshConfig(data=1, pipeline=2, tensor=2, sequence=2)],
+    ids=['one axis', 'three axes'],
+)
+def test_rows_over_a_manual_axis(config):
+    table = jax.random.normal(jax.random.key(0), (16, 6))
+    ids = jnp.asarray([[0, 3, 15, 7], [8, 3, -2, 40]])  # the last two are clamped
+
+    def both(table, ids):
+        with use_rules(jax.sharding.get_abstract_mesh(), AxisRules()):
+            return jax.tree.map(lambda x: x[None], value_and_gradient(table, ids))
+
+    def value_and_gradient(table, ids):
+        x, vjp = jax.vjp(lambda table: lookup(table, ids, ('vocab', 'embed'), table.dtype), table)
+        # The result is on all stages, and is used on one.
+        used = jnp.where(jax.lax.axis_index('pipeline') == 1, 1.0, 0.0)
+        return x, vjp(used * jnp.cos(x))[0]
+
+    mesh = make_mesh(config, jax.devices()[: config.pipeline * config.tensor * config.sequence])
+    stages = PartitionSpec('pipeline')
+    mapped = jax.shard_map(
+        both,
+        mesh=mesh,
+        in_specs=(stages, PartitionSpec()),
+        out_specs=stages,
+        axis_names={'pipeline'},
+        check_vma=False,
+    )
+    found, gradient = jax.jit(mapped)(table, ids)
+    expected, vjp = jax.vjp(lambda table: jnp.take(table, ids, axis=0, mode='clip'), table)
+    for stage in range(config.pipeline):
+        np.testing.assert_array_equal(found[stage], expected)
+    np.testing.assert_allclose(gradient.reshape(16, 6), vjp(jnp.cos(expected))[0], rtol=1e-6)

@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from llm.errors import UserError
-from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, constrain, map_shards, parameter_sharding, use_rules
 
 RULES = AxisRules()
@@ -66,3 +66,20 @@ def test_map_shards_gives_each_device_its_part():
     assert jnp.array_equal(y, x * scale)
     assert jnp.array_equal(map_shards(function, {'x': x, 'scale': scale}, axes, axes['x']), x * scale)
     assert seen[1:] == [((4, 6), (6,))]
+
+
+@pytest.mark.parametrize(
+    ('axes', 'shape', 'expected'),
+    [
+        (('layers', 'embed', 'mlp'), (4, 8, 12), ('pipeline', 'fsdp', None)),
+        # Six layers over four stages; a layer beside the stack; nothing that four divides; no layer at all.
+        (('layers', 'embed', 'mlp'), (6, 8, 12), (None, 'fsdp', 'pipeline')),
+        (('remainder', 'embed', 'mlp'), (4, 32, 12), (None, ('pipeline', 'fsdp'), None)),
+        (('layers', 'norm'), (6, 7), (None, None)),
+        (('embed', 'vocab'), (8, 12), ('fsdp', 'pipeline')),
+    ],
+)
+def test_layers_that_stages_cannot_share_are_cut_up_along_another_dimension(axes, shape, expected):
+    mesh = AbstractMesh((4, 1, 2, 1, 1, 1), MESH_AXES)
+    spec = AxisRules().place(axes, shape, mesh)
+    assert spec == PartitionSpec(*expected)

@@ -24,6 +24,7 @@ LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), feed_forward=FeedForwardConfig(d_ff=48)
 )
 WINDOWED = dataclasses.replace(LAYER, mixer=dataclasses.replace(LAYER.mixer, window=5), dropout=0.2)
+# With remat 'none' stages keep all that the backward pass reads, with the others what the policy says.
 MODELS = {
     'dense': DecoderConfig(vocab_size=64, d_model=32, num_layers=8, pattern=(LAYER,), compute_dtype='float64'),
     # Two layers a repeat, one of them windowed; dropout; everything that is tied or added at the ends.
@@ -38,8 +39,13 @@ MODELS = {
         embedding_dropout=0.1,
         final_logit_soft_cap=5.0,
         compute_dtype='float64',
+        remat='full',
     ),
 }
+# 5 repeats of two layers, which no number of stages divides, and one more layer.
+MODELS['uneven'] = dataclasses.replace(
+    MODELS['windowed'], num_layers=11, remat='names', remat_names=('attention', 'feed_forward_hidden')
+)
 
 
 def _to_float64(tree):
@@ -105,6 +111,13 @@ CASES = [
     (ZERO, 'windowed', 4, True, MeshConfig(data=2, fsdp=2, pipeline=2)),
     (ZERO, 'windowed', 8, True, MeshConfig(data=1, tensor=2, pipeline=4)),
     (ZERO, 'dense', 4, True, MeshConfig(data=1, sequence=2, tensor=2, pipeline=2)),
+    # Rows that the stages share, 4 or 2 of them, and that they cannot share, 1 or 2 for 4 stages.
+    (GPIPE, 'uneven', 4, True, MeshConfig(data=2, pipeline=4)),
+    (ONE_F_ONE_B, 'uneven', 4, True, MeshConfig(data=1, fsdp=2, tensor=2, pipeline=2)),
+    (ONE_F_ONE_B, 'uneven', 8, False, MeshConfig(data=1, fsdp=2, pipeline=4)),
+    (INTERLEAVED, 'uneven', 4, False, MeshConfig(data=2, fsdp=2, pipeline=2)),
+    (INTERLEAVED, 'uneven', 4, True, MeshConfig(data=1, sequence=2, tensor=2, pipeline=2)),
+    (ZERO, 'uneven', 4, True, MeshConfig(data=1, tensor=2, pipeline=4)),
 ]
 
 
@@ -134,21 +147,23 @@ def test_pipelines_agree_with_one_device(case):
     assert within == []
 
 
+@pytest.mark.parametrize('model', ['windowed', 'uneven'])
 @pytest.mark.parametrize('schedule', [ONE_F_ONE_B, INTERLEAVED], ids=lambda config: config.schedule)
-def test_evaluation_agrees_with_one_device(schedule):
+def test_evaluation_agrees_with_one_device(schedule, model):
     with jax.enable_x64():
         sums = []
         for mesh, pipeline in ((MeshConfig(data=1), PipelineConfig()), (MeshConfig(data=2, pipeline=2), schedule)):
-            trainer = _trainer('windowed', 4, mesh, pipeline)
-            state = jax.device_put(_initial_state('windowed'), trainer.state_shardings)
+            trainer = _trainer(model, 4, mesh, pipeline)
+            state = jax.device_put(_initial_state(model), trainer.state_shardings)
             rows = jax.device_put(batch(True), trainer.batch_sharding)
             sums.append(jax.device_get(trainer.evaluation_step(state['parameters'], rows)))
         assert sums[0]['tokens'] == sums[1]['tokens']
         assert sums[1]['nll'] == pytest.approx(sums[0]['nll'], rel=1e-12)
 
 
-def test_nothing_is_replicated_over_stages_but_norms():
-    trainer = _trainer('windowed', 4, MeshConfig(data=1, pipeline=4), ONE_F_ONE_B)
+@pytest.mark.parametrize('model', ['windowed', 'uneven'])
+def test_nothing_is_replicated_over_stages_but_norms(model):
+    trainer = _trainer(model, 4, MeshConfig(data=1, pipeline=4), ONE_F_ONE_B)
     whole = [
         jax.tree_util.keystr(path)
         for path, x in jax.tree_util.tree_leaves_with_path(trainer.abstract_state['parameters'])
@@ -173,11 +188,11 @@ def test_schedules_store_the_same():
 @pytest.mark.parametrize(
     ('changes', 'microbatches', 'stages', 'schedule', 'message'),
     [
-        ({'num_layers': 6}, 4, 4, ONE_F_ONE_B, '6 repeats of the layer pattern cannot be divided over 4'),
-        ({'num_layers': 10}, 4, 2, INTERLEAVED, '10 repeats .* 2 pipeline stages of 2 chunks'),
-        ({'pattern': (LAYER, WINDOWED), 'num_layers': 9}, 4, 2, ONE_F_ONE_B, '9 layers are no whole number'),
+        ({'num_layers': 3}, 4, 4, ONE_F_ONE_B, '3 repeats of the layer pattern are fewer than the 4 blocks'),
+        ({'num_layers': 3}, 4, 2, INTERLEAVED, '3 repeats .* 4 blocks of 2 pipeline stages of 2 chunks'),
+        ({'pattern': (LAYER, WINDOWED), 'num_layers': 3}, 4, 2, ONE_F_ONE_B, '1 repeats .* fewer than the 2 blocks'),
         ({}, 1, 2, GPIPE, '1 microbatches are fewer than 2 pipeline stages'),
-        ({'remat': 'offload', 'remat_names': ('query',)}, 4, 2, GPIPE, 'offloads none'),
+        ({'remat': 'offload', 'remat_names': ('query',)}, 4, 2, GPIPE, 'in its stages'),
         ({'vocab_size': 63}, 4, 2, GPIPE, "'vocab' of size 63 cannot be divided over mesh axis 'pipeline'"),
     ],
 )

@@ -1,5 +1,6 @@
 """What the TPU compiler makes of a pipeline: how its temporaries grow with microbatches, and that buffers stay put."""
 
+import dataclasses
 import functools
 import re
 
@@ -29,11 +30,11 @@ pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
 
 
 @functools.cache
-def _compiled(schedule: str, microbatches: int) -> jax.stages.Compiled:
+def _compiled(schedule: str, microbatches: int, remat: str = 'full') -> jax.stages.Compiled:
     """A training step of 4 rows a microbatch on four v5e chips, each a stage."""
     topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
     trainer = Trainer(
-        MODEL,
+        dataclasses.replace(MODEL, remat=remat),
         OptimizerConfig(kind='adamw'),
         StepConfig(4 * microbatches, LENGTH, microbatches),
         total_steps=10,
@@ -49,8 +50,8 @@ def _compiled(schedule: str, microbatches: int) -> jax.stages.Compiled:
     return trainer.train_step.lower(trainer.abstract_state, {**batch, 'loss_weights': array(jnp.float32)}).compile()
 
 
-def _temporaries(schedule: str, microbatches: int) -> int:
-    return _compiled(schedule, microbatches).memory_analysis().temp_size_in_bytes
+def _temporaries(schedule: str, microbatches: int, remat: str = 'full') -> int:
+    return _compiled(schedule, microbatches, remat).memory_analysis().temp_size_in_bytes
 
 
 # One microbatch's activations on one stage: the inputs of its two layers.
@@ -64,14 +65,25 @@ def test_temporaries_of_1f1b_do_not_grow_with_microbatches():
     assert max(sizes) - min(sizes) < ACTIVATIONS / 20
 
 
+def test_without_remat_more_is_kept_and_it_does_not_grow_either():
+    sizes = [_temporaries('1f1b', microbatches, 'none') for microbatches in (16, 32)]
+    print(f'temporaries of 1F1B without remat, with 16 and 32 microbatches: {sizes}')
+    assert max(sizes) - min(sizes) < ACTIVATIONS / 20
+    # For four microbatches, of each of two layers: attention probabilities, and twice what is inside of the gate.
+    probabilities, hidden = 4 * 4 * LENGTH * LENGTH, 4 * LENGTH * 1024
+    assert sizes[0] - _temporaries('1f1b', 16) > 4 * 2 * 2 * (probabilities + 2 * hidden)
+
+
 def test_gpipe_keeps_every_microbatch():
     more = _temporaries('gpipe', 16) - _temporaries('1f1b', 16)
     assert more > 11 * ACTIVATIONS  # 16 microbatches instead of 4
 
 
-def test_activations_are_not_copied_from_tick_to_tick():
-    """The buffer that is carried around is updated in place: it is in the program, and no copy of it."""
-    program = _compiled('1f1b', 16).as_text()
-    buffer = rf'bf16\[4,2,4,{LENGTH},512\]'
-    assert re.search(buffer, program)
-    assert not re.search(rf'= {buffer}\S* copy\(', program)
+@pytest.mark.parametrize(('remat', 'widths'), [('full', [512]), ('none', [512, 1024])])
+def test_activations_are_not_copied_from_tick_to_tick(remat, widths):
+    """The buffers that are carried around are updated in place: they are in the program, and no copy of them."""
+    program = _compiled('1f1b', 16, remat).as_text()
+    for width in widths:
+        buffer = rf'bf16\[4,2,4,{LENGTH},{width}\]'
+        assert re.search(buffer, program)
+        assert not re.search(rf'= {buffer}\S* copy\(', program)

@@ -1,11 +1,15 @@
 """Cross-entropy of a vocabulary projection: hidden states in, losses out, and never all the logits in between.
 
 `reference.py` is the definition, `chunked.py` the computation on one device, and here is what both are for: two
-functions that differentiate, on one device or on a mesh.
+functions that differentiate, on one device, on a mesh, or in code that is manual over some axes of a mesh.
 
 On a mesh, per call: the kernel is gathered over the axes that split its D, once, in the type of `hidden`; where axes
 split V it stays split, and [tokens] numbers are combined; the gradient of the kernel is added up over the axes that
 split tokens and scattered over those that split its D, once, in at least fp32.
+
+In manual code the same goes for the axes that are left to the compiler. Of the manual ones only those of V matter here:
+every device gives the loss of all V, and the gradients count what each device does with it. Those of `hidden`, which is
+the same on all, are terms of a sum over the devices, as everything is that `jax.shard_map` differentiates.
 """
 
 import dataclasses
@@ -28,8 +32,11 @@ class Placement:
 
     Attributes:
         mesh: the device mesh; None for one device.
-        batch, sequence: of hidden states, targets and weights.
-        vocab, embed: of the kernel. No axis may split both vocabulary and tokens, or both vocabulary and embed.
+        batch, sequence: of hidden states, targets and weights; no manual axes.
+        vocab, embed: of the kernel. No axis may split both vocabulary and tokens, or both vocabulary and embed. Manual
+            axes of the vocabulary come first; there are none of embed.
+        platform: of the devices that the program is for; None for that of the mesh, or where it has no devices, of the
+            default ones.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -37,6 +44,7 @@ class Placement:
     sequence: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         if set(self.vocab) & {*self.tokens, *self.embed}:
@@ -48,8 +56,20 @@ class Placement:
         return self.batch + self.sequence
 
     @property
-    def platform(self) -> str:
+    def manual(self) -> tuple[str, ...]:
+        """The axes of the vocabulary that are manual where this is called."""
+        return () if self.mesh is None else tuple(axis for axis in self.vocab if axis in self.mesh.manual_axes)
+
+    @property
+    def open_vocab(self) -> tuple[str, ...]:
+        """The other axes of the vocabulary."""
+        return self.vocab[len(self.manual) :]
+
+    @property
+    def target_platform(self) -> str:
         """Of the devices that the program is for, which may not be the default ones."""
+        if self.platform is not None:
+            return self.platform
         return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else jax.default_backend()
 
 
@@ -63,7 +83,7 @@ class _Options:
 
     def chunked(self, columns: int) -> chunked.Options:
         """Those of one device, which holds `columns` of the kernel."""
-        chunk = chunked.default_chunk(columns, self.placement.platform) if self.chunk is None else self.chunk
+        chunk = chunked.default_chunk(columns, self.placement.target_platform) if self.chunk is None else self.chunk
         return chunked.Options(self.multiplier, self.soft_cap, chunk, self.placement.vocab)
 
     def map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -72,14 +92,19 @@ class _Options:
         if mesh is None or mesh.size == 1:
             return function
         mapped: Callable[..., Any] = jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+            check_vma=False,
         )
         return mapped
 
     def specs(self) -> tuple[P, P, P]:
         """Of hidden, kernel and [B, S] arrays."""
         place = self.placement
-        return P(place.batch, place.sequence, None), P(place.embed, place.vocab), P(place.batch, place.sequence)
+        return P(place.batch, place.sequence, None), P(place.embed, place.open_vocab), P(place.batch, place.sequence)
 
 
 def _gathered(place: Placement, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -127,8 +152,8 @@ def _losses_and_gradients(
         tuple(x.reshape(-1) for x in given),
     )
     d_hidden = d_hidden.reshape(hidden.shape)
-    if place.vocab:
-        d_hidden = jax.lax.psum(d_hidden, place.vocab)
+    if place.open_vocab:
+        d_hidden = jax.lax.psum(d_hidden, place.open_vocab)
     shape = targets.shape
     return nll.reshape(shape), log_z.reshape(shape), d_hidden, _scattered(place, d_kernel).astype(kernel.dtype)
 
@@ -137,6 +162,11 @@ def _summed(place: Placement, *arguments: Any) -> tuple[jax.Array, dict[str, jax
     """`weighted_sums` of the tokens of all devices."""
     sums = weighted_sums(*arguments)
     return jax.lax.psum(sums, place.tokens) if place.tokens else sums
+
+
+def _over_manual(place: Placement, cotangents: Any) -> Any:
+    """What all devices that share the vocabulary by manual axes do with the same losses."""
+    return jax.lax.psum(cotangents, place.manual) if place.manual else cotangents
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,6 +188,7 @@ def _token_backward(options: _Options, residuals: Any, gradients: tuple[jax.Arra
         return _losses_and_gradients(options, hidden, kernel, targets, lambda log_z, given: given, *given)[2:]
 
     hidden, kernel, spec = options.specs()
+    gradients = _over_manual(options.placement, gradients)
     return *options.map(run, (hidden, kernel, spec, spec, spec), (hidden, kernel))(*residuals, *gradients), None
 
 
@@ -225,7 +256,8 @@ def _summed_forward(options: _Options, *arrays: jax.Array) -> tuple[Any, Any]:
 
 
 def _summed_backward(options: _Options, gradients: Any, cotangents: Any) -> Any:
-    return *((cotangents[0] * x).astype(x.dtype) for x in gradients), None, None
+    cotangent = _over_manual(options.placement, cotangents[0])
+    return *((cotangent * x).astype(x.dtype) for x in gradients), None, None
 
 
 _summed_cross_entropy.defvjp(_summed_forward, _summed_backward)

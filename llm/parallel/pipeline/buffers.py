@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def _start(x: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
@@ -20,6 +21,20 @@ def _read_one(x: jax.Array, *index: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_slice(x, _start(x, index), (*(1,) * len(index), *x.shape[len(index) :])).reshape(
         x.shape[len(index) :]
     )
+
+
+def in_order(tree: Any) -> Any:
+    """The arrays with their dimensions in memory in order, on the way from or to a buffer.
+
+    A product may like another order. Without this the compiler gives that order to the whole buffer, and copies all of
+    it for every user with another wish. Arrays that would be filled up, their last dimension to a TPU's 128 lanes, are
+    left to it.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if x.ndim and x.shape[-1] % 128 == 0 else x
+
+    return jax.tree.map(one, tree)
 
 
 def write(buffer: Any, value: Any, *index: jax.Array | int) -> Any:

@@ -1,6 +1,7 @@
 """What the parts of a repeat of the layers cost, in FLOPs of matrix products, read off their programs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,16 +10,20 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.split import Function, split_backward
 
+Remat = Callable[[Function], Function] | None
 
-def repeat_costs(function: Function, parameters: Any, x: jax.ShapeDtypeStruct, context: Any) -> Costs:
+
+def repeat_costs(
+    function: Function, parameters: Any, x: jax.ShapeDtypeStruct, context: Any, remat: Remat = None
+) -> Costs:
     """Costs of the forward pass of `function(parameters, x, context)` and of the parts of its backward pass.
 
     Args:
-        parameters, context: trees of jax.ShapeDtypeStruct.
+        parameters, context: trees of jax.ShapeDtypeStruct. remat: see split_backward.
     """
-    split = split_backward(function, parameters, x, context)
-    recompute = product_flops(split.recompute, parameters, x, context)
-    both = product_flops(split.recompute_input_gradient, parameters, x, context, x)
+    split = split_backward(function, parameters, x, context, remat)
+    recompute = product_flops(split.recompute, parameters, split.kept, context)
+    both = product_flops(split.recompute_input_gradient, parameters, split.kept, context, x)
     return Costs(
         forward=product_flops(function, parameters, x, context),
         recompute=recompute,
@@ -27,22 +32,24 @@ def repeat_costs(function: Function, parameters: Any, x: jax.ShapeDtypeStruct, c
     )
 
 
-def compiled_costs(function: Function, parameters: Any, x: jax.ShapeDtypeStruct, context: Any) -> Costs:
+def compiled_costs(
+    function: Function, parameters: Any, x: jax.ShapeDtypeStruct, context: Any, remat: Remat = None
+) -> Costs:
     """The same as `repeat_costs`, by the compiler's own count of its optimized programs.
 
     It counts elementwise operations too, and a loop's body once: for functions without loops. It takes seconds.
     """
-    split = split_backward(function, parameters, x, context)
+    split = split_backward(function, parameters, x, context, remat)
 
     def flops(part: Any, *arguments: Any) -> float:
         analysis: Any = jax.jit(part).lower(*arguments).compile().cost_analysis()
         return float(analysis['flops'])
 
-    recompute = flops(split.recompute, parameters, x, context)
+    recompute = flops(split.recompute, parameters, split.kept, context)
     return Costs(
         forward=flops(function, parameters, x, context),
         recompute=recompute,
-        input_gradient=flops(split.recompute_input_gradient, parameters, x, context, x) - recompute,
+        input_gradient=flops(split.recompute_input_gradient, parameters, split.kept, context, x) - recompute,
         weight_gradient=flops(split.weight_gradient, parameters, split.operands, context),
     )
 

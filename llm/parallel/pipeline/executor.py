@@ -8,12 +8,14 @@ Mesh axes over which the batch is split are manual too, so that gradients are su
 other axes are left to the compiler. Collectives in an operation are those within a stage: all devices of a stage, and
 of no other, take part in them.
 
-Embedding, final layers and loss belong to no stage: their parameters are sharded over all stages, which compute them
-together between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with
-Vocabulary Parallelism", section 4).
+Embedding and loss belong to no stage: their parameters are sharded over all stages, which compute them together
+between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with Vocabulary
+Parallelism", section 4). The same goes for layers that are left over when stages have equally many: of those each
+stage does some of the rows, with weights that are gathered as they are needed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from llm.parallel.pipeline.buffers import add, read, when, write, write_if
+from llm.parallel.pipeline.buffers import add, in_order, read, when, write, write_if
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
@@ -42,13 +44,17 @@ class Stages:
         embed: (shared, rows, key of the microbatch) -> x [B, S, D].
         context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
         repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
+        remainder: (parameters, x, context) -> x, of the layers after the last repeat.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
+        remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
     context: Callable[[Batch, jax.Array | None], Any]
     repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    remainder: Callable[[Any, jax.Array, Any], jax.Array]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,9 @@ def run(
 
     Args:
         placements: of `layers` and `shared`, trees of Placement.
-        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`. shared: the others.
+        layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`.
+        shared: {'ends': of embedding and loss, 'repeats': the same tree as `layers` of the repeats after those, not
+            sharded along the leading axis, 'remainder': the layers after the last repeat}; the last two may be empty.
         batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
         key: of the step, for dropout; every microbatch folds in its index.
 
@@ -96,7 +104,7 @@ def run(
         layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
     ) -> tuple[tuple[Any, Any] | None, Sums]:
         with use_rules(jax.sharding.get_abstract_mesh(), rules):
-            device = _Device(table, stages, placements, manual, layers, shared, batch, key)
+            device = _Device(table, stages, rules, placements, manual, layers, shared, batch, key)
             return device.run(columns[:, 0], joint)
 
     mapped = jax.shard_map(
@@ -121,6 +129,19 @@ def _is_placement(node: Any) -> bool:
     return isinstance(node, Placement)
 
 
+def _without_leading_axis(placements: Any) -> Any:
+    return jax.tree.map(
+        lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
+        placements,
+        is_leaf=_is_placement,
+    )
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for jax.checkpoint."""
+    return str(primitive) != 'all_gather'
+
+
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """`spec` without mesh axes other than `axes`."""
     return PartitionSpec(*(tuple(a for a in names(each) if a in axes) or None for each in spec))
@@ -132,12 +153,13 @@ class _State:
     """What a device carries from tick to tick.
 
     Attributes:
-        inputs: [slots, repeats, B, S, D], in evaluation of the first repeat only. sums: of the losses.
+        inputs: what the forward passes of repeats keep, [slots, repeats, ...] each. The first is their inputs, [slots,
+            repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
         gradients: [slots, B, S, D]. residuals, operands: see Table. layers, shared: sums of gradients. These are None
             in evaluation.
     """
 
-    inputs: jax.Array
+    inputs: list[jax.Array]
     sums: Sums
     gradients: Any = None
     residuals: Any = None
@@ -149,6 +171,12 @@ class _State:
 def _replace(state: _State, name: str, value: Any) -> _State:
     changes: dict[str, Any] = {name: value}
     return dataclasses.replace(state, **changes)
+
+
+def _with_input(state: _State, condition: jax.Array, x: jax.Array, slot: jax.Array, repeat: jax.Array | int) -> _State:
+    """With x as the input of a repeat, where `condition`."""
+    first, *others = state.inputs
+    return dataclasses.replace(state, inputs=[write_if(condition, first, x, slot, repeat), *others])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +198,7 @@ class _Device:
         self,
         table: Table,
         stages: Stages,
+        rules: AxisRules,
         placements: tuple[Any, Any],
         manual: tuple[str, ...],
         layers: Any,
@@ -179,6 +208,7 @@ class _Device:
     ) -> None:
         problem = table.problem
         self.table, self.stages, self.manual, self.evaluation = table, stages, manual, problem.evaluation
+        self.rules = rules
         self.layer_placements, self.shared_placements = placements
         self.num_stages, self.chunks, self.repeats = problem.stages, problem.config.chunks, problem.chunk_repeats
         self.layers, self.shared, self.key = layers, shared, key
@@ -223,18 +253,19 @@ class _Device:
         table, rows = self.table, self.rows(jnp.int32(0))
         x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
         self.message = jnp.zeros(x.shape, x.dtype)
-        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows)
+        _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows, jnp.int32(0))
         sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
         if self.evaluation:
-            return _State(inputs=jnp.zeros((table.input_slots, 1, *x.shape), x.dtype), sums=sums)
-        context = (jnp.int32(0), self._context({'microbatch': jnp.int32(0)}))
-        self.split = split_backward(self._repeat, self._parameters(jnp.int32(0)), self.message, context)
+            return _State(inputs=[jnp.zeros((table.input_slots, 1, *x.shape), x.dtype)], sums=sums)
+        context = (jnp.int32(0), self._context_of(rows, jnp.int32(0)))
+        parameters = self._parameters(jnp.int32(0))
+        self.split = split_backward(self._repeat, parameters, self.message, context, self.stages.remat)
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
             return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
 
         return _State(
-            inputs=jnp.zeros((table.input_slots, self.repeats, *x.shape), x.dtype),
+            inputs=[jnp.zeros((table.input_slots, self.repeats, *s.shape), s.dtype) for s in self.split.kept],
             sums=sums,
             gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
             residuals=buffers(self.split.residuals, table.residual_cells),
@@ -248,28 +279,63 @@ class _Device:
 
     # What the stages do together.
 
-    def _gathered(self, parameters: Any, placements: Any) -> Any:
-        """Whole parameters, but for `pipeline` and the axes that the compiler places."""
+    def _gathered(self, parameters: Any, placements: Any, *, from_stages: bool = False) -> Any:
+        """Whole parameters, but for the axes that the compiler places, and but for `pipeline` unless `from_stages`."""
 
         def one(x: jax.Array, placement: Placement) -> jax.Array:
             for dimension, axes in enumerate(placement.spec):
-                over = tuple(axis for axis in names(axes) if axis in self.manual and axis != AXIS)
+                over = tuple(a for a in names(axes) if a in self.manual and (from_stages or a != AXIS))
                 if over:
                     x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
             return x
 
-        return jax.tree.map(one, parameters, placements)
+        return jax.tree.map(one, jax.tree.map(_cast, parameters, placements), placements)
 
-    def _whole_shared(self, shared: Any) -> Any:
-        return self._gathered(jax.tree.map(_cast, shared, self.shared_placements), self.shared_placements)
+    def _ends(self, shared: Any) -> Any:
+        return self._gathered(shared['ends'], self.shared_placements['ends'])
 
     def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
-        return self.stages.embed(self._whole_shared(shared), rows, self._key(microbatch))
+        return self.stages.embed(self._ends(shared), rows, self._key(microbatch))
 
-    def _loss(self, shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
-        """Of the last stage's x; every stage has its part of the vocabulary."""
-        x = jax.lax.psum(jnp.where(self.stage == self.num_stages - 1, x, 0), AXIS)
-        return self.stages.loss(self._whole_shared(shared), x, rows)
+    def _loss(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> tuple[jax.Array, Sums]:
+        """Of the last stage's x, after the layers that no stage has; every stage has its part of the vocabulary."""
+        x = jnp.where(self.stage == self.num_stages - 1, x, 0)
+        if not shared['repeats'] and not shared['remainder']:
+            x = jax.lax.psum(x, AXIS)
+        elif x.shape[0] % self.num_stages:  # all do the same
+            x = self._left_over(shared, jax.lax.psum(x, AXIS), rows, microbatch)
+        else:
+            size = x.shape[0] // self.num_stages
+            own = {name: jax.lax.dynamic_slice_in_dim(r, self.stage * size, size) for name, r in rows.items()}
+            x = jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
+            with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
+                x = self._left_over(shared, x, own, microbatch)
+            x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
+        return self.stages.loss(self._ends(shared), x, rows)
+
+    def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> jax.Array:
+        """The layers that no stage has, of these rows."""
+        context, placements = self._context_of(rows, microbatch), self.shared_placements
+        of_one = _without_leading_axis(placements['repeats'])
+
+        # What is gathered is gathered again in the backward pass.
+        remat = self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered)
+
+        @remat
+        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            parameters, index = parameters_and_index
+            whole = self._gathered(parameters, of_one, from_stages=True)
+            return self.stages.repeat(whole, x, index, context), None
+
+        @remat
+        def remainder(parameters: Any, x: jax.Array) -> jax.Array:
+            whole = self._gathered(parameters, placements['remainder'], from_stages=True)
+            return self.stages.remainder(whole, x, context)
+
+        if repeats := shared['repeats']:
+            first, count = self.table.problem.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
+            x, _ = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
+        return remainder(shared['remainder'], x) if shared['remainder'] else x
 
     def _on(self, stage: int, x: jax.Array) -> jax.Array:
         """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
@@ -282,31 +348,29 @@ class _Device:
         return jax.tree.map(_cast, read(self.layers, repeat), self.layer_placements)
 
     def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
-        placements = jax.tree.map(
-            lambda each: dataclasses.replace(each, spec=PartitionSpec(*tuple(each.spec)[1:])),
-            self.layer_placements,
-            is_leaf=_is_placement,
-        )
         index, context = index_and_context
-        return self.stages.repeat(self._gathered(parameters, placements), x, index, context)
+        whole = self._gathered(parameters, _without_leading_axis(self.layer_placements))
+        return self.stages.repeat(whole, x, index, context)
 
     def _run_forward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """FORWARD, if that is this tick's operation: the state, and x after the last repeat."""
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
         due = row['operation'] == Operation.FORWARD
 
-        def step(repeat: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def step(repeat: jax.Array, carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
             inputs, x = carry
-            if not self.evaluation:
-                inputs = write(inputs, x, slot, repeat)
             local, index = self._indices(row, repeat)
-            return inputs, self._repeat(self._parameters(local), x, (index, context))
+            if self.evaluation:
+                return inputs, self._repeat(self._parameters(local), x, (index, context))
+            y, kept = self.split.forward(self._parameters(local), in_order(x), (index, context))
+            return write(inputs, in_order(kept), slot, repeat), in_order(y)
 
-        x = read(state.inputs, slot, row['first'])
+        x = read(state.inputs[0], slot, row['first'])
         inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
-        if not self.evaluation:
-            inputs = write_if(due & (last < self.repeats), inputs, x, slot, jnp.minimum(last, self.repeats - 1))
-        return dataclasses.replace(state, inputs=inputs), x
+        if self.evaluation:
+            return dataclasses.replace(state, inputs=inputs), x
+        at = slot, jnp.minimum(last, self.repeats - 1)
+        return _with_input(dataclasses.replace(state, inputs=inputs), due & (last < self.repeats), x, *at), x
 
     def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
@@ -316,25 +380,25 @@ class _Device:
         split, context, slot = self.split, self._context(row), row['input_slot']
 
         def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            gradient, dx = split.whole(at.parameters, read(state.inputs, slot, at.repeat), at.context, dy)
+            gradient, dx = split.whole(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context, dy)
             return add(layers, gradient, at.local), dx
 
         def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            found = split.recompute(at.parameters, read(state.inputs, slot, at.repeat), at.context)
-            return write(residuals, found, at.offset), dy
+            found = split.recompute(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context)
+            return write(residuals, in_order(found), at.offset), dy
 
         def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            residuals = read(state.residuals, at.offset)
+            residuals = in_order(read(state.residuals, at.offset))
             dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
-            return write(operands, found, at.cell), dx
+            return write(operands, in_order(found), at.cell), dx
 
         def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            x = read(state.inputs, slot, at.repeat)
-            dx, found = split.recompute_input_gradient(at.parameters, x, at.context, dy)
-            return write(operands, found, at.cell), dx
+            kept = in_order(read(state.inputs, slot, at.repeat))
+            dx, found = split.recompute_input_gradient(at.parameters, kept, at.context, dy)
+            return write(operands, in_order(found), at.cell), dx
 
         def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
-            operands = read(state.operands, at.cell)
+            operands = in_order(read(state.operands, at.cell))
             return add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
 
         steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
@@ -362,8 +426,11 @@ class _Device:
         # Without an operation that changes it, it is written back as it was.
         return dataclasses.replace(state, gradients=write(state.gradients, dy, row['gradient_slot'])), dy
 
+    def _context_of(self, rows: Batch, microbatch: jax.Array) -> Any:
+        return self.stages.context(rows, self._key(microbatch))
+
     def _context(self, row: dict[str, jax.Array]) -> Any:
-        return self.stages.context(self.rows(row['microbatch']), self._key(row['microbatch']))
+        return self._context_of(self.rows(row['microbatch']), row['microbatch'])
 
     def _indices(self, row: dict[str, jax.Array], repeat: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Index of a chunk's repeat among this stage's, and in the model."""
@@ -379,8 +446,7 @@ class _Device:
 
         due = both['embed'] >= 0
         x = when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
-        inputs = write_if(due & (self.stage == 0), state.inputs, x, both['embed_slot'], 0)
-        state = dataclasses.replace(state, inputs=inputs)
+        state = _with_input(state, due & (self.stage == 0), x, both['embed_slot'], 0)
 
         state, x = self._run_forward(state, row)
         if self.evaluation:
@@ -397,13 +463,14 @@ class _Device:
         """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
         to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
         x = when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
-        slot, buffer = row[f'receive_{name}'], getattr(state, name)
-        index = (slot, 0) if name == 'inputs' else (slot,)
-        return _replace(state, name, write_if(slot >= 0, buffer, x, *index))
+        slot = row[f'receive_{name}']
+        if name == 'inputs':
+            return _with_input(state, slot >= 0, x, slot, 0)
+        return dataclasses.replace(state, gradients=write_if(slot >= 0, state.gradients, x, slot))
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
-            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']))[1])
+            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
@@ -414,7 +481,9 @@ class _Device:
         def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
             shared, sums, _ = carry
             rows = self.rows(both['loss'])
-            loss, vjp, found = jax.vjp(lambda shared, x: self._loss(shared, x, rows), self.shared, x, has_aux=True)
+            loss, vjp, found = jax.vjp(
+                lambda shared, x: self._loss(shared, x, rows, both['loss']), self.shared, x, has_aux=True
+            )
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
             return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
 

@@ -142,7 +142,7 @@ def candidates(costs: Costs, repeats: int, *, split: bool) -> list[Granularity]:
     ]
     found: set[Granularity] = set()
     for kind, unit in kinds:
-        if kind == 'whole' and split:
+        if (kind == 'whole' and split) or (kind == 'parts' and not costs.recompute):
             continue
         # A tick costs a whole number of repeats of some operation.
         units = (unit, costs.forward) if kind == 'whole' else (unit, costs.forward, costs.weight_gradient)

@@ -29,14 +29,19 @@ def plan_evaluation(problem: Problem) -> Timeline:
 
 
 def choose_granularity(problem: Problem, costs: Costs) -> Granularity:
-    """That of `plan` for a schedule with an order. Tried on three microbatches a stage: more is more of the same."""
-    problem = dataclasses.replace(problem, microbatches=min(problem.microbatches, 3 * problem.stages))
+    """That of `plan` for a schedule with an order."""
+    problem = _shortened(problem)
     tried = candidates(costs, problem.chunk_repeats, split=False)
     if problem.config.schedule != 'gpipe':  # there, forward and backward passes hardly meet in a tick
         tried = _promising(tried, costs, problem.chunk_repeats)
     scored = [lock_step_cost(run_orders(problem, cut), costs) for cut in tried]
     limit = max(_paper(problem, costs) * _PAPER_SLACK, min(scored) * _SLACK)
     return next(cut for cost, cut in zip(scored, tried, strict=True) if cost <= limit)
+
+
+def _shortened(problem: Problem) -> Problem:
+    """Three microbatches a stage, on which everything is tried: more is more of the same."""
+    return dataclasses.replace(problem, microbatches=min(problem.microbatches, 3 * problem.stages))
 
 
 def zero_bubble_granularities(problem: Problem, costs: Costs) -> list[ZeroBubbleGranularity]:
@@ -54,17 +59,20 @@ def in_flight_limits(stages: int) -> list[tuple[int, ...]]:
 
 
 def _plan_zero_bubble(problem: Problem, costs: Costs) -> Timeline:
-    def cheapest(cut: ZeroBubbleGranularity) -> tuple[float, Timeline]:
-        tried = [run_zero_bubble(problem, cut, limit) for limit in in_flight_limits(problem.stages)]
-        return min(((lock_step_cost(timeline, costs), timeline) for timeline in tried), key=lambda pair: pair[0])
+    tried = _shortened(problem)
 
-    found = [cheapest(cut) for cut in zero_bubble_granularities(problem, costs)]
+    def cheapest(cut: ZeroBubbleGranularity) -> tuple[float, tuple[int, ...]]:
+        limits = in_flight_limits(problem.stages)
+        return min((lock_step_cost(run_zero_bubble(tried, cut, limit), costs), limit) for limit in limits)
+
+    found = [cheapest(cut) for cut in zero_bubble_granularities(tried, costs)]
     lowest = min(cost for cost, _ in found)
-    other = lock_step_cost(plan(dataclasses.replace(problem, config=PipelineConfig('1f1b')), costs), costs)
-    limit = max(_paper(problem, costs) * _PAPER_SLACK, lowest * _SLACK)
+    other = lock_step_cost(plan(dataclasses.replace(tried, config=PipelineConfig('1f1b')), costs), costs)
+    limit = max(_paper(tried, costs) * _PAPER_SLACK, lowest * _SLACK)
     # There is no point in keeping more than 1F1B for less than 1%.
     limit = min(limit, max(0.99 * other, lowest))
-    return next(timeline for cost, timeline in found if cost <= limit)
+    chosen = next(number for number, (cost, _) in enumerate(found) if cost <= limit)
+    return run_zero_bubble(problem, zero_bubble_granularities(problem, costs)[chosen], found[chosen][1])
 
 
 def _promising(tried: list[Granularity], costs: Costs, repeats: int) -> list[Granularity]:

@@ -3,7 +3,8 @@
 An order knows nothing of time. `simulation` runs it with the costs of the operations and says what happens when.
 
 Layers are cut into stages * chunks blocks of equal size. Block j is chunk j div stages of stage j mod stages, so that
-with one chunk a stage holds a contiguous block, and with more it holds as many pieces spread over the depth.
+with one chunk a stage holds a contiguous block, and with more it holds as many pieces spread over the depth. Layers
+that are left over at the end are in no block: all stages run them together, as they do the loss.
 """
 
 import dataclasses
@@ -86,12 +87,12 @@ class PipelineConfig:
     def check(self, stages: int, microbatches: int, repeats: int) -> None:
         """Raises UserError unless this schedule can run `repeats` repeats of the layers in `stages` stages."""
         blocks = stages * self.chunks
-        if repeats % blocks:
-            by = f'{stages} pipeline stages' + (f' of {self.chunks} chunks' if self.chunks > 1 else '')
+        if repeats < blocks:
+            of = f'{stages} pipeline stages' + (f' of {self.chunks} chunks' if self.chunks > 1 else '')
             raise UserError(
-                f'{repeats} repeats of the layer pattern cannot be divided over {by}',
+                f'{repeats} repeats of the layer pattern are fewer than the {blocks} blocks of {of}',
                 where='MeshConfig.pipeline',
-                fix=f'Make {blocks} divide DecoderConfig.num_layers / the length of the pattern, or lower the axis.',
+                fix=f'Use at most {max(1, repeats // self.chunks)}, or fewer PipelineConfig.chunks, or more layers.',
             )
         if microbatches < stages:
             raise UserError(

@@ -21,7 +21,7 @@ class Problem:
     """What is to be scheduled.
 
     Attributes:
-        repeats: of the layer pattern, in all stages together.
+        repeats: of the layer pattern, in the whole model.
         evaluation: whether there are forward passes only.
     """
 
@@ -38,6 +38,11 @@ class Problem:
     def chunk_repeats(self) -> int:
         """Repeats in one chunk of one stage."""
         return self.repeats // (self.stages * self.config.chunks)
+
+    @property
+    def staged_repeats(self) -> int:
+        """Repeats that some stage has: the first of the model. The others, fewer than there are blocks, come after."""
+        return self.chunk_repeats * self.stages * self.config.chunks
 
     def after(self, stage: int, chunk: int) -> tuple[int, int] | None:
         """Stage and chunk that take the output of this one; None after the last."""

@@ -1,7 +1,7 @@
-"""The backward pass of a function in parts that can run at different times.
+"""The forward and backward pass of a function in parts that can run at different times.
 
-The program of the whole backward pass is traced once, and its equations are divided by what they depend on and by what
-depends on them. So any layer can be split, without a word about it in the layer.
+The program of both is traced once, and its equations are divided by what they depend on and by what depends on them. So
+any layer can be split, without a word about it in the layer, and any policy of jax.checkpoint says what is kept.
 """
 
 import dataclasses
@@ -24,85 +24,108 @@ class SplitBackward:
     """The parts; flat lists of arrays are what one part leaves for the next.
 
     Attributes:
-        whole: (parameters, x, context, dy) -> (parameter gradients, dx).
-        recompute: (parameters, x, context) -> residuals.
+        forward: (parameters, x, context) -> (y, kept).
+        whole: (parameters, kept, context, dy) -> (parameter gradients, dx).
+        recompute: (parameters, kept, context) -> residuals.
         input_gradient: (parameters, residuals, context, dy) -> (dx, operands).
-        recompute_input_gradient: (parameters, x, context, dy) -> (dx, operands).
+        recompute_input_gradient: (parameters, kept, context, dy) -> (dx, operands).
         weight_gradient: (parameters, operands, context) -> parameter gradients.
-        residuals, operands: shapes and types of the lists. Neither has anything that follows from parameters and
-            context alone: that is computed again.
+        kept, residuals, operands: shapes and types of the lists. None has anything that follows from parameters and
+            context alone: that is computed again. The first that is kept is x.
     """
 
+    forward: Callable[..., tuple[jax.Array, Arrays]]
     whole: Callable[..., tuple[Any, jax.Array]]
     recompute: Callable[..., Arrays]
     input_gradient: Callable[..., tuple[jax.Array, Arrays]]
     recompute_input_gradient: Callable[..., tuple[jax.Array, Arrays]]
     weight_gradient: Callable[..., Any]
+    kept: list[jax.ShapeDtypeStruct]
     residuals: list[jax.ShapeDtypeStruct]
     operands: list[jax.ShapeDtypeStruct]
 
 
-def split_backward(function: Function, parameters: Any, x: Any, context: Any) -> SplitBackward:
+def split_backward(
+    function: Function, parameters: Any, x: Any, context: Any, remat: Callable[[Function], Function] | None = None
+) -> SplitBackward:
     """Split the backward pass of `function(parameters, x, context) -> y`, y of the shape and type of x.
 
     Args:
         parameters, context: trees of arrays, x: an array; or of jax.ShapeDtypeStruct: values are not used.
+        remat: jax.checkpoint with a policy, which says what the forward pass keeps; None keeps what the backward pass
+            reads, so that nothing but what `function` itself wraps in jax.checkpoint is computed again.
     """
-
-    def whole(parameters: Any, x: jax.Array, context: Any, dy: jax.Array) -> tuple[Any, jax.Array]:
-        _, vjp = jax.vjp(lambda parameters, x: function(parameters, x, context), parameters, x)
-        return vjp(dy)
-
     p_leaves, p_tree = jax.tree.flatten(parameters)
     c_leaves, c_tree = jax.tree.flatten(context)
+    wrapped = function if remat is None else remat(function)
 
     def flat(*arguments: jax.Array) -> Arrays:
-        p, (x, dy), c = arguments[: len(p_leaves)], arguments[len(p_leaves) :][:2], arguments[len(p_leaves) + 2 :]
-        gradients, dx = whole(jax.tree.unflatten(p_tree, p), x, jax.tree.unflatten(c_tree, c), dy)
-        return [*jax.tree.leaves(gradients), dx]
+        leaves, (x, dy), c_leaves = _three(arguments, len(p_leaves), 2)
+        p, c = jax.tree.unflatten(p_tree, leaves), jax.tree.unflatten(c_tree, c_leaves)
+        y, vjp = jax.vjp(lambda p, x: wrapped(p, x, c), p, x)
+        gradients, dx = vjp(dy)
+        return [y, *jax.tree.leaves(gradients), dx]
 
     example = (*p_leaves, x, x, *c_leaves)
-    program = _inline(jax.make_jaxpr(flat)(*example), example)
+    both_ways = _inline(jax.make_jaxpr(flat)(*example), example)
+    jaxpr = both_ways.jaxpr
+    p_vars, (x_var, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), 2)
+    y_var, *gradient_vars = jaxpr.outvars
+    after_x, after_dy = _dependents(jaxpr.eqns, [x_var]), _dependents(jaxpr.eqns, [dy_var])
+    wanted = _reads([e for e in jaxpr.eqns if set(e.outvars) & after_dy], gradient_vars)
+    made = [v for e in jaxpr.eqns for v in e.outvars if v in after_x and v not in after_dy]
+    kept = [x_var, *(v for v in made if v in wanted)]
+    forward = _part(both_ways, jaxpr.eqns, [*p_vars, x_var, *c_vars], [y_var, *kept[1:]])
+
+    # The same for the backward pass alone, and what it computes again.
+    inputs = [*p_vars, *kept, dy_var, *c_vars]
+    example = tuple(_struct(v) for v in inputs)
+    backward = jax.make_jaxpr(_part(both_ways, jaxpr.eqns, inputs, gradient_vars))(*example)
+    program = _inline(backward, example, open_remat=remat is not None)
     jaxpr = program.jaxpr
-    p_vars, (x_var, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves))
+    p_vars, (*kept, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), len(kept) + 1)
     *weight_vars, dx_var = jaxpr.outvars
     everywhere = [*jaxpr.constvars, *p_vars, *c_vars]
 
-    # What depends on x only is recomputed; of what depends on dy, dx needs some, and the rest can wait.
-    after_x, after_dy = _dependents(jaxpr.eqns, [x_var]), _dependents(jaxpr.eqns, [dy_var])
+    # What depends on what is kept only is recomputed; of what depends on dy, dx needs some, and the rest can wait.
+    after_x, after_dy = _dependents(jaxpr.eqns, kept), _dependents(jaxpr.eqns, [dy_var])
     for_dx = _ancestors(jaxpr.eqns, [dx_var], everywhere)
     waiting = [e for e in jaxpr.eqns if set(e.outvars) & after_dy and not set(e.outvars) & for_dx]
     first = [e for e in jaxpr.eqns if e not in waiting]
-    forward = [e for e in first if not set(e.outvars) & after_dy]
+    again = [e for e in first if not set(e.outvars) & after_dy]
 
-    made = [x_var, dy_var, *(v for e in first for v in e.outvars if v in after_x or v in after_dy)]
+    made = [*kept, dy_var, *(v for e in first for v in e.outvars if v in after_x or v in after_dy)]
     wanted = _reads(waiting, weight_vars)
     operands = [v for v in made if v in wanted]
     wanted = _reads([e for e in first if set(e.outvars) & after_dy], [dx_var, *operands])
-    residuals = [v for v in [x_var, *(v for e in forward for v in e.outvars if v in after_x)] if v in wanted]
+    residuals = [v for v in [*kept, *(v for e in again for v in e.outvars if v in after_x)] if v in wanted]
 
-    def part(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Any]) -> Callable[..., Arrays]:
-        # Equations whose results are inputs of this part are left out with all that only they need.
-        kept = _live(eqns, outputs, inputs)
-        closed = ClosedJaxpr(jaxpr.replace(invars=list(inputs), outvars=list(outputs), eqns=kept), program.consts)
-        return jaxpr_as_fun(closed)
-
-    everything = list(jaxpr.eqns)
-    recompute = part(forward, [*p_vars, x_var, *c_vars], residuals)
-    input_gradient = part(first, [*p_vars, *residuals, dy_var, *c_vars], [dx_var, *operands])
-    both = part(first, [*p_vars, x_var, dy_var, *c_vars], [dx_var, *operands])
-    weight_gradient = part(everything, [*p_vars, *operands, *c_vars], weight_vars)
+    whole = _part(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
+    recompute = _part(program, again, [*p_vars, *kept, *c_vars], residuals)
+    input_gradient = _part(program, first, [*p_vars, *residuals, dy_var, *c_vars], [dx_var, *operands])
+    both = _part(program, first, jaxpr.invars, [dx_var, *operands])
+    weight_gradient = _part(program, jaxpr.eqns, [*p_vars, *operands, *c_vars], weight_vars)
     leaves = jax.tree.leaves
+
+    def forward_and_kept(p: Any, x: jax.Array, c: Any) -> tuple[jax.Array, Arrays]:
+        y, *others = forward(*leaves(p), x, *leaves(c))
+        return y, [x, *others]
+
+    def gradients(p: Any, k: Arrays, c: Any, dy: jax.Array) -> tuple[Any, jax.Array]:
+        *found, dx = whole(*leaves(p), *k, dy, *leaves(c))
+        return jax.tree.unflatten(p_tree, found), dx
 
     def first_and_rest(arrays: Arrays) -> tuple[jax.Array, Arrays]:
         return arrays[0], list(arrays[1:])
 
     return SplitBackward(
-        whole=whole,
-        recompute=lambda p, x, c: recompute(*leaves(p), x, *leaves(c)),
+        forward=forward_and_kept,
+        whole=gradients,
+        recompute=lambda p, k, c: recompute(*leaves(p), *k, *leaves(c)),
         input_gradient=lambda p, r, c, dy: first_and_rest(input_gradient(*leaves(p), *r, dy, *leaves(c))),
-        recompute_input_gradient=lambda p, x, c, dy: first_and_rest(both(*leaves(p), x, dy, *leaves(c))),
+        recompute_input_gradient=lambda p, k, c, dy: first_and_rest(both(*leaves(p), *k, dy, *leaves(c))),
         weight_gradient=lambda p, o, c: jax.tree.unflatten(p_tree, weight_gradient(*leaves(p), *o, *leaves(c))),
+        kept=[_struct(v) for v in kept],
         residuals=[_struct(v) for v in residuals],
         operands=[_struct(v) for v in operands],
     )
@@ -113,16 +136,21 @@ def _struct(variable: Var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _three(variables: Sequence[Var], parameters: int) -> tuple[list[Var], list[Var], list[Var]]:
-    return (
-        list(variables[:parameters]),
-        list(variables[parameters : parameters + 2]),
-        list(variables[parameters + 2 :]),
-    )
+def _three(items: Sequence[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
+    return list(items[:first]), list(items[first : first + second]), list(items[first + second :])
 
 
-def _inline(closed: ClosedJaxpr, example: Sequence[Any]) -> ClosedJaxpr:
-    """The same program without calls."""
+def _part(
+    program: ClosedJaxpr, eqns: Sequence[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Any]
+) -> Callable[..., Arrays]:
+    # Equations whose results are inputs of this part are left out with all that only they need.
+    live = _live(eqns, outputs, inputs)
+    jaxpr = program.jaxpr.replace(invars=list(inputs), outvars=list(outputs), eqns=live)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))
+
+
+def _inline(closed: ClosedJaxpr, example: Sequence[Any], *, open_remat: bool = False) -> ClosedJaxpr:
+    """The same program without calls, and if `open_remat` without the outer jax.checkpoint in a backward pass."""
 
     def run(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
         values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -134,8 +162,10 @@ def _inline(closed: ClosedJaxpr, example: Sequence[Any]) -> ClosedJaxpr:
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
             if equation.primitive.name in _INLINED:
-                inner = equation.params['jaxpr']
-                outputs = run(inner.jaxpr, inner.consts, *inputs)
+                inner: Any = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
+                outputs = run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), *inputs)
+            elif open_remat and jaxpr is closed.jaxpr and equation.params.get('differentiated'):
+                outputs = run(equation.params['jaxpr'], (), *inputs)
             else:
                 variables = [atom for atom in equation.invars if not isinstance(atom, Literal)]
                 single = jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])

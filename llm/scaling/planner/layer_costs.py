@@ -108,6 +108,10 @@ class LayerCosts:
         """Bytes per token of every activation, as they are worked on."""
         return sum(max(each.elements, each.whole) * each.bytes for each in self.activations)
 
+    def product_operands(self) -> float:
+        """Bytes per token of what goes into the products with weights, and of the gradients of what comes out."""
+        return sum(each.size for each in self.activations if each.name != 'scores')
+
     def forward_flops(self) -> float:
         """Per token of one device."""
         return sum(each.flops for each in self.activations)

@@ -13,6 +13,7 @@ from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import layer_costs
+from llm.scaling.planner.pipelines import kept_bytes
 from llm.scaling.planner.run_config import RunConfig
 
 # How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
@@ -77,7 +78,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         on_chip: bytes beside HBM that take part of what the backward pass works on.
 
     Raises:
-        UserError: the mesh cannot divide a parameter.
+        UserError: the mesh cannot divide a parameter, or the pipeline's schedule cannot run the model.
     """
     placement = Placement.of(sizes, run.rules)
     model, step = run.model, run.step
@@ -87,14 +88,13 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
 
     costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
     stages = sizes['pipeline']
-    in_flight = 1
-    if stages > 1:  # microbatches that have gone forward and not back
-        most = step.gradient_accumulation
-        in_flight = most if run.pipeline.schedule == 'gpipe' else min(stages, most)
     layers = [costs[i % len(costs)] for i in range(model.num_layers)]
-    waiting = tokens * in_flight / stages
-    saved = waiting * sum(cost.saved(model) for cost in layers)
-    host = waiting * sum(cost.offloaded(model) for cost in layers)
+    host = 0.0
+    if stages > 1:
+        saved = kept_bytes(run, costs, stages) * tokens
+    else:
+        saved = sum(cost.saved(model) for cost in layers) * tokens
+        host = sum(cost.offloaded(model) for cost in layers) * tokens
     if host:  # what is on its way to the host and back is here
         saved += OFFLOADED_LAYERS * host / len(layers)
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
@@ -104,11 +104,14 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     head_gradient = HEAD_GRADIENTS * 4 * model.d_model * columns
     cast, gathered, head = _weights(run, placement)
     accumulated = SUMS_OF_GRADIENTS * state.gradients if step.gradient_accumulation > 1 else 0.0
+    present = float(state.gradients)
+    if stages > 1:  # which add each gradient to the sum as soon as they have it
+        accumulated, present = float(state.gradients), 0.0
 
     always = cast + saved + accumulated
     loss = always + logits + head + head_gradient
-    backward = always + state.gradients + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
-    update = state.gradients + accumulated
+    backward = always + present + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
+    update = present + accumulated
     batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
     arguments = state.parameters + state.optimizer + batch
     code = CODE_BYTES if platform == 'tpu' else 0.0
@@ -116,7 +119,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         parameters=state.parameters,
         optimizer=state.optimizer,
         batch=batch,
-        gradients=state.gradients + accumulated,
+        gradients=present + accumulated,
         weights=cast + gathered,
         activations=saved,
         layer=at_work,
@@ -134,7 +137,7 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
     for _, spec in named_specs(model_specs(run.model)):
         if spec.role in (Role.VECTOR, Role.EMBEDDING) and not (run.model.tied_embeddings and 'vocab' in spec.axes):
             continue
-        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
         part, whole = float(size), float(size)
         for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):
@@ -142,8 +145,12 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
-        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack).
-        at_once = spec.role is not Role.HIDDEN or run.model.remat == 'none' or not run.model.scan_layers
+        # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack);
+        # a stage of a pipeline always, unless its layers come from others.
+        at_once = run.model.remat == 'none' or not run.model.scan_layers
+        if placement.mesh.shape['pipeline'] > 1:
+            at_once = run.pipeline.chunks > 1
+        at_once = at_once or spec.role is not Role.HIDDEN
         cast += part if size != 4 and at_once else 0.0
         is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
         if spec.role is Role.HIDDEN:

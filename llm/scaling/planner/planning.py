@@ -7,11 +7,11 @@ from llm.scaling.accounting import TrainingMemory, count
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory, compile_step
 from llm.scaling.planner.memory import MemoryEstimate, estimate_memory
+from llm.scaling.planner.pipelines import idle_share
 from llm.scaling.planner.roofline import Roofline, on_network, roofline
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
 from llm.scaling.planner.work import StepFlops, step_flops, step_hbm_bytes, step_host_bytes, step_traffic
-from llm.training.pipeline import make_pipeline_table, repeat_costs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +117,9 @@ def _plan(run: RunConfig, topology: Topology, compiled: CompiledStep | OutOfMemo
             topology,
             links,
             host_bytes=host,
-            idle=_idle_share(run, sizes['pipeline']),
+            idle=idle_share(run, placement),
         ),
     )
-
-
-def _idle_share(run: RunConfig, stages: int) -> float:
-    """The bubble of the pipeline's own schedule: stages step together, a tick lasts as long as its longest piece."""
-    if stages == 1:
-        return 0.0
-    microbatches, specs = run.step.gradient_accumulation, model_specs(run.model)
-    rows = run.step.batch_size // microbatches
-    table = make_pipeline_table(run.pipeline, run.model, specs, stages, microbatches, (rows, run.step.sequence_length))
-    costs = repeat_costs_of(run.model, specs, rows, run.step.sequence_length)
-    whole = costs.forward + costs.recompute + costs.input_gradient + costs.weight_gradient
-    return 1 - microbatches * run.model.repeats / stages * whole / table.cost(costs)
 
 
 def _check_batch(run: RunConfig, placement: Placement) -> None:

@@ -61,5 +61,7 @@ class RunConfig:
         count = self.step.gradient_accumulation
         names = f' ({", ".join(self.model.remat_names)})' if self.model.remat_names else ''
         if self.mesh.pipeline > 1:
-            mesh = f'{mesh} ({self.pipeline.schedule})'
+            chunks = f', {self.pipeline.chunks} chunks' if self.pipeline.chunks > 1 else ''
+            deferred = '' if self.pipeline.deferred is None else f', {self.pipeline.deferred} deferred'
+            mesh = f'{mesh} ({self.pipeline.schedule}{chunks}{deferred})'
         return f'{mesh}, {count} microbatch{"es" if count > 1 else ""}, remat {self.model.remat}{names}'

@@ -1,14 +1,16 @@
-"""Meshes, microbatches and remat policies tried by the analytic models, the best few compiled, all of them ranked."""
+"""Meshes, schedules, microbatches and remat policies tried by the analytic models, the best compiled, all ranked."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import jax
 
 from llm.errors import UserError
 from llm.models.remat import LAYER_INPUT, RematKind
 from llm.parallel.mesh import MESH_AXES
+from llm.parallel.pipeline.schedules import PipelineConfig, ScheduleKind
 from llm.scaling.planner.compiling import CompiledStep
 from llm.scaling.planner.planning import Plan, estimate, plan
 from llm.scaling.planner.quantities import byte_size
@@ -24,6 +26,7 @@ class SearchConfig:
         axes: mesh axes whose sizes are tried; the others stay as the run has them.
         remats: policies of llm.models.remat; what 'offload' moves is the inputs of layers. microbatches: values of
             gradient_accumulation.
+        schedules: of pipelines, tried where `pipeline` is among the axes and is more than 1. chunks: of 'interleaved'.
         compile_best: how many of the fastest that should fit are compiled; 0 for none.
         margin: part of the memory that the analytic model must leave free for a candidate to be compiled.
     """
@@ -31,6 +34,8 @@ class SearchConfig:
     axes: tuple[str, ...] = ('data', 'fsdp', 'tensor')
     remats: tuple[RematKind, ...] = ('none', 'dots_no_batch', 'full')
     microbatches: tuple[int, ...] = (1, 2, 4, 8)
+    schedules: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+    chunks: tuple[int, ...] = (2,)
     compile_best: int = 3
     margin: float = 0.0
 
@@ -39,9 +44,10 @@ class SearchConfig:
             raise UserError(
                 f'axes has {sorted(unknown)}', where='SearchConfig', fix=f'Use some of {", ".join(MESH_AXES)}.'
             )
-        for name in ('axes', 'remats', 'microbatches'):
+        for name in ('axes', 'remats', 'microbatches', 'schedules', 'chunks'):
             if not getattr(self, name):
                 raise UserError(f'{name} is empty', where='SearchConfig', fix='Give at least one.')
+        self.pipelines()  # says what is wrong with a schedule or a number of chunks
         if min(self.microbatches) < 1:
             raise UserError('microbatches has a value below 1', where='SearchConfig', fix='Use at least 1.')
         if self.compile_best < 0 or not 0 <= self.margin < 1:
@@ -50,6 +56,18 @@ class SearchConfig:
                 where='SearchConfig',
                 fix='Use at least 0, and a margin in [0, 1).',
             )
+
+    def pipelines(self) -> list[PipelineConfig]:
+        """Every schedule, with every number of chunks if it has some.
+
+        Raises:
+            UserError: there is no such schedule, or none with so many chunks.
+        """
+        return [
+            PipelineConfig(schedule, chunks)
+            for schedule in self.schedules
+            for chunks in (self.chunks if schedule == 'interleaved' else (1,))
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +153,7 @@ def search(
 
 
 def candidates(run: RunConfig, topology: Topology, config: SearchConfig) -> Iterator[RunConfig]:
-    """Every combination of sizes of `axes` that uses all devices, remat policy and number of microbatches."""
+    """Every combination of sizes of `axes` that uses all devices, schedule, remat policy and number of microbatches."""
     others = {axis: getattr(run.mesh, axis) for axis in MESH_AXES if axis not in config.axes}
     fixed = 1
     for size in others.values():
@@ -143,13 +161,14 @@ def candidates(run: RunConfig, topology: Topology, config: SearchConfig) -> Iter
     others = {axis: max(1, size) for axis, size in others.items()}
     for sizes in _factorizations(topology.num_devices // fixed, len(config.axes)):
         mesh = {**others, **dict(zip(config.axes, sizes, strict=True))}
-        for remat, microbatches in itertools.product(config.remats, config.microbatches):
+        tried = config.pipelines() if 'pipeline' in config.axes and mesh['pipeline'] > 1 else [run.pipeline]
+        for remat, microbatches, pipeline in itertools.product(config.remats, config.microbatches, tried):
             if run.step.batch_size % microbatches:
                 continue
             names = (LAYER_INPUT,) if remat == 'offload' else ()
             model = dataclasses.replace(run.model, remat=remat, remat_names=names)
             step = dataclasses.replace(run.step, gradient_accumulation=microbatches)
-            yield dataclasses.replace(run, model=model, step=step).fixed(mesh)
+            yield dataclasses.replace(run, model=model, step=step, pipeline=pipeline).fixed(mesh)
 
 
 def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -175,4 +194,7 @@ def _reason(each: Plan, best: Plan) -> str:
     slower = each.roofline.step / best.roofline.step - 1
     if slower < 0:
         return f'{-100 * slower:.1f}% faster by the analytic model, not among those compiled'
-    return f'{100 * slower:.1f}% slower, bound by {each.roofline.bottleneck} ({source})'
+    waiting = ''
+    if each.roofline.bubble:
+        waiting = f', {100 * each.roofline.bubble / each.roofline.step:.0f}% of it waiting for other stages'
+    return f'{100 * slower:.1f}% slower, bound by {each.roofline.bottleneck}{waiting} ({source})'

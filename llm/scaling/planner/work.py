@@ -97,7 +97,7 @@ def _compute_bytes(run: RunConfig) -> int:
 
 def _whole(run: RunConfig, placement: Placement, spec: object) -> float:
     """Bytes of a parameter on one device in the compute type when it is gathered; all layers that the device runs."""
-    stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)  # type: ignore[attr-defined]
+    stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)  # type: ignore[attr-defined]
     used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)  # type: ignore[attr-defined]
     total = float(_compute_bytes(run))
     for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> li
     """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered."""
     by_axes: dict[tuple[str, ...], float] = {}
     for _, spec in named_specs(model_specs(run.model)):
-        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
         moved = tuple(
             name
@@ -140,7 +140,7 @@ def _replicated_gradients(run: RunConfig, placement: Placement, platform: str) -
     over = [name for axis in ('batch', 'sequence') for name in placement.over(axis)]
     by_axes: dict[tuple[str, ...], float] = {}
     for _, spec in named_specs(model_specs(run.model)):
-        stored = placement.rules.partition(spec.axes, placement.mesh, parameters=True)
+        stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         splits = {name for entry in stored for name in names(entry)}
         axes = tuple(name for name in over if name not in splits)
         if axes:

@@ -133,7 +133,7 @@ class _Gathered:
 
     @staticmethod
     def of(spec: ParameterSpec, mesh: Mesh | AbstractMesh, rules: AxisRules) -> '_Gathered':
-        stored = rules.partition(spec.axes, mesh, parameters=True)
+        stored = rules.place(spec.axes, spec.shape, mesh)
         used = rules.partition(spec.axes, mesh, parameters=False)
         stack, dimensions, ways, axes = 1, [], [], []
         for axis, size, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):

@@ -238,6 +238,68 @@ def test_a_mesh_gives_what_one_device_gives(name, chunk):
         )
 
 
+# Mesh, manual axes, and what they and the others split.
+MANUAL = {
+    'vocabulary': ({'p': 4}, ('p',), {'vocab': ('p',)}),
+    'vocabulary over an open axis too': ({'p': 2, 't': 2}, ('p',), {'vocab': ('p', 't')}),
+    'open tokens and embed': (
+        {'p': 2, 's': 2, 't': 2},
+        ('p',),
+        {'vocab': ('p', 't'), 'sequence': ('s',), 'embed': ('s',)},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', MANUAL)
+def test_manual_code_gives_what_one_device_gives(name):
+    """The loss is used on one device of the manual axis; gradients of `hidden` are terms of a sum over all."""
+    sizes, manual, axes = MANUAL[name]
+    devices = jax.devices()[: np.prod(list(sizes.values()))]
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    arrays = draw(7, 8, 4, 8, 24)
+
+    def in_manual_code(function):
+        def body(hidden, kernel, targets, *rest):
+            placement = Placement(jax.sharding.get_abstract_mesh(), **axes)
+            losses, vjp = jax.vjp(lambda h, k: function(h, k, targets, *rest, placement=placement), hidden, kernel)
+            here = jax.lax.axis_index('p') == 1
+            d_hidden, d_kernel = vjp(jax.tree.map(lambda x: jnp.where(here, jnp.cos(x), 0), losses))
+            return jax.tree.leaves(losses), jax.lax.psum(d_hidden, manual), d_kernel
+
+        kernel = PartitionSpec(None, manual)
+        mapped = jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), kernel, *(PartitionSpec(),) * (len(arguments) - 2)),
+            out_specs=(PartitionSpec(), PartitionSpec(), kernel),
+            axis_names=set(manual),
+            check_vma=False,
+        )
+        losses, *gradients = jax.jit(mapped)(*arguments)
+        return *losses, *gradients
+
+    def plain(function):
+        losses, vjp = jax.vjp(lambda h, k: function(h, k, *arguments[2:]), *arguments[:2])
+        return *jax.tree.leaves(losses), *vjp(jax.tree.map(jnp.cos, losses))
+
+    with jax.enable_x64():
+        hidden, kernel, targets, weights = (jnp.asarray(x) for x in arrays)
+        hidden, kernel = hidden.astype(jnp.float64), kernel.astype(jnp.float64)
+        arguments = hidden, kernel, targets, weights
+        options = {'multiplier': 0.7, 'soft_cap': 4.0}
+
+        def total(function):
+            return lambda *given, **more: function(*given, **options, z_loss=0.1, **more)[0]
+
+        close(in_manual_code(total(summed_cross_entropy)), plain(total(reference.summed_cross_entropy)), 1e-12)
+        arguments = hidden, kernel, targets
+        ours, definition = (
+            functools.partial(function, **options) for function in (token_cross_entropy, reference.token_cross_entropy)
+        )
+        close(in_manual_code(ours), plain(definition), 1e-12)
+
+
 def test_an_axis_that_splits_vocabulary_and_tokens_is_refused():
     with pytest.raises(ValueError, match='an axis of the vocabulary also splits tokens'):
         Placement(None, batch=('d', 't'), vocab=('t',))

@@ -69,8 +69,8 @@ def test_configs_that_make_no_sense(arguments, message):
 @pytest.mark.parametrize(
     ('config', 'sizes', 'message'),
     [
-        (PipelineConfig('1f1b'), (4, 8, 6), '6 repeats .* cannot be divided over 4 pipeline stages'),
-        (PipelineConfig('interleaved', 3), (2, 8, 8), '8 repeats .* 2 pipeline stages of 3 chunks'),
+        (PipelineConfig('1f1b'), (4, 8, 3), '3 repeats .* fewer than the 4 blocks of 4 pipeline stages'),
+        (PipelineConfig('interleaved', 3), (2, 8, 5), '5 repeats .* the 6 blocks of 2 pipeline stages of 3 chunks'),
         (PipelineConfig('gpipe'), (4, 3, 8), '3 microbatches are fewer than 4 pipeline stages'),
         (PipelineConfig('interleaved', 2), (4, 6, 8), 'a multiple of 4 microbatches, not 6'),
     ],

@@ -35,40 +35,72 @@ def _arguments():
     return parameters, x, (jnp.tril(jnp.ones((5, 5), bool)), jnp.linspace(0, 1, D)), dy
 
 
-@pytest.mark.parametrize('in_one', [False, True], ids=['from residuals', 'from x'])
-def test_parts_give_the_gradient(in_one):
+def _dots(function):
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+
+# What is computed again: nothing, everything, all but products of activations with parameters.
+REMATS = {'none': None, 'full': jax.checkpoint, 'dots': _dots}
+
+
+@pytest.mark.parametrize('remat', REMATS.values(), ids=REMATS)
+@pytest.mark.parametrize('in_one', [False, True], ids=['from residuals', 'from what is kept'])
+def test_parts_give_the_gradient(in_one, remat):
     with jax.enable_x64():
         parameters, x, context, dy = _arguments()
-        _, vjp = jax.vjp(lambda parameters, x: _layer(parameters, x, context), parameters, x)
+        expected_y, vjp = jax.vjp(lambda parameters, x: _layer(parameters, x, context), parameters, x)
         expected, expected_dx = vjp(dy)
-        split = split_backward(_layer, parameters, x, context)
+        split = split_backward(_layer, parameters, x, context, remat)
+        y, kept = jax.jit(split.forward)(parameters, x, context)
+        assert [(k.shape, k.dtype) for k in kept] == [(k.shape, k.dtype) for k in split.kept]
+        np.testing.assert_array_equal(kept[0], x)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-12)
+        whole = jax.jit(split.whole)(parameters, kept, context, dy)
         if in_one:
-            dx, operands = jax.jit(split.recompute_input_gradient)(parameters, x, context, dy)
+            dx, operands = jax.jit(split.recompute_input_gradient)(parameters, kept, context, dy)
         else:
-            residuals = jax.jit(split.recompute)(parameters, x, context)
+            residuals = jax.jit(split.recompute)(parameters, kept, context)
             assert [(r.shape, r.dtype) for r in residuals] == [(r.shape, r.dtype) for r in split.residuals]
             dx, operands = jax.jit(split.input_gradient)(parameters, residuals, context, dy)
         assert [(o.shape, o.dtype) for o in operands] == [(o.shape, o.dtype) for o in split.operands]
         gradients = jax.jit(split.weight_gradient)(parameters, operands, context)
-        np.testing.assert_allclose(dx, expected_dx, rtol=1e-12)
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), gradients, expected)
+        for found, found_dx in (whole, (gradients, dx)):
+            np.testing.assert_allclose(found_dx, expected_dx, rtol=1e-12)
+            jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), found, expected)
 
 
-def test_nothing_that_parameters_alone_determine_is_kept():
+@pytest.mark.parametrize('remat', REMATS.values(), ids=REMATS)
+def test_nothing_that_parameters_alone_determine_is_kept(remat):
     parameters, x, context, _ = _arguments()
-    split = split_backward(_layer, parameters, x, context)
+    split = split_backward(_layer, parameters, x, context, remat)
     weights = {(D, D), (D, F), (F, D)}
-    assert not weights & {struct.shape for struct in [*split.residuals, *split.operands]}
+    assert not weights & {struct.shape for struct in [*split.kept, *split.residuals, *split.operands]}
 
 
-def test_every_product_is_in_one_part():
+def test_policies_say_what_the_forward_pass_keeps():
+    parameters, x, context, _ = _arguments()
+    shapes = {
+        name: [struct.shape for struct in split_backward(_layer, parameters, x, context, remat).kept]
+        for name, remat in REMATS.items()
+    }
+    rows = (2, 5, D)
+    assert shapes['full'] == [rows]
+    # The queries, and what comes before the bias; the last product's result is not needed.
+    assert shapes['dots'] == [rows, rows, (2, 5, F)]
+    assert {(2, 5, 5), (2, 5, F)} < set(shapes['none'])  # probabilities, and what is inside of silu
+
+
+@pytest.mark.parametrize('remat', REMATS)
+def test_every_product_is_in_one_part(remat):
     parameters, x, context, _ = _arguments()
     tokens = 2 * 5
     weights = 2 * tokens * (D * D + 2 * D * F)
     attention = 2 * tokens * 5 * D
-    costs = repeat_costs(_layer, parameters, x, context)
+    costs = repeat_costs(_layer, parameters, x, context, REMATS[remat])
     assert costs.forward == weights + 2 * attention
-    assert costs.recompute == weights + 2 * attention - 2 * tokens * D * F  # nobody needs the last product's result
+    # Nobody needs the last product's result. Without remat nothing is computed again, with dots what attention does.
+    again = {'none': 0, 'full': weights + 2 * attention - 2 * tokens * D * F, 'dots': 2 * attention}
+    assert costs.recompute == again[remat]
     assert costs.input_gradient == weights + 4 * attention
     assert costs.weight_gradient == weights
 
@@ -81,13 +113,14 @@ def test_costs_are_those_of_the_compiled_program():
 
     parameters = jnp.zeros((256, 1024)), jnp.zeros((1024, 256))
     x = jnp.zeros((2, 128, 256))
-    split, costs = split_backward(layer, parameters, x, ()), repeat_costs(layer, parameters, x, ())
+    split = split_backward(layer, parameters, x, (), jax.checkpoint)
+    costs = repeat_costs(layer, parameters, x, (), jax.checkpoint)
     operands = [jnp.zeros(s.shape, s.dtype) for s in split.operands]
     for part, arguments, expected in (
         (layer, (parameters, x, ()), costs.forward),
-        (split.whole, (parameters, x, (), x), costs.of(Operation.BACKWARD)),
-        (split.recompute, (parameters, x, ()), costs.recompute),
-        (split.recompute_input_gradient, (parameters, x, (), x), costs.of(Operation.RECOMPUTE_INPUT_GRADIENT)),
+        (split.whole, (parameters, [x], (), x), costs.of(Operation.BACKWARD)),
+        (split.recompute, (parameters, [x], ()), costs.recompute),
+        (split.recompute_input_gradient, (parameters, [x], (), x), costs.of(Operation.RECOMPUTE_INPUT_GRADIENT)),
         (split.weight_gradient, (parameters, operands, ()), costs.weight_gradient),
     ):
         compiled = jax.jit(part).lower(*arguments).compile().cost_analysis()['flops']

@@ -3,12 +3,14 @@ import dataclasses
 import pytest
 
 from llm.errors import UserError
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.scaling.planner.advice import cheapest_change
 from llm.scaling.planner.planning import estimate
 from llm.scaling.planner.search import SearchConfig, candidates, search
 from llm.scaling.planner.topology import find_topology
 from tests.scaling.planner.small_runs import small_run
 
+PIPELINE = PipelineConfig('interleaved', chunks=3)
 H100 = find_topology('h100:8')
 
 
@@ -29,6 +31,48 @@ def test_other_axes_stay_as_the_run_has_them():
     config = SearchConfig(axes=('fsdp',), remats=('full',), microbatches=(1,))
     (only,) = candidates(small_run(mesh={'tensor': 4}), H100, config)
     assert (only.mesh.fsdp, only.mesh.tensor, only.mesh.data) == (2, 4, 1)
+
+
+def test_schedules_are_tried_where_there_are_stages():
+    config = SearchConfig(axes=('data', 'pipeline'), remats=('full',), microbatches=(4,), chunks=(2, 4))
+    found = list(candidates(small_run(), H100, config))
+    tried = {(each.mesh.pipeline, each.pipeline.schedule, each.pipeline.chunks) for each in found}
+    schedules = [('gpipe', 1), ('1f1b', 1), ('interleaved', 2), ('interleaved', 4), ('zero_bubble', 1)]
+    assert tried == {(1, '1f1b', 1)} | {(stages, *each) for stages in (2, 4, 8) for each in schedules}
+    assert len(found) == len(tried)
+    # A pipeline that is not up for change is run as it is.
+    fixed = SearchConfig(axes=('data',), remats=('full',), microbatches=(4,))
+    (only,) = candidates(dataclasses.replace(small_run(mesh={'pipeline': 2}), pipeline=PIPELINE), H100, fixed)
+    assert only.pipeline == PIPELINE
+
+
+def test_a_search_over_schedules_names_them_and_says_why_each_lost():
+    run = small_run(step={'batch_size': 32}, num_layers=32)
+    config = SearchConfig(axes=('data', 'pipeline'), remats=('full', 'none'), microbatches=(2, 16), chunks=(2, 5))
+    ranked = search(run, H100, config)
+    by_name = {each.run.describe(): each for each in ranked}
+    assert len(by_name) == len(ranked)
+
+    def row(schedule, remat='full', stages=4):
+        data = f'data={8 // stages} ' if stages < 8 else ''
+        return by_name[f'pipeline={stages} {data}({schedule}), 16 microbatches, remat {remat}'.replace('  ', ' ')]
+
+    # What the schedules are known for: a shorter bubble, and what it is paid with.
+    bubble = {
+        name: row(name).plan.roofline.bubble for name in ('gpipe', '1f1b', 'interleaved, 2 chunks', 'zero_bubble')
+    }
+    kept = {name: row(name).plan.estimate.activations for name in bubble}
+    assert bubble['interleaved, 2 chunks'] < bubble['1f1b'] and bubble['zero_bubble'] < bubble['1f1b']
+    assert kept['1f1b'] == min(kept.values())
+    assert row('1f1b', 'none').plan.estimate.activations > 4 * kept['1f1b']
+    assert row('1f1b', 'none').plan.flops.hardware < row('1f1b').plan.flops.hardware
+    assert 'of it waiting for other stages' in row('1f1b').reason
+    few = [each for each in ranked if each.run.mesh.pipeline > 2 and each.run.step.gradient_accumulation == 2]
+    assert few and all('are fewer than' in each.reason for each in few)
+    blocks = [each for each in ranked if each.run.mesh.pipeline == 8 and each.run.pipeline.chunks == 5]
+    assert blocks and all(
+        '32 repeats of the layer pattern are fewer than the 40 blocks' in each.reason for each in blocks
+    )
 
 
 def test_winner_is_the_fastest_that_fits_and_losers_have_reasons():
@@ -68,6 +112,9 @@ def test_nothing_possible_is_a_mistake():
     [
         ({'axes': ('data', 'model')}, "axes has \\['model'\\]"),
         ({'remats': ()}, 'remats is empty'),
+        ({'schedules': ()}, 'schedules is empty'),
+        ({'schedules': ('1f2b',)}, "no pipeline schedule is called '1f2b'"),
+        ({'chunks': (1, 2)}, "schedule 'interleaved' with 1 chunks"),
         ({'microbatches': (0, 1)}, 'below 1'),
         ({'compile_best': -1}, 'compile_best is -1'),
         ({'margin': 1.0}, 'margin is 1.0'),
@@ -118,3 +165,17 @@ def test_compiled_candidates_win_and_others_are_compared_by_the_same_model():
     best, *_, last = ranked
     expected = last.plan.roofline.step / estimate(best.run, topology).roofline.step - 1
     assert last.reason.startswith(f'{100 * expected:.1f}% slower') and 'analytic' in last.reason
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_the_best_schedule_is_compiled():
+    config = SearchConfig(axes=('pipeline',), remats=('full',), microbatches=(8,), compile_best=1)
+    run = small_run(step={'batch_size': 32}, num_layers=8, implementation='auto')  # a kernel, in a stage of one device
+    ranked = search(run, find_topology('v5e:2x2'), config)
+    assert [each.is_compiled for each in ranked] == [True, False, False, False]
+    best = ranked[0]
+    assert f'({best.run.pipeline.schedule}' in best.run.describe()
+    assert best.plan.compiled.program.traffic()
+    assert {each.run.pipeline.schedule for each in ranked} == {'gpipe', '1f1b', 'interleaved', 'zero_bubble'}
+    assert all(each.reason for each in ranked[1:])
