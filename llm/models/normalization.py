@@ -44,7 +44,7 @@ class Norm(nnx.Module):
         axis: logical axis of the parameters.
     """
 
-    def __init__(self, config: NormConfig, size: int, axis: str = 'norm') -> None:
+    def __init__(self, config: NormConfig, size: int, axis: str = 'embed') -> None:
         self.config = config
         self.scale = parameter((size,), (axis,), Role.VECTOR, outputs=(0,), constant=0.0 if config.unit_offset else 1.0)
         self.bias = bias((size,), (axis,)) if config.bias else None

@@ -11,7 +11,7 @@ from llm.models.parameters import Role, count_parameters, named_specs, parameter
 
 FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
 PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
-AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions', 'norm'}
+AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
 
 # As published, or as the weights that the authors released add up to.
 PUBLISHED = {

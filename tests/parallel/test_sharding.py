@@ -75,7 +75,7 @@ def test_map_shards_gives_each_device_its_part():
         # Six layers over four stages; a layer beside the stack; nothing that four divides; no layer at all.
         (('layers', 'embed', 'mlp'), (6, 8, 12), (None, 'fsdp', 'pipeline')),
         (('remainder', 'embed', 'mlp'), (4, 32, 12), (None, ('pipeline', 'fsdp'), None)),
-        (('layers', 'norm'), (6, 7), (None, None)),
+        (('layers', 'head_dim'), (6, 7), (None, None)),
         (('embed', 'vocab'), (8, 12), ('fsdp', 'pipeline')),
     ],
 )
