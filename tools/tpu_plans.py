@@ -5,8 +5,9 @@
 
 Each row is a preset of gin_configs/models on a mesh of ours, AdamW with fp32 state, compute in bf16, full remat. What
 was compiled is kept in docs/tpu_plans.json, so that rows can be made one at a time: the large ones take minutes and
-several GB of memory. The figures of MaxText are of its snapshot of August 2026 (jax 0.12.0, synthetic data,
-`remat_policy=full`, its default splash attention), compiled in the same way.
+several GB of memory. The first figures of MaxText are of its snapshot of August 2026 (jax 0.12.0, synthetic data,
+`remat_policy=full`, its default splash attention), compiled in the same way; the others of MaxText 0.2.5 from PyPI,
+compiled by the same libtpu as ours.
 """
 
 import argparse
@@ -40,6 +41,7 @@ class Row:
         model: a file of gin_configs/models. title: in the table. rows: of the global batch.
         schedule, chunks: of the pipeline, where the mesh has one.
         theirs: (arguments GB, temporaries GB, seconds to compile), None where there is nothing to compare with.
+        again: (peak less arguments, temp_size) of MaxText 0.2.5, in GB.
         offloaded: activations that wait on the host; full remat without.
     """
 
@@ -51,6 +53,7 @@ class Row:
     rows: int
     length: int
     theirs: tuple[float, float, float] | None = None
+    again: tuple[float, float] | None = None
     microbatches: int = 1
     slices: int = 1
     offloaded: tuple[str, ...] = ()
@@ -82,9 +85,29 @@ class Row:
 
 
 ROWS = (
-    Row('7b_16', 'Llama 2 7B, v5e 4x4', 'llama2_7b', 'v5e:4x4', {'fsdp': 16}, 16, 2048, (5.05, 3.70, 63)),
-    Row('7b_256', 'Llama 2 7B, v5e 16x16', 'llama2_7b', 'v5e:16x16', {'fsdp': 256}, 1024, 2048, (0.32, 4.29, 155)),
-    Row('8b_256', 'Llama 3 8B, v6e 16x16', 'llama3_8b', 'v6e:16x16', {'fsdp': 256}, 512, 8192, (0.38, 11.17, 64)),
+    Row('7b_16', 'Llama 2 7B, v5e 4x4', 'llama2_7b', 'v5e:4x4', {'fsdp': 16}, 16, 2048, (5.05, 3.70, 63), (3.67, 4.94)),
+    Row(
+        '7b_256',
+        'Llama 2 7B, v5e 16x16',
+        'llama2_7b',
+        'v5e:16x16',
+        {'fsdp': 256},
+        1024,
+        2048,
+        (0.32, 4.29, 155),
+        (4.12, 5.80),
+    ),
+    Row(
+        '8b_256',
+        'Llama 3 8B, v6e 16x16',
+        'llama3_8b',
+        'v6e:16x16',
+        {'fsdp': 256},
+        512,
+        8192,
+        (0.38, 11.17, 64),
+        (10.94, 15.42),
+    ),
     Row(
         '8b_256_offload',
         'Llama 3 8B, v6e 16x16, inputs of layers on the host',
@@ -96,7 +119,15 @@ ROWS = (
         offloaded=('layer_input',),
     ),
     Row(
-        '70b_128', 'Llama 3 70B, v5p, 128 chips', 'llama3_70b', 'v5p:4x4x8', {'fsdp': 128}, 256, 8192, (6.63, 36.75, 40)
+        '70b_128',
+        'Llama 3 70B, v5p, 128 chips',
+        'llama3_70b',
+        'v5p:4x4x8',
+        {'fsdp': 128},
+        256,
+        8192,
+        (6.63, 36.75, 40),
+        (36.34, 50.66),
     ),
     Row(
         '70b_pipeline',
@@ -107,6 +138,7 @@ ROWS = (
         256,
         4096,
         (7.21, 45.44, 319),
+        (45.13, 63.05),
         microbatches=8,
     ),
     Row(
@@ -118,6 +150,7 @@ ROWS = (
         8,
         32_768,
         (3.02, 8.86, 34),
+        (7.89, 11.38),
     ),
     Row(
         '8b_128k',
@@ -156,15 +189,20 @@ def page(results: dict[str, Record]) -> str:
         '# Large runs, compiled for TPUs',
         '',
         'Made by `tools/tpu_plans.py`: training steps compiled by the TPU compiler for these topologies, on a CPU.',
-        'Bytes are of one chip, from `memory_analysis()`. Compute in bf16, AdamW with fp32 state, full remat; what',
-        'waits on the host is not in these bytes. The',
-        "second figure is MaxText's for the same model, tokens and topology (snapshot of August 2026, jax 0.12.0,",
-        'splash attention). Times to compile are for scale: machines differ. The step time is a bound by published',
-        'rates, not measured.',
+        'Compute in bf16, AdamW with fp32 state, full remat. Bytes are of one chip, from `memory_analysis()`; what',
+        'waits on the host is not in them. *Temporaries* are its peak less its arguments: what the program needs. Its',
+        '`temp_size` counts part of the same space twice: the compiler makes programs whose `temp_size` no chip has',
+        '(docs/decisions.md).',
         '',
-        '| run | tokens a chip | sequence | arguments, GB | temporaries, GB | compiled in, s | weight bytes over least '
-        '| least step, s | MFU at most, causal |',
-        '|---|---|---|---|---|---|---|---|---|',
+        "Second figures are MaxText's for the same model, tokens and topology, at its snapshot of August 2026 (jax",
+        '0.12.0, splash attention), as they were given to us; third ones (second ones of temp_size) are of MaxText',
+        '0.2.5, compiled by the same libtpu as ours, its pipeline with 20 layers a stage (with one it needs',
+        '21.76 GB). Times to compile are for scale: machines differ. The step time is a bound by published rates, not',
+        'measured.',
+        '',
+        '| run | tokens a chip | sequence | arguments, GB | temporaries, GB | temp_size, GB | compiled in, s '
+        '| weight bytes over least | least step, s | MFU at most, causal |',
+        '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for row in ROWS:
         record = results.get(row.name)
@@ -177,36 +215,31 @@ def page(results: dict[str, Record]) -> str:
 
 def _line(row: Row, record: Record | None) -> str:
     theirs = row.theirs or (None, None, None)
+    live, temp_size = row.again or (None, None)
     chips = 0 if record is None else record['topology']['chips']
     cells: list[Any] = [row.title, '-' if not chips else f'{row.rows * row.length / chips:,.0f}', f'{row.length:,}']
     compiler = {} if record is None else record.get('compiler', {})
-    if record is None:
-        cells += [_pair(None, value, 2) for value in theirs[:2]] + [_pair(None, theirs[2], 0), '-', '-', '-']
-    elif 'memory' not in compiler:
-        over = record['memory']['over'] / 1e9
-        cells += [f'does not fit, by {over:.2f}', _pair(None, theirs[1], 2), _pair(compiler['seconds'], theirs[2], 0)]
-        cells += ['-', '-', '-']
-    else:
+    ours: list[float | None] = [None, None, None]
+    if record is not None and 'memory' in compiler:
         # Of a chip: where libtpu has two devices a chip, both.
         per_chip = record['topology']['devices'] / chips / 1e9
-        memory, roof = compiler['memory'], record['roofline']
-        cells += [
-            _pair(memory[kind] * per_chip, own, 2)
-            for kind, own in zip(('arguments', 'temporaries'), theirs[:2], strict=True)
-        ]
-        cells += [
-            _pair(compiler['seconds'], theirs[2], 0),
-            f'{compiler["weights"]["ratio"]:.2f}',
-            f'{roof["step"]:.2f}',
-            f'{100 * roof["mfu_causal"]:.0f}%',
-        ]
+        ours = [compiler['memory'][kind] * per_chip for kind in ('arguments', 'temporaries', 'temp_size')]
+    cells += [_cell(2, ours[0], theirs[0]), _cell(2, ours[1], theirs[1], live), _cell(2, ours[2], temp_size)]
+    if record is not None and 'memory' not in compiler:
+        cells[-3] = f'does not fit, by {record["memory"]["over"] / 1e9:.2f}'
+    cells.append(_cell(0, compiler.get('seconds'), theirs[2]))
+    if record is not None and 'memory' in compiler:
+        roof = record['roofline']
+        cells += [f'{compiler["weights"]["ratio"]:.2f}', f'{roof["step"]:.2f}', f'{100 * roof["mfu_causal"]:.0f}%']
+    else:
+        cells += ['-', '-', '-']
     return '| ' + ' | '.join(cells) + ' |'
 
 
-def _pair(ours: float | None, theirs: float | None, digits: int) -> str:
-    """'4.90 / 5.05'."""
-    words = ['-' if value is None else f'{value:.{digits}f}' for value in (ours, theirs)]
-    return words[0] if theirs is None else ' / '.join(words)
+def _cell(digits: int, ours: float | None, *others: float | None) -> str:
+    """'4.90 / 5.05'; what others do not have is left out."""
+    values = [ours, *(value for value in others if value is not None)]
+    return ' / '.join('-' if value is None else f'{value:.{digits}f}' for value in values)
 
 
 def main() -> None:

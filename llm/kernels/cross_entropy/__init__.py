@@ -257,7 +257,11 @@ def _summed_forward(options: _Options, *arrays: jax.Array) -> tuple[Any, Any]:
 
 def _summed_backward(options: _Options, gradients: Any, cotangents: Any) -> Any:
     cotangent = _over_manual(options.placement, cotangents[0])
-    return *((cotangent * x).astype(x.dtype) for x in gradients), None, None
+    scaled = tuple((cotangent * x).astype(x.dtype) for x in gradients)
+    if options.placement.manual:
+        # Else the TPU compiler multiplies after a sum over devices, and fails where a loop adds up what comes out.
+        scaled = jax.lax.optimization_barrier(scaled)
+    return *scaled, None, None
 
 
 _summed_cross_entropy.defvjp(_summed_forward, _summed_backward)
