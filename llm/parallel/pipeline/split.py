@@ -150,7 +150,7 @@ def _part(
 
 
 def _inline(closed: ClosedJaxpr, example: Sequence[Any], *, open_remat: bool = False) -> ClosedJaxpr:
-    """The same program without calls, and if `open_remat` without the outer jax.checkpoint in a backward pass."""
+    """The same program without calls and names, and if `open_remat` without the outer jax.checkpoint in a backward pass."""
 
     def run(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
         values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -164,6 +164,8 @@ def _inline(closed: ClosedJaxpr, example: Sequence[Any], *, open_remat: bool = F
             if equation.primitive.name in _INLINED:
                 inner: Any = equation.params.get('jaxpr', equation.params.get('call_jaxpr'))
                 outputs = run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), *inputs)
+            elif equation.primitive.name == 'name':  # of jax.checkpoint's policies, which have been applied
+                outputs = inputs
             elif open_remat and jaxpr is closed.jaxpr and equation.params.get('differentiated'):
                 outputs = run(equation.params['jaxpr'], (), *inputs)
             else:

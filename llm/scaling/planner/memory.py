@@ -16,21 +16,19 @@ from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.pipelines import kept_bytes
 from llm.scaling.planner.run_config import RunConfig
 
-# How often an array is there at once, fitted to the compiler by tools/planner_memory_error.py. Of the layer at work:
-# its activations, and their gradients. Of its gathered weights: those of the next layer on their way, and their
-# gradients.
-LAYER_AT_ONCE = 2.35
-GATHERED_LAYERS = 2.4
-# Layers whose activations are on their way to the host, or back.
-OFFLOADED_LAYERS = 2.0
+# How often an array is there at once, near the compiler's figures for the runs of tools/planner_memory_error.py. Of the
+# layer at work: its activations, and a part of their gradients. Of its gathered weights: some of the next layer's on
+# their way, or gradients.
+LAYER_AT_ONCE = 1.3
+GATHERED_LAYERS = 1.6
 # Part of the memory beside HBM that takes arrays of the layer at work.
 ON_CHIP_SHARE = 0.7
-# What accumulation over microbatches adds, in gradients: their sum, before and after an addition.
-SUMS_OF_GRADIENTS = 2.2
 # Bytes of an element of a chunk's logits: the logits and their gradient, both in fp32.
 BYTES_OF_LOGITS = 8.0
-# The head's gradient in fp32, before and after it is scattered or added to.
-HEAD_GRADIENTS = 2.0
+# Muon's matrices at work, whole and in fp32: one going in, one coming out.
+WHOLE_MATRICES = 2.0
+# Layers whose activations are on their way to the host, or back.
+OFFLOADED_LAYERS = 2.0
 # A step's program on a TPU, whatever the model's size: the layers are a loop.
 CODE_BYTES = 40e6
 
@@ -101,17 +99,17 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
     # The loss takes its gradients along: the head's is whole until all chunks are added.
-    head_gradient = HEAD_GRADIENTS * 4 * model.d_model * columns
+    head_gradient = 4 * model.d_model * columns
     cast, gathered, head = _weights(run, placement)
-    accumulated = SUMS_OF_GRADIENTS * state.gradients if step.gradient_accumulation > 1 else 0.0
     present = float(state.gradients)
+    accumulated = present if step.gradient_accumulation > 1 else 0.0
     if stages > 1:  # which add each gradient to the sum as soon as they have it
-        accumulated, present = float(state.gradients), 0.0
+        accumulated, present = present, 0.0
 
     always = cast + saved + accumulated
     loss = always + logits + head + head_gradient
     backward = always + present + max(0.0, at_work + gathered - ON_CHIP_SHARE * on_chip)
-    update = present + accumulated
+    update = present + accumulated + _orthogonalized(run)
     batch = 5 * 4 * rows * step.sequence_length / placement.ways('sequence')
     arguments = state.parameters + state.optimizer + batch
     code = CODE_BYTES if platform == 'tpu' else 0.0
@@ -128,6 +126,14 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         peak=arguments + max(loss, backward, update) + code,
         host=host,
     )
+
+
+def _orthogonalized(run: RunConfig) -> float:
+    """Bytes of the whole matrices that Muon works on: those of all layers at once, of one kind after the other."""
+    if run.optimizer.kind != 'muon':
+        return 0.0
+    sizes = [math.prod(spec.shape) for _, spec in named_specs(model_specs(run.model)) if spec.role is Role.HIDDEN]
+    return WHOLE_MATRICES * 4 * max(sizes)
 
 
 def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]:

@@ -62,6 +62,11 @@ class Topology:
         return math.prod(self.shape) * self.num_slices
 
     @property
+    def wraps(self) -> tuple[bool, ...]:
+        """For each side of the torus whether its ends are joined."""
+        return _wraps(self.chip, self.shape)
+
+    @property
     def memory_per_device(self) -> float:
         """Bytes of HBM that a program may use on one device."""
         return self.chip.hbm_bytes * self.device_share - self.chip.reserved_bytes
@@ -220,7 +225,7 @@ def _tpu(name: str, chip: Chip, shape: tuple[int, ...], num_slices: int) -> Topo
         for variable, value in _WITHOUT_A_TPU.items():
             os.environ.setdefault(variable, value)
     try:
-        devices = _described(name, shape, num_slices)
+        devices = _described(name, shape, _wraps(chip, shape), num_slices)
     except Exception as error:
         text = str(error)
         if 'INVALID_ARGUMENT' not in text:
@@ -247,13 +252,19 @@ def _tpu(name: str, chip: Chip, shape: tuple[int, ...], num_slices: int) -> Topo
     )
 
 
+def _wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Switches between blocks of three dimensions join all sides, or none where one is no whole number of blocks."""
+    joined = tuple(side % chip.wraps == 0 for side in shape)
+    return joined if len(shape) < 3 else (all(joined),) * len(shape)
+
+
 @functools.cache
-def _described(name: str, shape: tuple[int, ...], num_slices: int) -> tuple[jax.Device, ...]:
+def _described(name: str, shape: tuple[int, ...], wraps: tuple[bool, ...], num_slices: int) -> tuple[jax.Device, ...]:
     """The same devices each time: jax compares programs that it has traced before by their devices."""
     from jax.experimental import topologies
 
     # A host has 2 x 2 chips; slices of less than that are described by their own shape.
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {'wrap': (*wraps, False)[:3]}
     if 1 in shape[:2] and max(shape) <= 2:
         options['chips_per_host_bounds'] = (*shape, 1)[:3]
     if name.startswith('v4:'):
@@ -326,7 +337,7 @@ def _torus_links(topology: Topology, mesh: Mesh) -> Links:
             across[axis] = slices
         along = [side for side in range(len(topology.shape)) if len({device.coords[side] for device in line}) > 1]
         # Both ways round where the ends of the side are joined; a line sends half its ring the long way.
-        links = sum(2 if topology.shape[side] % chip.wraps == 0 else 1 for side in along)
+        links = sum(2 if topology.wraps[side] else 1 for side in along)
         # Two devices of one chip reach each other without a link.
         bandwidth[axis] = links * chip.link_bandwidth * topology.device_share if along else math.inf
         sides[axis] = frozenset(along)

@@ -29,6 +29,7 @@ def small_run(
     mesh: dict[str, int] | None = None,
     step: dict[str, Any] | None = None,
     implementation: str = 'reference',
+    optimizer: Any = 'adamw',
     **model: Any,
 ) -> RunConfig:
     """Three layers, sixteen rows, bf16; with these fields changed."""
@@ -37,7 +38,7 @@ def small_run(
     )
     return RunConfig(
         model=dataclasses.replace(decoder, **model),
-        optimizer=OptimizerConfig(),
+        optimizer=OptimizerConfig(kind=optimizer),
         step=StepConfig(**{'batch_size': ROWS, 'sequence_length': LENGTH, **(step or {})}),
         mesh=MeshConfig(**{'data': 1, **(mesh or {})}),
     )

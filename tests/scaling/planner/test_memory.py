@@ -2,7 +2,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.scaling.planner.abstract import tiled_bytes
-from llm.scaling.planner.memory import LAYER_AT_ONCE, OFFLOADED_LAYERS, SUMS_OF_GRADIENTS, estimate_memory
+from llm.scaling.planner.memory import LAYER_AT_ONCE, OFFLOADED_LAYERS, WHOLE_MATRICES, estimate_memory
 from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, sizes_of, small_run
 
 PARAMETERS = L * (4 * D * H * K + 3 * D * F + 2 * D) + D + 2 * V * D
@@ -23,8 +23,7 @@ def test_state_of_one_device():
 
 def test_state_is_shared_by_fsdp_and_not_by_data():
     assert memory(mesh={'data': 4}).parameters == memory().parameters
-    norms = 4 * (2 * L + 1) * D
-    assert memory(mesh={'fsdp': 4}).parameters == (memory().parameters - norms) / 4 + norms
+    assert memory(mesh={'fsdp': 4}).parameters == memory().parameters / 4
 
 
 def test_full_remat_keeps_the_input_of_every_layer():
@@ -66,7 +65,13 @@ def test_scores_are_held_by_the_reference_alone():
 def test_accumulation_halves_activations_and_adds_a_sum_of_gradients():
     one, two = memory(remat='full'), memory(remat='full', step={'gradient_accumulation': 2})
     assert two.activations == one.activations / 2
-    assert two.gradients == (1 + SUMS_OF_GRADIENTS) * one.gradients
+    assert two.gradients == 2 * one.gradients
+
+
+def test_muon_works_on_whole_matrices_after_the_backward_pass():
+    step = {'batch_size': 4, 'sequence_length': 8}  # so few tokens that the update needs most
+    found = memory(mesh={'fsdp': 4}, step=step, optimizer='muon')
+    assert found.temporaries == found.gradients + WHOLE_MATRICES * 4 * L * D * F
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,8 @@ def test_short_heads_are_padded_on_a_tpu():
     whole, quarter = {}, {'fsdp': 4}
     norms = 4 * 2 * D  # two of [3, D] each take the place of [4, D]
     assert memory('tpu', mesh=whole).parameters - memory('gpu', mesh=whole).parameters == norms
+    # Of [3, 64] that of [4, 128], and the last one, of [64], that of [128].
+    norms = 4 * (2 * (4 * 128 - 3 * 64) + 128 - 64)
     padding = memory('tpu', mesh=quarter).parameters - memory('gpu', mesh=quarter).parameters
     assert padding == 4 * L * 4 * D * H * K / 4 + norms
 

@@ -128,3 +128,20 @@ def test_slices_are_joined_by_the_network():
     with pytest.raises(UserError, match='goes over 1 slices, and there are 2'):
         topology.sizes(MeshConfig(data=1, fsdp=32))
     assert topology.links(MeshConfig(data=1, fsdp=32, dcn_fsdp=2)).across == {'fsdp': 2}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ('name', 'joined'),
+    [
+        ('v5e:4x4', (False, False)),
+        ('v6e:8x16', (False, True)),
+        ('v5e:16x16', (True, True)),
+        ('v5p:4x4x8', (True, True, True)),
+        ('v5p:2x4x4', (False, False, False)),
+        ('v4:4x4x4', (True, True, True)),
+    ],
+)
+def test_ends_of_a_side_are_joined_as_google_publishes_it(name, joined):
+    """cloud.google.com/tpu/docs: cubes of 4 for v4 and v5p, sides of 16 for v5e and v6e."""
+    assert find_topology(name).wraps == joined

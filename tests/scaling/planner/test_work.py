@@ -9,7 +9,7 @@ from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, siz
 
 TOKENS = ROWS * LENGTH
 LAYER_MATRICES = 4 * D * H * K + 3 * D * F
-WEIGHTS = 2 * (L * LAYER_MATRICES + V * D)  # bytes in bf16 of what is gathered: no embedding, no norm
+WEIGHTS = 2 * (L * LAYER_MATRICES + V * D)  # bytes in bf16 of what is gathered: no embedding, and norms apart
 
 
 def flops(**changes):
@@ -77,8 +77,9 @@ def test_one_device_sends_nothing():
 def test_sharded_weights_are_gathered_twice_and_their_gradients_scattered():
     found = traffic(mesh={'fsdp': 4}, step={'gradient_accumulation': 2})
     gather, scatter = found['all-gather', ('fsdp',)], found['reduce-scatter', ('fsdp',)]
-    assert gather.payload == 2 * 2 * WEIGHTS and gather.link_bytes == 3 / 4 * gather.payload
-    assert scatter.payload == 2 * WEIGHTS
+    norms = 2 * (2 * L + 1) * D
+    assert gather.payload == 2 * 2 * (WEIGHTS + norms) and gather.link_bytes == 3 / 4 * gather.payload
+    assert scatter.payload == 2 * (WEIGHTS + norms)
 
 
 def test_replicated_weights_have_their_gradients_summed():
