@@ -150,7 +150,7 @@ def _part(
 
 
 def _inline(closed: ClosedJaxpr, example: Sequence[Any], *, open_remat: bool = False) -> ClosedJaxpr:
-    """The same program without calls and names, and if `open_remat` without the outer jax.checkpoint in a backward pass."""
+    """The same program without calls, names and, if `open_remat`, the outer jax.checkpoint in a backward pass."""
 
     def run(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
         values: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
