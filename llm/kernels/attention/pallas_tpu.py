@@ -240,7 +240,7 @@ def backward(
 
     Args:
         one_pass: whether all gradients are computed together; default: if those of a head's keys and values fit in
-            half of the VMEM.
+            two fifths of the VMEM; with the blocks half of it is too much.
     """
     problem = _Problem(options, query, key, positions, tpu, blocks)
     sizes, (queries, keys) = problem.sizes, problem.padded
@@ -249,7 +249,7 @@ def backward(
     if one_pass is None:
         # Two sums, and two outputs that are each written while the next is computed.
         each = keys * max(sizes.head_size, _LANES) * (statistics.itemsize + 2 * jnp.dtype(d_key_type).itemsize)
-        one_pass = 2 * each <= problem.chip.vmem // 2
+        one_pass = 2 * each <= problem.chip.vmem * 2 // 5
     inputs = problem.inputs(query, key, value) | {
         'd_output': (problem.heads_first(d_output.astype(query.dtype), queries), 'queries'),
         'log_sum_exp': (problem.by_query(log_sum_exp * LOG2_E), 'statistic'),

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm.kernels.attention import dot_product_attention, pallas_tpu, reference
+from llm.kernels.attention.masking import Options, Positions
 from tests.kernels.attention.problems import OPTIONS, by_blocks, problems, value_and_gradients
 
 
@@ -91,3 +92,28 @@ def test_compiles_in_memory_linear_in_the_length(chip, case):
     arrays = 2 * batch * length * (3 * heads + 4 * kv_heads) * lanes
     ids = 4 * batch * length * 128 if traced.get('query_segment_ids') else 0
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * arrays + ids + 2**24
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(('length', 'passes'), [(6144, 1), (8192, 2)])
+def test_gradients_of_a_piece_in_fp32_fit_on_the_chip(length, passes):
+    """A ring adds up gradients of keys and values in fp32: they take the most of v5p's VMEM."""
+    device = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices[0]
+    sharding = NamedSharding(Mesh(np.array([device]), ('one',)), PartitionSpec())
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def run(query, key, ids, offset, statistic):
+        positions = Positions(ids, ids, offset, None, None)
+        options, kind = Options(0.1, True, None, None, None), device.device_kind
+        return pallas_tpu.backward(
+            options, query, key, key, positions, statistic, statistic, query, dtype=jnp.float32, tpu=kind
+        )
+
+    arguments = array(1, length, 32, 128), array(1, length, 8, 128), array(1, length, dtype=jnp.int32)
+    scalars = array(dtype=jnp.int32), array(1, 32, length, dtype=jnp.float32)
+    assert (
+        jax.jit(run).lower(*arguments, *scalars).compile().as_text().count('custom_call_target="tpu_custom_call"')
+        == passes
+    )
