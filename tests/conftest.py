@@ -9,10 +9,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = ' '.join(
     (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0')
 )
-# libtpu is used to compile only; without these it looks for a TPU host and prints noise.
+# libtpu is used to compile only; without these it looks for a TPU host, prints noise and lets one process load it.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 # PyPI's build of torch brings triton (the CPU build does not). Loaded after TensorFlow its library crashes the process.
