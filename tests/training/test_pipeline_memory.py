@@ -56,9 +56,8 @@ def _compiled(
 
 
 def _temporaries(schedule: str, microbatches: int, remat: str = 'full') -> int:
-    sizes = _compiled(schedule, microbatches, remat).memory_analysis()
-    # All results but a few numbers are in the place of arguments.
-    return sizes.peak_memory_in_bytes - sizes.argument_size_in_bytes
+    # Not the peak, which counts VMEM too: much of so small a program.
+    return _compiled(schedule, microbatches, remat).memory_analysis().temp_size_in_bytes
 
 
 def _mesh(**sizes: int) -> AbstractMesh:
@@ -67,21 +66,19 @@ def _mesh(**sizes: int) -> AbstractMesh:
 
 # One microbatch's activations on one stage: the inputs of its two layers.
 ACTIVATIONS = 2 * 4 * LENGTH * 512 * 2
-# And its batch: five arrays of four bytes a token.
-ROWS = 5 * 4 * LENGTH * 4
 
 
 def test_temporaries_of_1f1b_do_not_grow_with_microbatches():
     sizes = [_temporaries('1f1b', microbatches) for microbatches in (8, 16, 32)]
     print(f'temporaries of 1F1B with 8, 16 and 32 microbatches: {sizes}')
-    # The batch grows, and the table of the schedule by a few numbers a tick.
-    assert max(sizes) - min(sizes) < 24 * ROWS
+    # The table of the schedule grows, by a few numbers a tick.
+    assert max(sizes) - min(sizes) < ACTIVATIONS / 20
 
 
 def test_without_remat_more_is_kept_and_it_does_not_grow_either():
     sizes = [_temporaries('1f1b', microbatches, 'none') for microbatches in (16, 32)]
     print(f'temporaries of 1F1B without remat, with 16 and 32 microbatches: {sizes}')
-    assert max(sizes) - min(sizes) < 16 * ROWS
+    assert max(sizes) - min(sizes) < ACTIVATIONS / 20
     # For four microbatches, of each of two layers: attention probabilities, and twice what is inside of the gate.
     probabilities, hidden = 4 * 4 * LENGTH * LENGTH, 4 * LENGTH * 1024
     assert sizes[0] - _temporaries('1f1b', 16) > 4 * 2 * 2 * (probabilities + 2 * hidden)

@@ -141,7 +141,7 @@ def test_inputs_of_layers_wait_on_the_host_of_a_tpu(on_tpu):
     memory = offload.compiled.memory
     assert memory.host == offload.estimate.host == 16 * 16 * 512 * D * 2
     assert on_tpu.compiled.memory.host == on_tpu.estimate.host == on_tpu.host_bytes == 0
-    assert on_tpu.compiled.memory.temporaries - memory.temporaries > 0.6 * memory.host
+    assert on_tpu.compiled.memory.temp_size - memory.temp_size > 0.6 * memory.host
     assert offload.host_bytes == 2 * memory.host
     text = format_plan(plan_record(offload))
     assert 'on the host, beside it' in text and f'to and from the host ({byte_size(2 * memory.host)})' in text
