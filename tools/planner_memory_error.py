@@ -4,7 +4,7 @@
 
 Compiles each run's training step (about a minute each on two cores) and prints bytes on one device, compiled and
 estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. The runs of
-tools/tpu_plans.py, which the model's constants were not chosen for, come after, as far as docs/tpu_plans.json has them.
+tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
 """
 
 import argparse
