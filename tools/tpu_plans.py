@@ -211,7 +211,7 @@ def page(results: dict[str, Record]) -> str:
         'waits on the host is not in them. *Temporaries* are its peak less its arguments: what the program needs. Its',
         '`temp_size` counts part of the same space twice: the compiler makes programs whose `temp_size` no chip has',
         '(docs/decisions.md). The peak counts VMEM too. Which measure the second figures are is not known; they are',
-        'near the peak of MaxText 0.2.5, but 12% above it with sequence 4. By `temp_size` five of six of ours are above',
+        'near the peak of MaxText 0.2.5, but 12% above it with sequence 4. By `temp_size` five of six of ours exceed',
         'them.',
         '',
         "Second figures are MaxText's for the same model, tokens and topology, at its snapshot of August 2026 (jax",
