@@ -49,12 +49,8 @@ def choose(implementation: Implementation, device: jax.Device, queries: int) -> 
     if implementation not in get_args(Implementation):
         raise ValueError(f'no attention implementation is called {implementation!r}')
     gpu = chip_of(device, 'gpu')
-    if implementation == 'pallas_gpu' and gpu is not None and not pallas_gpu.runs_on(gpu):
-        raise UserError(
-            f'needs an NVIDIA GPU of compute capability 8.0 or later, and this one has {gpu}',
-            where="attention implementation 'pallas_gpu'",
-            fix="Use 'auto'.",
-        )
+    if implementation == 'pallas_gpu' and gpu is not None:  # without a GPU it is interpreted
+        pallas_gpu.check_gpu(implementation, gpu)
     if implementation != 'auto':
         return implementation
     # One token at a time (decoding) has nothing to cut up.
@@ -136,7 +132,7 @@ def dot_product_attention(
         if implementation == 'cudnn':
             raise UserError(
                 'cannot do rows that are cut along a mesh axis',
-                where="attention implementation 'cudnn'",
+                where=pallas_gpu.where('cudnn'),
                 fix="Use 'pallas_gpu' or 'auto'.",
             )
         if key_lengths is not None or not (isinstance(query_offset, int) and query_offset == 0):
@@ -161,15 +157,11 @@ def dot_product_attention(
         )
     static, traced = (query_offset, None) if isinstance(query_offset, int) else (None, query_offset)
     positions = Positions(query_segment_ids, key_segment_ids, traced, key_lengths, slopes)
-    arguments = (
-        Options(scale, causal, window, soft_cap, static),
-        *(jnp.asarray(x) for x in (query, key, value)),
-        jax.tree.map(jnp.asarray, positions),
-        None if sinks is None else jnp.asarray(sinks),
-    )
+    options = Options(scale, causal, window, soft_cap, static)
+    inputs = jax.tree.map(jnp.asarray, flash.Inputs(query, key, value, positions, sinks))
     if implementation == 'cudnn':
-        return cudnn.attention(*arguments, gpu=chip_of(device, 'gpu'))
+        return cudnn.attention(options, inputs, gpu=chip_of(device, 'gpu'))
     chip = chip_of(device, 'gpu' if implementation == 'pallas_gpu' else 'tpu')
     attend: Any = flash.attention if sequence_axis is None else functools.partial(sequence.attention, sequence_axis)
-    output: jax.Array = attend(by_blocks(implementation, chip), *arguments)
+    output: jax.Array = attend(by_blocks(implementation, chip), options, inputs)
     return output

@@ -50,10 +50,7 @@ def block_ranges(
     given = positions.offset, positions.key_lengths, positions.query_ids
     known = all(x is None for x in given) and pairs <= _MOST_PAIRS
     xp: Any = np if known else jnp
-    offset: Any = options.offset
-    if positions.offset is not None:
-        offset = jnp.reshape(positions.offset, (-1, 1, 1)).astype(jnp.int32)
-    visible, whole = visibility(options, positions, offset, lengths, block_sizes, xp)
+    visible, whole = visibility(options, positions, lengths, block_sizes, xp)
     inner = 1 if keys_outer else 2
     count = visible.shape[inner]
     index = xp.arange(count, dtype=xp.int32).reshape((1, -1, 1) if keys_outer else (1, 1, -1))

@@ -47,7 +47,6 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
 def visibility(
     options: Options,
     positions: Positions,
-    offset: Any,
     lengths: tuple[int, int],
     block_sizes: tuple[int, int],
     xp: Any,
@@ -55,11 +54,13 @@ def visibility(
     """Whether a pair of blocks has anything to show, and whether it shows all: bool [1 or B, query blocks, key blocks].
 
     Args:
-        offset: a number, or an array [1 or B, 1, 1].
         lengths: of queries and keys, without padding.
         xp: numpy, or jax.numpy if anything is traced.
     """
     (queries, keys), (block_q, block_k) = lengths, block_sizes
+    offset: Any = options.offset
+    if positions.offset is not None:
+        offset = jnp.reshape(positions.offset, (-1, 1, 1)).astype(jnp.int32)
     first_query = (xp.arange(-(-queries // block_q)) * block_q)[None, :, None]
     first_key = (xp.arange(-(-keys // block_k)) * block_k)[None, None, :]
     last_key = xp.minimum(first_key + block_k, keys) - 1
@@ -104,7 +105,7 @@ def block_table(
     pruned = np.ones((1, -(-lengths[0] // block_sizes[0]), -(-lengths[1] // block_sizes[1])), bool)
     whole = pruned
     if options.offset is not None:
-        pruned, whole = visibility(options, Positions(), options.offset, lengths, block_sizes, np)
+        pruned, whole = visibility(options, Positions(), lengths, block_sizes, np)
     if max(pruned.shape) >= 1 << BLOCK_BITS:
         raise ValueError(f'{lengths} queries and keys make more blocks of {block_sizes} than an entry can hold')
     # The first entry of an outer block stands in where none of the block's is needed.
@@ -124,10 +125,7 @@ def block_table(
         kinds = tuple(kind for kind in (False, True) if np.any(shown & (complete != kind)))
         return BlockTable(jnp.asarray(pack | flags << 2 * BLOCK_BITS, jnp.int32), len(pack), 1, kinds)
 
-    offset: Any = options.offset
-    if positions.offset is not None:
-        offset = jnp.reshape(positions.offset, (-1, 1, 1)).astype(jnp.int32)
-    visible, whole = visibility(options, positions, offset, lengths, block_sizes, jnp)
+    visible, whole = visibility(options, positions, lengths, block_sizes, jnp)
     shown, complete = ((x & pruned)[:, query_block, key_block] for x in (visible, whole))
     group = np.cumsum(first) - 1
     needed = jnp.zeros((shown.shape[0], group[-1] + 1), bool).at[:, group].max(shown)

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from llm.errors import UserError
+from llm.kernels.attention.flash import Inputs
 from llm.kernels.attention.masking import Options, Positions
-from llm.kernels.attention.pallas_gpu import runs_on
+from llm.kernels.attention.pallas_gpu import check_gpu, where
 
 _HOPPER = 9  # compute capability from which heads may be 256 wide
 
 
-def _obstacle(
-    options: Options, query: jax.Array, key: jax.Array, positions: Positions, sinks: jax.Array | None, gpu: str
-) -> str | None:
+def _obstacle(options: Options, inputs: Inputs, gpu: str) -> str | None:
     """The first thing that cuDNN cannot do, or None."""
+    query, key, _, positions, sinks = inputs
     head_size, most = query.shape[3], 256 if int(gpu.partition('.')[0]) >= _HOPPER else 128
     obstacles = {
         f'{query.dtype} arrays (only bfloat16 and float16)': query.dtype not in (jnp.bfloat16, jnp.float16),
@@ -48,17 +48,8 @@ def jax_arguments(options: Options, positions: Positions, keys: int) -> dict[str
     }
 
 
-def attention(
-    options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
-    *,
-    gpu: str | None,
-) -> jax.Array:
-    """Attention by cuDNN; shapes as in `llm.kernels.attention`.
+def attention(options: Options, inputs: Inputs, *, gpu: str | None) -> jax.Array:
+    """Attention by cuDNN.
 
     Args:
         gpu: compute capability of the GPU that will run it, as '9.0'; None if it is no NVIDIA GPU.
@@ -66,15 +57,11 @@ def attention(
     Raises:
         UserError: the device is no NVIDIA GPU from Ampere on, or cuDNN cannot do what is asked for.
     """
-    where = "attention implementation 'cudnn'"
-    if gpu is None or not runs_on(gpu):
-        device = 'this is none' if gpu is None else f'this one has {gpu}'
-        raise UserError(
-            f'needs an NVIDIA GPU of compute capability 8.0 or later, and {device}', where=where, fix="Use 'auto'."
-        )
-    obstacle = _obstacle(options, query, key, positions, sinks, gpu)
+    gpu = check_gpu('cudnn', gpu)
+    obstacle = _obstacle(options, inputs, gpu)
     if obstacle is not None:
-        raise UserError(f'cannot do {obstacle}', where=where, fix="Use 'pallas_gpu' or 'auto'.")
+        raise UserError(f'cannot do {obstacle}', where=where('cudnn'), fix="Use 'pallas_gpu' or 'auto'.")
+    query, key, value, positions, _ = inputs
     output = jax.nn.dot_product_attention(
         query, key, value, **jax_arguments(options, positions, key.shape[1]), implementation='cudnn'
     )

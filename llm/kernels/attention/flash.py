@@ -21,6 +21,16 @@ import jax.numpy as jnp
 from llm.kernels.attention.masking import Options, Positions
 
 
+class Inputs(NamedTuple):
+    """What attention reads; shapes as in `llm.kernels.attention`."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    positions: Positions
+    sinks: jax.Array | None
+
+
 class Implementation(NamedTuple):
     """The two functions; hashable, with block sizes and the like bound by functools.partial."""
 
@@ -59,35 +69,28 @@ def output_dot_gradient(output: jax.Array, d_output: jax.Array) -> jax.Array:
 def attention(
     implementation: Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> jax.Array:
-    """Attention by `implementation`; shapes as in `llm.kernels.attention`, without gradients of `positions`."""
-    output: jax.Array = _forward(implementation, options, query, key, value, positions, sinks)[0]
+    """Attention by `implementation`, without gradients of positions."""
+    output: jax.Array = _forward(implementation, options, inputs)[0]
     return output
 
 
 def _forward(
     implementation: Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> Any:
-    output, log_sum_exp = add_sinks(*implementation.forward(options, query, key, value, positions), sinks)
-    return output, (query, key, value, positions, sinks, output, log_sum_exp)
+    *arrays, sinks = inputs
+    output, log_sum_exp = add_sinks(*implementation.forward(options, *arrays), sinks)
+    return output, (inputs, output, log_sum_exp)
 
 
 def _backward(implementation: Implementation, options: Options, residuals: Any, d_output: jax.Array) -> Any:
-    query, key, value, positions, sinks, output, log_sum_exp = residuals
+    (*arrays, sinks), output, log_sum_exp = residuals
     delta = output_dot_gradient(output, d_output)
-    gradients = implementation.backward(options, query, key, value, positions, log_sum_exp, delta, d_output)
-    return *gradients, None, sinks_gradient(sinks, log_sum_exp, delta)
+    gradients = implementation.backward(options, *arrays, log_sum_exp, delta, d_output)
+    return (Inputs(*gradients, Positions(), sinks_gradient(sinks, log_sum_exp, delta)),)
 
 
 attention.defvjp(_forward, _backward)

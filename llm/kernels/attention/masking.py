@@ -95,7 +95,18 @@ class Positions:
     key_lengths: jax.Array | None = None
     slopes: jax.Array | None = None
 
-    def offsets(self, options: Options, batch: int) -> jax.Array:
-        """Index of each row's first query: [B] int32."""
+    def row_scalars(self, options: Options, batch: int, keys: int) -> jax.Array:
+        """Index of each row's first query, and how many of its `keys` keys count: [B, 2] int32."""
         offset: Any = options.offset if self.offset is None else self.offset
-        return jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
+        lengths = keys if self.key_lengths is None else jnp.minimum(self.key_lengths, keys)
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,)) for x in (offset, lengths)], axis=1)
+
+    def padded(self, queries: int, keys: int) -> 'Positions':
+        """With segment ids, if there are any, of so many queries and keys: the last of a row are repeated."""
+        if self.query_ids is None or self.key_ids is None:
+            return self
+        query_ids, key_ids = (
+            jnp.pad(ids.astype(jnp.int32), [(0, 0), (0, size - ids.shape[1])], mode='edge')
+            for ids, size in ((self.query_ids, queries), (self.key_ids, keys))
+        )
+        return dataclasses.replace(self, query_ids=query_ids, key_ids=key_ids)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llm.errors import UserError
 from llm.kernels.attention.block_ranges import block_ranges
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.pallas_gpu_kernels import (
@@ -114,6 +115,27 @@ def runs_on(gpu: str) -> bool:
     return major.isdecimal() and int(major) >= 8
 
 
+def where(implementation: str) -> str:
+    """For a UserError of an implementation."""
+    return f'attention implementation {implementation!r}'
+
+
+def check_gpu(implementation: str, gpu: str | None) -> str:
+    """`gpu`, a compute capability.
+
+    Raises:
+        UserError: it is not of a GPU that `runs_on` takes.
+    """
+    if gpu is None or not runs_on(gpu):
+        device = 'this is none' if gpu is None else f'this one has {gpu}'
+        raise UserError(
+            f'needs an NVIDIA GPU of compute capability 8.0 or later, and {device}',
+            where=where(implementation),
+            fix="Use 'auto'.",
+        )
+    return gpu
+
+
 class _Problem:
     """One kernel's problem: its sizes, and its arrays."""
 
@@ -149,13 +171,7 @@ class _Problem:
             # With a causal mask the last queries have most to do; the first keys too, and those come first anyway.
             backwards=options.causal and not self.keys_outer,
         )
-        if positions.query_ids is not None and positions.key_ids is not None:
-            query_ids, key_ids = (
-                jnp.pad(x.astype(jnp.int32), [(0, 0), (0, size * count - x.shape[1])], mode='edge')
-                for x, size, count in zip((positions.query_ids, positions.key_ids), blocks, counts, strict=True)
-            )
-            positions = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids)
-        self.positions = positions
+        self.positions = positions.padded(counts[0] * blocks[0], counts[1] * blocks[1])
 
     def _block_specs(self, own_edges: bool) -> dict[str, pl.BlockSpec]:
         """How arrays are cut up. What a program loops over is whole in its specification, and loaded by the program.
@@ -194,11 +210,9 @@ class _Problem:
         sizes, positions = self.sizes, self.positions
         lengths, blocks = (sizes.queries, sizes.keys), (sizes.block_q, sizes.block_k)
         ranges = block_ranges(self.options, positions, lengths, blocks, keys_outer=self.keys_outer)
-        key_lengths = sizes.keys if positions.key_lengths is None else jnp.minimum(positions.key_lengths, sizes.keys)
-        row_scalars = [positions.offsets(self.options, self.batch), jnp.broadcast_to(key_lengths, (self.batch,))]
         inputs = inputs | {
             'edges': (ranges.edges, 'edges'),
-            'row_scalars': (jnp.stack(row_scalars, axis=1).astype(jnp.int32), 'row_scalars'),
+            'row_scalars': (positions.row_scalars(self.options, self.batch, sizes.keys), 'row_scalars'),
         }
         if positions.slopes is not None:
             inputs['slopes'] = (positions.slopes, 'slopes')

@@ -80,13 +80,7 @@ class _Problem:
         key_blocks = -(-self.keys // blocks[1])
         self.sizes = Sizes(groups, heads, head_size, *blocks, key_blocks)
         self.padded = -(-self.queries // blocks[0]) * blocks[0], key_blocks * blocks[1]
-        if positions.query_ids is not None and positions.key_ids is not None:
-            query_ids, key_ids = (
-                jnp.pad(x.astype(jnp.int32), [(0, 0), (0, size - x.shape[1])], mode='edge')
-                for x, size in zip((positions.query_ids, positions.key_ids), self.padded, strict=True)
-            )
-            positions = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids)
-        self.positions = positions
+        self.positions = positions.padded(*self.padded)
 
     def heads_first(self, x: jax.Array, length: int) -> jax.Array:
         """[B, S, G * R, K] -> [B, G, R, S padded to `length`, K]."""
@@ -145,11 +139,8 @@ class _Problem:
     ) -> Any:
         """Run `kernel` at every step of the grid; a list of the outputs."""
         positions = self.positions
-        key_lengths = self.keys if positions.key_lengths is None else jnp.minimum(positions.key_lengths, self.keys)
-        row_scalars = jnp.stack(
-            [positions.offsets(self.options, self.batch), jnp.broadcast_to(key_lengths, (self.batch,))], axis=1
-        )
-        scalars = {'entries': table.entries, 'row_scalars': row_scalars.astype(jnp.int32).reshape(-1)}
+        row_scalars = positions.row_scalars(self.options, self.batch, self.keys)
+        scalars = {'entries': table.entries, 'row_scalars': row_scalars.reshape(-1)}
         if positions.slopes is not None:
             scalars['slopes'] = positions.slopes
         names = [*scalars, *inputs, *outputs, *scratch]

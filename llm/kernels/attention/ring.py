@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm.kernels.attention import flash
+from llm.kernels.attention.flash import Inputs
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.sequence_axis import SequenceAxis
 
@@ -130,14 +131,10 @@ def ring_attention(
     axis: SequenceAxis,
     implementation: flash.Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> jax.Array:
     """See `llm.kernels.attention.sequence.attention`."""
-    output: jax.Array = _forward(axis, implementation, options, query, key, value, positions, sinks)[0]
+    output: jax.Array = _forward(axis, implementation, options, inputs)[0]
     return output
 
 
@@ -145,12 +142,9 @@ def _forward(
     axis: SequenceAxis,
     implementation: flash.Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> Any:
+    query, key, value, positions, sinks = inputs
     ring = _Ring(axis, implementation, options, query.shape[1] // axis.parts)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     queries, query_ids = ring.split(query), ring.split_ids(positions.query_ids)
@@ -178,13 +172,13 @@ def _forward(
     log_sum_exp = jnp.moveaxis(totals, 0, 2).reshape(batch, heads, -1)
     output, log_sum_exp = flash.add_sinks(output, log_sum_exp, sinks)
     output = output.astype(query.dtype)
-    return output, (query, key, value, positions, sinks, output, log_sum_exp)
+    return output, (inputs, output, log_sum_exp)
 
 
 def _backward(
     axis: SequenceAxis, implementation: flash.Implementation, options: Options, residuals: Any, d_output: jax.Array
 ) -> Any:
-    query, key, value, positions, sinks, output, log_sum_exp = residuals
+    (query, key, value, positions, sinks), output, log_sum_exp = residuals
     ring = _Ring(axis, implementation, options, query.shape[1] // axis.parts)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     queries, d_outputs, query_ids = ring.split(query), ring.split(d_output), ring.split_ids(positions.query_ids)
@@ -214,13 +208,14 @@ def _backward(
     sums = jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype)
     moving = ((keys, values, ring.split_ids(positions.key_ids)), sums)
     d_queries, (d_keys, d_values) = ring.around(body, jnp.zeros(queries.shape, dtype), moving)
-    return (
+    gradients = Inputs(
         ring.join(d_queries, query.dtype),
         ring.join(d_keys, key.dtype),
         ring.join(d_values, value.dtype),
-        None,
+        Positions(),
         flash.sinks_gradient(sinks, log_sum_exp, delta),
     )
+    return (gradients,)
 
 
 ring_attention.defvjp(_forward, _backward)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm.kernels.attention import flash
-from llm.kernels.attention.masking import Options, Positions
+from llm.kernels.attention.flash import Inputs
+from llm.kernels.attention.masking import Options
 from llm.kernels.attention.ring import ring_attention
 from llm.kernels.attention.sequence_axis import SequenceAxis, zigzag_order
 
@@ -28,22 +29,18 @@ def attention(
     axis: SequenceAxis,
     implementation: flash.Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> jax.Array:
-    """This device's part of attention over whole rows; shapes as in `llm.kernels.attention`, S = T the device's tokens.
+    """This device's part of attention over whole rows; S = T are the device's tokens.
 
     Raises:
         ValueError: the devices cannot share the heads ('ulysses').
     """
     if axis.method == 'ring':
-        return ring_attention(axis, implementation, options, query, key, value, positions, sinks)
+        return ring_attention(axis, implementation, options, inputs)
     if axis.method == 'all_gather':
-        return _gathered(axis, implementation, options, query, key, value, positions, sinks)
-    return _ulysses(axis, implementation, options, query, key, value, positions, sinks)
+        return _gathered(axis, implementation, options, inputs)
+    return _ulysses(axis, implementation, options, inputs)
 
 
 def _all_gather(x: jax.Array, axis: SequenceAxis) -> jax.Array:
@@ -59,12 +56,9 @@ def _gathered(
     axis: SequenceAxis,
     implementation: flash.Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> jax.Array:
+    query, key, value, positions, sinks = inputs
     rank, length = jax.lax.axis_index(axis.name), query.shape[1] // axis.parts
     key, value = _all_gather(key, axis), _all_gather(value, axis)
     key_ids = None if positions.key_ids is None else _all_gather(positions.key_ids, axis)
@@ -74,7 +68,7 @@ def _gathered(
         first = (rank if part == 0 else 2 * axis.size - 1 - rank) * length
         ids = None if positions.query_ids is None else positions.query_ids[:, mine]
         where = dataclasses.replace(positions, query_ids=ids, key_ids=key_ids, offset=first)
-        outputs.append(flash.attention(implementation, options, query[:, mine], key, value, where, sinks))
+        outputs.append(flash.attention(implementation, options, Inputs(query[:, mine], key, value, where, sinks)))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -82,12 +76,9 @@ def _ulysses(
     axis: SequenceAxis,
     implementation: flash.Implementation,
     options: Options,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    positions: Positions,
-    sinks: jax.Array | None,
+    inputs: Inputs,
 ) -> jax.Array:
+    query, key, value, positions, sinks = inputs
     heads, groups = query.shape[2], key.shape[2]
     if heads % axis.size:
         raise ValueError(f'{heads} heads cannot be divided over {axis.size} devices')
@@ -108,5 +99,5 @@ def _ulysses(
     )
     where = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids, slopes=mine(positions.slopes))
     options = dataclasses.replace(options, offset=0)
-    output = flash.attention(implementation, options, query, key, value, where, mine(sinks))
+    output = flash.attention(implementation, options, Inputs(query, key, value, where, mine(sinks)))
     return jax.lax.all_to_all(output, axis.name, split_axis=1, concat_axis=2, tiled=True)

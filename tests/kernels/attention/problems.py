@@ -95,6 +95,6 @@ def by_blocks(forward, backward):
         options = Options(scale, causal, window, soft_cap, query_offset if static else None)
         offset = None if static else query_offset
         positions = Positions(query_segment_ids, key_segment_ids, offset, key_lengths, alibi_slopes)
-        return flash.attention(implementation, options, query, key, value, positions, sinks)
+        return flash.attention(implementation, options, flash.Inputs(query, key, value, positions, sinks))
 
     return attend

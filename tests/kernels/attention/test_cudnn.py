@@ -7,6 +7,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.kernels.attention import cudnn, dot_product_attention, reference
+from llm.kernels.attention.flash import Inputs
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.sequence_axis import SequenceAxis
 from tests.kernels.attention.problems import OPTIONS
@@ -54,18 +55,18 @@ def arrays(size=64, dtype=jnp.bfloat16):
 )
 def test_what_it_cannot_do_is_refused(options, positions, sinks, given, named):
     with pytest.raises(UserError, match=f'cannot do .*{named}'):
-        cudnn.attention(dataclasses.replace(PLAIN, **options), *given, Positions(**positions), sinks, gpu='8.0')
+        cudnn.attention(dataclasses.replace(PLAIN, **options), Inputs(*given, Positions(**positions), sinks), gpu='8.0')
 
 
 def test_wide_heads_are_left_to_hopper():
     with pytest.raises(UserError, match='head size 264'):
-        cudnn.attention(PLAIN, *arrays(size=264), Positions(), None, gpu='9.0')
+        cudnn.attention(PLAIN, Inputs(*arrays(size=264), Positions(), None), gpu='9.0')
 
 
 @pytest.mark.parametrize('gpu', [None, '7.5'])
 def test_other_devices_are_refused(gpu):
     with pytest.raises(UserError, match='needs an NVIDIA GPU'):
-        cudnn.attention(PLAIN, *arrays(), Positions(), None, gpu=gpu)
+        cudnn.attention(PLAIN, Inputs(*arrays(), Positions(), None), gpu=gpu)
 
 
 def test_asking_for_it_here_is_refused():

@@ -72,7 +72,8 @@ def test_becomes_three_triton_kernels(gpu, case):
 
     def run(query, key, value, d_output, positions):
         def attention(query, key, value):
-            return flash.attention(implementation, Options(0.1, **options), query, key, value, positions, None)
+            inputs = flash.Inputs(query, key, value, positions, None)
+            return flash.attention(implementation, Options(0.1, **options), inputs)
 
         output, pullback = jax.vjp(attention, query, key, value)
         return output, pullback(d_output)
