@@ -1,30 +1,16 @@
 """docs/tpu_plans.md is what tools/tpu_plans.py makes of what was compiled, and every row of it can be made."""
 
-import importlib.util
 import json
-import pathlib
-import sys
 
-import pytest
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tools import tpu_plans
 
 
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('tpu_plans', ROOT / 'tools/tpu_plans.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['tpu_plans'] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+def test_page_is_of_the_kept_results():
+    assert tpu_plans.PAGE.read_text() == tpu_plans.page(json.loads(tpu_plans.RESULTS.read_text()))
 
 
-def test_page_is_of_the_kept_results(tool):
-    assert tool.PAGE.read_text() == tool.page(json.loads(tool.RESULTS.read_text()))
-
-
-def test_every_row_is_a_job_that_uses_all_chips(tool):
-    for row in tool.ROWS:
+def test_every_row_is_a_job_that_uses_all_chips():
+    for row in tpu_plans.ROWS:
         job = row.job()
         chips = row.slices
         for side in row.topology.partition(':')[2].split('x'):
@@ -39,8 +25,8 @@ def test_every_row_is_a_job_that_uses_all_chips(tool):
         assert job.run.optimizer.kind == 'adamw'
 
 
-def test_tokens_of_a_chip_are_those_of_the_reference(tool):
-    tokens = {row.name: row.rows * row.length for row in tool.ROWS}
+def test_tokens_of_a_chip_are_those_of_the_reference():
+    tokens = {row.name: row.rows * row.length for row in tpu_plans.ROWS}
     chips = {'7b_16': 16, '7b_256': 256, '8b_256': 256, '70b_128': 128, '70b_pipeline': 128, '8b_sequence': 32}
     found = {name: tokens[name] / count for name, count in chips.items()}
     assert found == {

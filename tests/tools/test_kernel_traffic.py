@@ -1,9 +1,5 @@
 """Traffic of kernels counted by hand, and that ours loads no block that the causal mask hides."""
 
-import importlib.util
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,20 +8,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.pallas_tpu import forward
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope='module')
-def kernel_traffic():
-    spec = importlib.util.spec_from_file_location('kernel_traffic', ROOT / 'tools/benchmarks/kernel_traffic.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['kernel_traffic'] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module.kernel_traffic
+from tools.benchmarks.kernel_traffic import kernel_traffic
 
 
-def test_product_of_matrices(kernel_traffic):
+def test_product_of_matrices():
     """[4 x 8, 6 x 128] times [6 x 128, 2 x 128] in blocks of 8 and 128, the summed dimension last in the grid."""
 
     def kernel(x, y, out):
@@ -49,7 +35,7 @@ def test_product_of_matrices(kernel_traffic):
     assert found.written == (32 * 256 * 4,)
 
 
-def test_indices_read_from_a_table(kernel_traffic):
+def test_indices_read_from_a_table():
     """Blocks 0, 0, 2, 2, 1: three loads."""
 
     def kernel(table, x, out):
@@ -69,7 +55,7 @@ def test_indices_read_from_a_table(kernel_traffic):
     assert found.read == (3 * 8 * 128 * 2,) and found.written == (8 * 128 * 2,)
 
 
-def test_indices_that_depend_on_the_data_are_refused(kernel_traffic):
+def test_indices_that_depend_on_the_data_are_refused():
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(2,),
@@ -86,7 +72,7 @@ def test_indices_that_depend_on_the_data_are_refused(kernel_traffic):
 
 
 @pytest.mark.parametrize(('causal', 'pairs', 'loads'), [(False, 16, 16), (True, 10, 9)])
-def test_attention_loads_visible_blocks_only(kernel_traffic, causal, pairs, loads):
+def test_attention_loads_visible_blocks_only(causal, pairs, loads):
     """Four blocks of queries and of keys. With the causal mask keys 0; 0, 1; 0 to 2; 0 to 3, and the second stays."""
     size, block = 64, 128
     options = Options(scale=1.0, causal=causal, window=None, soft_cap=None, offset=0)

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh
 
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
-from llm.parallel.mesh import MESH_AXES, MeshConfig
+from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.scaling.program import read_program
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.scaling.abstract_meshes import mesh_of
 
 LENGTH, STAGES = 512, 4
 LAYER = LayerConfig(
@@ -60,10 +60,6 @@ def _temporaries(schedule: str, microbatches: int, remat: str = 'full') -> int:
     return _compiled(schedule, microbatches, remat).memory_analysis().temp_size_in_bytes
 
 
-def _mesh(**sizes: int) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
-
-
 # One microbatch's activations on one stage: the inputs of its two layers.
 ACTIVATIONS = 2 * 4 * LENGTH * 512 * 2
 
@@ -102,5 +98,5 @@ def test_activations_are_not_copied_from_tick_to_tick(remat, widths):
 def test_stages_whose_chips_share_parameters_compile_with_the_attention_kernel():
     program = _compiled('1f1b', 4, stages=2, attention='auto').as_text()
     assert 'flash_attention_backward' in program
-    found = {(each.kind, each.axes) for each in read_program(program, _mesh(fsdp=2, pipeline=2)).collectives}
+    found = {(each.kind, each.axes) for each in read_program(program, mesh_of(fsdp=2, pipeline=2)).collectives}
     assert {('all-gather', ('fsdp',)), ('collective-permute', ('pipeline',))} <= found

@@ -34,7 +34,7 @@ def _stronger_remat(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for remat in policies[present + 1 :]:
         model = dataclasses.replace(run.model, remat=remat, remat_names=())
         yield f"remat = '{remat}'", dataclasses.replace(run, model=model)
-    if run.model.remat != 'offload' and run.mesh.pipeline == 1:  # refused in pipelines
+    if run.model.remat != 'offload':
         model = dataclasses.replace(run.model, remat='offload', remat_names=(LAYER_INPUT,))
         yield f"remat = 'offload' with remat_names = ('{LAYER_INPUT}',)", dataclasses.replace(run, model=model)
 

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh
 
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.parameters import parameter_specs
-from llm.parallel.mesh import MESH_AXES, MeshConfig
+from llm.parallel.mesh import MeshConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.program import Collective, Program, read_program, weight_traffic
 from llm.scaling.program.hlo_text import Shape
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.scaling.abstract_meshes import mesh_of
 
 V, D, H, K, F, L = 512, 256, 2, 128, 768, 3
 LAYER = LayerConfig(
@@ -28,10 +28,6 @@ DECODER = DecoderConfig(vocab_size=V, d_model=D, num_layers=L, pattern=(LAYER,),
 MATRICES = L * (4 * D * H * K + 3 * D * F)  # of the layers
 NORMS = (2 * L + 1) * D
 SHARDED = MATRICES + NORMS + V * D  # and the head; the embedding is looked up where it is
-
-
-def mesh_of(**sizes: int) -> AbstractMesh:
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
 def traffic(mesh, *collectives, decoder=DECODER, microbatches=1):
