@@ -97,6 +97,10 @@ class AttentionConfig:
             return self.scale
         return math.sqrt(self.base_head_dim or self.head_dim) / self.head_dim
 
+    def build(self, d_model: int, position: PositionKind) -> 'Attention':
+        """The module, of shapes without values."""
+        return Attention(self, d_model, position)
+
     def scaled(self, ratio: Fraction) -> 'AttentionConfig':
         """The same layer in a model `ratio` times as wide: more heads (at least one), the same head size."""
         num_heads = max(1, round(self.num_heads * ratio))

@@ -63,6 +63,10 @@ class FeedForwardConfig:
         """Whether there is a gate projection beside the up projection."""
         return ACTIVATIONS[self.activation][1]
 
+    def build(self, d_model: int) -> 'FeedForward':
+        """The module, of shapes without values."""
+        return FeedForward(self, d_model)
+
     def scaled(self, ratio: Fraction) -> 'FeedForwardConfig':
         """The same layer in a model `ratio` times as wide."""
         return dataclasses.replace(self, d_ff=max(1, round(self.d_ff * ratio)))

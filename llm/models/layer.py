@@ -10,13 +10,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
-from llm.models.attention import Attention, AttentionConfig
+from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
-from llm.models.feed_forward import FeedForward, FeedForwardConfig
+from llm.models.feed_forward import FeedForwardConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
 from llm.models.remat import LAYER_INPUT
+
+# What moves information between tokens, and what transforms each token: configurations that build their module.
+MixerConfig = AttentionConfig
+TokenwiseConfig = FeedForwardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +38,8 @@ class LayerConfig:
         dropout: rate on the output of each branch.
     """
 
-    mixer: AttentionConfig
-    feed_forward: FeedForwardConfig | None
+    mixer: MixerConfig
+    feed_forward: TokenwiseConfig | None
     norm: NormConfig | None = NormConfig()
     norm_position: Literal['pre', 'post', 'sandwich'] = 'pre'
     parallel: bool = False
@@ -74,10 +78,10 @@ class Layer(nnx.Module):
         def norm(wanted: bool) -> Norm | None:
             return Norm(config.norm, d_model) if wanted and config.norm is not None else None
 
-        self.mixer = Attention(config.mixer, d_model, position)
+        self.mixer = config.mixer.build(d_model, position)
         self.mixer_norm = norm(True)
         self.mixer_output_norm = norm(sandwich)
-        self.feed_forward = None if config.feed_forward is None else FeedForward(config.feed_forward, d_model)
+        self.feed_forward = None if config.feed_forward is None else config.feed_forward.build(d_model)
         self.feed_forward_norm = norm(config.feed_forward is not None and not (config.parallel and config.shared_norm))
         self.feed_forward_output_norm = norm(config.feed_forward is not None and sandwich)
 
