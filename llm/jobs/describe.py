@@ -15,6 +15,7 @@ from llm.parallel.pipeline.schedules import PipelineConfig, paper_cost
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.scaling.accounting import count, flops_per_token, training_memory
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
+from llm.training.parametrization import trained
 from llm.training.pipeline import make_pipeline_table, repeat_costs_of
 from llm.training.step import StepConfig
 
@@ -90,11 +91,11 @@ def describe(
     transformation = make_optimizer(optimizer, specs, specs, total_steps)
     state = place_optimizer_state(
         transformation,
-        jax.eval_shape(transformation.init, tree),
-        jax.tree.map(lambda x: x.sharding, tree),
+        jax.eval_shape(transformation.init, trained(tree, specs)),
+        jax.tree.map(lambda x: x.sharding, trained(tree, specs)),
         NamedSharding(mesh, PartitionSpec()),
     )
-    memory = training_memory(tree, state)
+    memory = training_memory(tree, state, trained(tree, specs))
     counts = count(model, specs)
     flops = flops_per_token(model, specs, step.sequence_length)
     tokens = step.batch_size * step.sequence_length

@@ -30,6 +30,7 @@ from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
 from llm.models.layer import Layer, LayerConfig
 from llm.models.layer_stack import run_layers
+from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, rotary_table, segment_positions, sinusoids
@@ -59,6 +60,7 @@ class DecoderConfig:
         remat: what the backward pass computes again; see llm.models.remat.
         remat_names: activations that remat 'names' keeps, or 'offload' moves to the host; from REMAT_NAMES.
         initialization: how parameters start.
+        low_rank: adapters beside matrices, which are trained in their place; see llm.models.low_rank.
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
             are set where those are.
@@ -81,6 +83,7 @@ class DecoderConfig:
     remat_names: tuple[str, ...] = ()
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
+    low_rank: LowRankConfig | None = None
 
     def __post_init__(self) -> None:
         where = 'DecoderConfig'
@@ -148,6 +151,8 @@ class Decoder(nnx.Module):
             self.remainder[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, config.d_model) if config.final_norm else None
         self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
+        if config.low_rank is not None:
+            adapt(self, config.low_rank)
 
     def __call__(
         self,

@@ -37,6 +37,7 @@ class ParameterSpec:
         branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
             not queries and keys (T-Fixup scales these too).
         constant: initial value of every element; None draws at random.
+        trainable: whether training changes it; others have no gradient and no optimizer state.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class ParameterSpec:
     residual: bool = False
     branch: bool = False
     constant: float | None = None
+    trainable: bool = True
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -73,7 +75,8 @@ class ParameterSpec:
         )
 
 
-def _declare(spec: ParameterSpec) -> nnx.Param:
+def declare(spec: ParameterSpec) -> nnx.Param:
+    """A parameter with this spec, of a shape without values."""
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec, eager_sharding=False)
 
 
@@ -89,7 +92,7 @@ def parameter(
     constant: float | None = None,
 ) -> nnx.Param:
     """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
-    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant))
+    return declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant))
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -102,7 +105,7 @@ def stack(module: nnx.Module, size: int, axis: str = 'layers') -> nnx.Module:
     for _, part in nnx.iter_modules(module):
         for name, value in list(vars(part).items()):
             if isinstance(value, nnx.Param):
-                setattr(part, name, _declare(value.get_metadata('spec').stacked(size, axis)))
+                setattr(part, name, declare(value.get_metadata('spec').stacked(size, axis)))
     return module
 
 

@@ -112,13 +112,19 @@ def bytes_per_device(arrays: Any) -> int:
     return sum(map(shard_bytes, jax.tree.leaves(arrays)))
 
 
-def training_memory(parameters: Any, optimizer: Any) -> TrainingMemory:
+def training_memory(parameters: Any, optimizer: Any, trained: Any = None) -> TrainingMemory:
     """Memory of a train state, given as trees of arrays or of jax.ShapeDtypeStructs with shardings.
 
     Gradients have the type and sharding of the parameters.
+
+    Args:
+        trained: the parameters that have gradients; None for all.
     """
-    held = bytes_per_device(parameters)
-    return TrainingMemory(parameters=held, optimizer=bytes_per_device(optimizer), gradients=held)
+    return TrainingMemory(
+        parameters=bytes_per_device(parameters),
+        optimizer=bytes_per_device(optimizer),
+        gradients=bytes_per_device(parameters if trained is None else trained),
+    )
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float:

@@ -10,7 +10,13 @@ from jax.sharding import NamedSharding
 from optax import contrib
 
 from llm.errors import UserError
-from llm.training.parametrization import learning_rate_multipliers, optimizer_families, weight_decay_multipliers
+from llm.training.parametrization import (
+    layer_rates,
+    learning_rate_multipliers,
+    optimizer_families,
+    trained,
+    weight_decay_multipliers,
+)
 from llm.training.schedules import ScheduleConfig, make_schedule
 
 
@@ -27,6 +33,9 @@ class OptimizerConfig:
         momentum: Muon's and SGD's.
         weight_decay: fraction removed per step is learning_rate * weight_decay, of matrices and embeddings only.
         clip_norm: largest global gradient norm; None does not clip.
+        layer_decay: factor on the learning rate from each layer to the one below it, the embeddings being the lowest
+            (Howard and Ruder 2018, section 3.2).
+        frozen_layers: how many first layers, and with them the embeddings, are not trained.
         schedule: shared by all learning rates.
     """
 
@@ -39,6 +48,8 @@ class OptimizerConfig:
     momentum: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    layer_decay: float = 1.0
+    frozen_layers: int = 0
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
@@ -46,6 +57,12 @@ class OptimizerConfig:
             raise UserError('a learning rate is not positive', where='OptimizerConfig', fix='Use a value above 0.')
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError('clip_norm is not positive', where='OptimizerConfig', fix='Use None to not clip.')
+        if self.layer_decay <= 0:
+            raise UserError(
+                f'layer_decay is {self.layer_decay}', where='OptimizerConfig', fix='Use a factor above 0, 1 for none.'
+            )
+        if self.frozen_layers < 0:
+            raise UserError(f'frozen_layers is {self.frozen_layers}', where='OptimizerConfig', fix='Use at least 0.')
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -66,22 +83,29 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optax transformation for parameters with these specs.
 
-    Order: clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and fan-out as the spec
+    Order: frozen layers, clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and fan-out as the spec
     gives them; layers and experts are batch.
+
+    It is for the parameters that are trained; see `trained` of llm.training.parametrization.
 
     Args:
         specs, base_specs: nested dict of ParameterSpec of the model, and of the model at its muP base width (the same
             table under standard parametrization).
         total_steps: length of the run, for the schedule.
     """
+    by_layer = trained(layer_rates(specs, config.layer_decay, config.frozen_layers), specs)
+    specs, base_specs = trained(specs, specs), trained(base_specs, specs)
     families = optimizer_families(specs, config.kind)
     group = jax.tree.map(
         lambda family: config.muon_learning_rate / config.learning_rate if family == 'muon' else 1.0, families
     )
+    group = jax.tree.map(operator.mul, group, by_layer)
     rates = jax.tree.map(operator.mul, group, learning_rate_multipliers(specs, base_specs, families))
     decays = jax.tree.map(
         lambda ratio, mask: config.weight_decay * ratio * mask, group, weight_decay_multipliers(specs)
     )
+    unfrozen = jax.tree.map(lambda factor: 1.0 * (factor > 0), by_layer)
+    first = [_scale_each(unfrozen)] if config.frozen_layers else []
 
     def dimensions(updates: Any) -> Any:
         return jax.tree.map(
@@ -105,6 +129,7 @@ def make_optimizer(
     else:
         rule = optax.partition({name: rules[name] for name in sorted(used)}, families)
     return optax.chain(
+        *first,
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         rule,
         _scale_each(rates),

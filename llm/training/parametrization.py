@@ -5,10 +5,13 @@ chosen by role (`llm.models.initialization`) and learning rates scaled as here, 
 model is the best one of a wide model.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from llm.models.parameters import ParameterSpec, Role
 
@@ -64,3 +67,74 @@ def weight_decay_multipliers(specs: Any) -> Any:
     does not depend on width (Wang and Aitchison 2024, "How to set AdamW's weight decay").
     """
     return jax.tree.map(lambda spec: 0.0 if spec.role is Role.VECTOR else 1.0, specs)
+
+
+def by_depth(specs: Any, factor: Callable[[int, int], float]) -> Any:
+    """What `factor` says of each parameter's depth; an array along the leading axis for the stacks of layers.
+
+    Embeddings are at depth 0, layer i at i + 1, the rest at L + 1.
+
+    Args:
+        specs: nested dict of ParameterSpec of a whole model.
+        factor: (depth, L + 1) -> factor.
+    """
+    stacks = {group: specs.get(group) or {} for group in ('layers', 'remainder')}
+    repeats = {group: _stack_size(positions) for group, positions in stacks.items()}
+    first = {'layers': 0, 'remainder': repeats['layers'] * len(stacks['layers'])}
+    last = first['remainder'] + len(stacks['remainder']) + 1
+
+    def of_position(group: str, position: str, spec: ParameterSpec) -> Any:
+        layers = first[group] + int(position) + np.arange(repeats[group]) * len(stacks[group])
+        factors = np.array([factor(int(layer) + 1, last) for layer in layers], np.float32)
+        # One number keeps a step without discriminative rates the program that it is.
+        same = bool((factors == factors[0]).all())
+        return float(factors[0]) if same else factors.reshape(-1, *(1,) * (len(spec.shape) - 1))
+
+    found = {}
+    for name, part in specs.items():
+        if name in stacks:
+            found[name] = {
+                position: jax.tree.map(functools.partial(of_position, name, position), layer)
+                for position, layer in part.items()
+            }
+        else:
+            depths = jax.tree.map(lambda spec: 0 if spec.role is Role.EMBEDDING else last, part)
+            found[name] = jax.tree.map(lambda depth: factor(depth, last), depths)
+    return found
+
+
+def _stack_size(positions: Any) -> int:
+    leaves = jax.tree.leaves(positions)
+    return leaves[0].shape[0] if leaves else 0
+
+
+def layer_rates(specs: Any, decay: float, frozen_layers: int) -> Any:
+    """Factor on the learning rate by depth: decay ** (how far from the top), 0 for what is frozen.
+
+    Howard and Ruder 2018, "Universal Language Model Fine-tuning", section 3.2: discriminative rates. With
+    `frozen_layers` above 0, the embeddings and that many first layers stay as they are.
+    """
+
+    def factor(depth: int, last: int) -> float:
+        return 0.0 if frozen_layers > 0 and depth <= frozen_layers else decay ** (last - depth)
+
+    return by_depth(specs, factor)
+
+
+def trained(tree: Any, specs: Any) -> Any:
+    """The part of a tree like the parameters that training changes: entries of trainable parameters alone."""
+    found = {}
+    for name, spec in specs.items():
+        if isinstance(spec, dict):
+            if part := trained(tree[name], spec):
+                found[name] = part
+        elif spec.trainable:
+            found[name] = tree[name]
+    return found
+
+
+def with_trained(tree: Any, part: Any) -> Any:
+    """`tree` with the entries of `part`, which is from `trained`, in their places."""
+    if not isinstance(tree, dict):
+        return part
+    return {name: with_trained(each, part[name]) if name in part else each for name, each in tree.items()}

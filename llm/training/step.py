@@ -13,6 +13,7 @@ from llm.errors import UserError
 from llm.parallel.sharding import constrain
 from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
+from llm.training.parametrization import trained, with_trained
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
 Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
@@ -69,11 +70,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig,
+    specs: Any,
     gradients_of_sums: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
 
     Args:
+        optimizer: of the parameters that are trained.
+        specs: nested dict of ParameterSpec, which says which ones are.
         gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
             accumulation over microbatches one after the other: a pipeline.
 
@@ -85,10 +89,11 @@ def make_train_step(
     """
     microbatches = config.gradient_accumulation
 
-    def summed(parameters: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return _summed_loss(model, parameters, batch, key, config.z_loss)
+    def gradient_of_sum(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+        def summed(part: Any) -> tuple[jax.Array, Metrics]:
+            return _summed_loss(model, with_trained(parameters, part), batch, key, config.z_loss)
 
-    gradient_of_sum = jax.grad(summed, has_aux=True)
+        return jax.grad(summed, has_aux=True)(trained(parameters, specs))
 
     def accumulated(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
         if microbatches == 1:
@@ -114,10 +119,15 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = placed(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
+        if gradients_of_sums is None:
+            gradients, sums = accumulated(state['parameters'], batch, key)
+        else:
+            gradients, sums = gradients_of_sums(state['parameters'], batch, key)
+            gradients = trained(gradients, specs)
         tokens = jnp.maximum(sums['tokens'], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['parameters'])
+        part = trained(state['parameters'], specs)
+        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], part)
         metrics = {
             'loss': sums['nll'] / tokens,
             'z_loss': sums['z_loss'] / tokens,
@@ -126,7 +136,7 @@ def make_train_step(
             'tokens': sums['tokens'],
         }
         new_state = {
-            'parameters': optax.apply_updates(state['parameters'], updates),
+            'parameters': with_trained(state['parameters'], optax.apply_updates(part, updates)),
             'optimizer': optimizer_state,
             'step': state['step'] + 1,
         }

@@ -20,6 +20,7 @@ from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
+from llm.training.parametrization import trained
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
@@ -73,7 +74,7 @@ class Trainer:
         self.abstract_state: State = {
             'parameters': jax.tree.map(self._placed, abstract['parameters'], parameter_shardings),
             'optimizer': place_optimizer_state(
-                self.optimizer, abstract['optimizer'], parameter_shardings, self.replicated
+                self.optimizer, abstract['optimizer'], trained(parameter_shardings, self.specs), self.replicated
             ),
             'step': self._placed(abstract['step'], self.replicated),
         }
@@ -145,7 +146,7 @@ class Trainer:
         parameters = initialize(self.specs, self.model_config.initialization, seed)
         return {
             'parameters': parameters,
-            'optimizer': self.optimizer.init(parameters),
+            'optimizer': self.optimizer.init(trained(parameters, self.specs)),
             'step': jnp.zeros((), jnp.int32),
         }
 
@@ -158,7 +159,7 @@ class Trainer:
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
         pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, pipeline)
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, self.specs, pipeline)
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property

@@ -17,6 +17,7 @@ from llm.parallel.sharding import AxisRules, names, parameter_sharding
 from llm.scaling.accounting import TrainingMemory, bytes_per_device
 from llm.scaling.planner.run_config import ANY_STEPS
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
+from llm.training.parametrization import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _abstract_optimizer(model: DecoderConfig, optimizer: OptimizerConfig) -> tup
     specs = model_specs(model)
     transformation = make_optimizer(optimizer, specs, specs, ANY_STEPS)
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, 'float32'), specs)
-    return transformation, jax.eval_shape(transformation.init, parameters)
+    return transformation, jax.eval_shape(transformation.init, trained(parameters, specs))
 
 
 def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
@@ -110,6 +111,11 @@ def state_bytes(
         shardings,
     )
     transformation, state = _abstract_optimizer(model, optimizer)
-    placed = place_optimizer_state(transformation, state, shardings, NamedSharding(mesh, PartitionSpec()))
-    held = _bytes_on(platform, parameters)
-    return TrainingMemory(parameters=held, optimizer=_bytes_on(platform, placed), gradients=held)
+    placed = place_optimizer_state(
+        transformation, state, trained(shardings, model_specs(model)), NamedSharding(mesh, PartitionSpec())
+    )
+    return TrainingMemory(
+        parameters=_bytes_on(platform, parameters),
+        optimizer=_bytes_on(platform, placed),
+        gradients=_bytes_on(platform, trained(parameters, model_specs(model))),
+    )
