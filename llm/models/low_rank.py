@@ -147,7 +147,8 @@ def merge(parameters: Any, specs: Any, config: LowRankConfig) -> Any:
         parameters: nested dict of arrays of the adapted model. specs: nested dict of ParameterSpec of that model.
     """
     if _is_adapted(parameters):
-        return _effective(*(parameters[n] for n in (_BASE, _DOWN, _UP)), _equation(specs[_BASE]), config.scale)
+        base, down, up = (parameters[name] for name in (_BASE, _DOWN, _UP))
+        return _effective(base, down, up, _equation(specs[_BASE]), config.scale)
     if isinstance(parameters, dict):
         return {name: merge(part, specs[name], config) for name, part in parameters.items()}
     return parameters

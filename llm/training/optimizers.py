@@ -83,8 +83,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optax transformation for parameters with these specs.
 
-    Order: frozen layers, clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and fan-out as the spec
-    gives them; layers and experts are batch.
+    Order: frozen layers, clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and
+    fan-out as the spec gives them; layers and experts are batch.
 
     It is for the parameters that are trained; see `trained` of llm.training.parametrization.
 
