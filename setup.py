@@ -45,6 +45,14 @@ ORACLE = [
     'transformers>=5.23',
 ]
 
+# Metrics of fine-tuned models.
+EVAL = [
+    'scikit-learn',
+    'scipy',
+    'sacrebleu',
+    'rouge-score',
+]
+
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
 BEAM = ['apache-beam>=2.77']
 
@@ -53,7 +61,6 @@ TEST = [
     'pytest',
     'pytest-xdist',
     'psutil',
-    'scipy',
     'hypothesis',
     # The schemas of JobSet and Kubernetes, and what checks others.
     'kubeflow-trainer-api',
@@ -66,6 +73,7 @@ TEST = [
     'matplotlib',
     *TPU,
     *ORACLE,
+    *EVAL,
 ]
 
 
@@ -98,6 +106,7 @@ setup(
     extras_require={
         'test': TEST,
         'oracle': ORACLE,
+        'eval': EVAL,
         'tpu': TPU,
         'gpu': ['jax[cuda13]>=0.10.2'],  # NVIDIA driver 580 or later
         'beam': BEAM,
