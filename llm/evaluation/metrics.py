@@ -62,8 +62,9 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     Read as conlleval does (Tjong Kim Sang and Buchholz 2000): a span begins at B or S, and at any other tag that
     does not go on with a span of its own type; it ends with E or S, or before what does not go on with it.
     """
-    found = set()
-    first, kind, closed = 0, None, True
+    found: set[tuple[str, int, int]] = set()
+    kind: str | None = None
+    first, closed = 0, True
     for index, tag in enumerate([*tags, 'O']):
         prefix, _, name = tag.partition('-')
         outside = prefix == 'O'
