@@ -1,0 +1,6 @@
+"""Labelled examples for fine-tuning: files of texts with classes, numbers, tags or answers, as rows of tokens."""
+
+from llm.data.labelled.files import LabelledExample, LabelledFiles, Task, read_labelled
+from llm.data.labelled.rows import LabelledRows, ReadAt, label_names
+
+__all__ = ['LabelledExample', 'LabelledFiles', 'LabelledRows', 'ReadAt', 'Task', 'label_names', 'read_labelled']

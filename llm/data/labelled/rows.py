@@ -1,0 +1,163 @@
+"""Labelled examples as rows of tokens: the same arrays as rows of text, with targets where the answer is read.
+
+A row is one example. Its loss is taken at the tokens whose `loss_weights` are 1, and `targets` are there what the head
+of the model is to say: a class at one token of the text, a tag at one token of each word, a number, or the next token
+of an answer. So classification, tagging and generation are one loss, and no other part of training knows of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.data.labelled.files import LabelledExample, Task
+from llm.data.objectives import Example
+from llm.data.token_cache import Boundaries
+from llm.data.vocabularies import Vocabulary
+from llm.errors import UserError
+
+# Where a text's class is read, and a word's tag: decoders have seen all of it at the last token; encoders (BERT) take
+# the first.
+ReadAt = Literal['last', 'first']
+
+
+def label_names(examples: Sequence[LabelledExample], task: Task) -> tuple[str, ...]:
+    """The classes or tags that occur, sorted; () where labels are no classes."""
+    if task == 'classification':
+        return tuple(sorted({str(example.label) for example in examples}))
+    if task == 'tagging':
+        return tuple(sorted({tag for example in examples for tag in example.label}))
+    return ()
+
+
+class LabelledRows:
+    """Rows [n, S] of examples, one each: inputs, targets, loss_weights, segment_ids, positions.
+
+    Texts are cut at their ends where a row is too short, a pair's longer one first; an answer is kept before its prompt.
+
+    Args:
+        labels: the classes or tags, by id; see `label_names`.
+        read_at: see ReadAt.
+
+    Attributes:
+        examples: as given.
+        cut: how many of them were cut.
+
+    Raises:
+        UserError: a label is not one of `labels`, or not a number; or a row is too short for anything.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[LabelledExample],
+        vocabulary: Vocabulary,
+        task: Task,
+        sequence_length: int,
+        labels: tuple[str, ...],
+        read_at: ReadAt = 'last',
+    ) -> None:
+        self.examples, self.task, self.labels, self.read_at = tuple(examples), task, labels, read_at
+        self.num_rows, self.cut = len(self.examples), 0
+        self._vocabulary, self._boundaries = vocabulary, Boundaries.of(vocabulary)
+        self._ids = {label: index for index, label in enumerate(labels)}
+        shape = (self.num_rows + 1, sequence_length)  # the last is padding
+        pad = self._boundaries.pad
+        number = np.float32 if task == 'regression' else np.int32
+        self._arrays: Example = {
+            'inputs': np.full(shape, pad, np.int32),
+            'targets': np.zeros(shape, number),
+            'loss_weights': np.zeros(shape, np.float32),
+            'segment_ids': np.zeros(shape, np.int32),
+            'positions': np.zeros(shape, np.int32),
+        }
+        if sequence_length < 4:
+            raise UserError('rows are too short for examples', where='StepConfig.sequence_length', fix='Use more.')
+        for row, example in enumerate(self.examples):
+            tokens, read = self._generation(example) if task == 'generation' else self._labelled(example)
+            self._arrays['inputs'][row, : len(tokens)] = tokens
+            self._arrays['segment_ids'][row, : len(tokens)] = 1
+            self._arrays['positions'][row, : len(tokens)] = np.arange(len(tokens))
+            for position, target in read:
+                self._arrays['targets'][row, position] = target
+                self._arrays['loss_weights'][row, position] = 1
+        digest = hashlib.sha256(json.dumps([task, labels, vocabulary.digest, read_at, sequence_length]).encode())
+        for name in sorted(self._arrays):
+            digest.update(self._arrays[name].tobytes())
+        self.digest = digest.hexdigest()
+
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        """Rows by number; a number of num_rows or more gives a row of padding."""
+        chosen = np.minimum(np.asarray(indices, np.int64), self.num_rows)
+        return {name: array[chosen] for name, array in self._arrays.items()}
+
+    def target(self, example: LabelledExample, label: str) -> int | float:
+        """The number that stands for a label: of its class, or itself."""
+        if self.task == 'regression':
+            try:
+                return float(label)
+            except ValueError:
+                raise UserError(f'the label {label!r} is not a number', where=example.where, fix='Check it.') from None
+        if label not in self._ids:
+            known = ', '.join(self.labels[:20])
+            raise UserError(
+                f'the label {label!r} does not occur in the training files',
+                where=example.where,
+                fix=f'There is {known}{" ..." if len(self.labels) > 20 else ""}.',
+            )
+        return self._ids[label]
+
+    @property
+    def _room(self) -> int:
+        return self._arrays['inputs'].shape[1]
+
+    def _labelled(self, example: LabelledExample) -> tuple[list[int], list[tuple[int, int | float]]]:
+        """(tokens, [(position, target)]) of a text, a pair, or tagged words."""
+        start, end = self._boundaries.start, self._boundaries.end
+        if self.task == 'tagging':
+            words = self._words(example.texts)
+            tokens, read = [start], []
+            for word, tag in zip(words, example.label, strict=True):
+                if len(tokens) + len(word) >= self._room:
+                    self.cut += 1
+                    break
+                position = len(tokens) + (len(word) - 1 if self.read_at == 'last' else 0)
+                read.append((position, self.target(example, tag)))
+                tokens += word
+            return [*tokens, end], read
+        texts = self._shortened([self._vocabulary.encode(text) for text in example.texts])
+        tokens = [start]
+        for text in texts:
+            tokens += [*text, end]
+        position = len(tokens) - 1 if self.read_at == 'last' else 0
+        return tokens, [(position, self.target(example, str(example.label)))]
+
+    def _words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word of a sentence, at least one."""
+        texts = [word if index == 0 else f' {word}' for index, word in enumerate(words)]
+        unknown = self._boundaries.pad if self._vocabulary.unk_id is None else self._vocabulary.unk_id
+        return [self._vocabulary.encode(text) or [unknown] for text in texts]
+
+    def _shortened(self, texts: list[list[int]]) -> list[list[int]]:
+        excess = 1 + sum(len(text) + 1 for text in texts) - self._room
+        if excess <= 0:
+            return texts
+        self.cut += 1
+        lengths = [len(text) for text in texts]
+        for _ in range(excess):
+            lengths[int(np.argmax(lengths))] -= 1
+        return [text[:length] for text, length in zip(texts, lengths, strict=True)]
+
+    def _generation(self, example: LabelledExample) -> tuple[list[int], list[tuple[int, int]]]:
+        """A prompt and its answer, which ends with the boundary; inputs are one behind targets."""
+        prompt = [self._boundaries.start, *self._vocabulary.encode(example.texts[0])]
+        answer = [*self._vocabulary.encode(str(example.label)), self._boundaries.end]
+        if len(prompt) + len(answer) - 1 > self._room:
+            self.cut += 1
+            answer = answer[: self._room]
+            prompt = prompt[max(0, len(prompt) - max(1, self._room + 1 - len(answer))) :]
+        tokens = [*prompt, *answer]
+        read = [(position, tokens[position + 1]) for position in range(len(prompt) - 1, len(tokens) - 1)]
+        return tokens[:-1], read
