@@ -106,7 +106,7 @@ def _json_records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
 def _table(path: str, delimiter: str) -> Iterator[tuple[dict[str, Any], str]]:
     text = io.StringIO(''.join(f'{line}\n' for _, line in _lines(path)))
     # Tab-separated files of this field have bare quotation marks in their texts.
-    quoting = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
     reader = csv.DictReader(text, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for record in reader:

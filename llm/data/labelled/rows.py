@@ -36,7 +36,7 @@ def label_names(examples: Sequence[LabelledExample], task: Task) -> tuple[str, .
 class LabelledRows:
     """Rows [n, S] of examples, one each: inputs, targets, loss_weights, segment_ids, positions.
 
-    Texts are cut at their ends where a row is too short, a pair's longer one first; an answer is kept before its prompt.
+    Texts that a row cannot hold are cut at their ends, a pair's longer one first; an answer is kept before its prompt.
 
     Args:
         labels: the classes or tags, by id; see `label_names`.
