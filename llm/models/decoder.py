@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
                 llm.parallel.sharding.SequenceCut.zigzag.
-            token_weights: [B, S]; see Context.
+            token_weights: [B, S], for layers of experts; see Context.
 
         Raises:
             UserError: S is more than max_positions.

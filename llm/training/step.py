@@ -13,10 +13,11 @@ from llm.errors import UserError
 from llm.parallel.sharding import constrain
 from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
+from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
 Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # sums or means by name; sums of routers are a tree under 'routing'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,16 @@ def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     decoder = nnx.merge(model, parameters)
-    hidden = decoder.hidden(
+    hidden, routing = decoder.hidden_and_sums(
         batch['inputs'],
         positions=batch['positions'],
         segment_ids=batch['segment_ids'],
         dropout_key=dropout_key,
         token_index=token_order(batch['inputs'].shape[1]),
+        token_weights=batch.get('routing_weights'),
     )
-    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    loss, sums = summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
 def make_train_step(
@@ -70,18 +73,21 @@ def make_train_step(
     schedule: optax.Schedule,
     config: StepConfig,
     gradients_of_sums: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None = None,
+    norm: Callable[[Any], jax.Array] = optax.tree.norm,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
 
     Args:
         gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
             accumulation over microbatches one after the other: a pipeline.
+        norm: of gradients, for the metrics.
 
     Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
     tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
     as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
 
-    Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens.
+    Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens;
+    and with layers of experts those of `routing_metrics`.
     """
     microbatches = config.gradient_accumulation
 
@@ -112,7 +118,7 @@ def make_train_step(
         return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch = placed(batch)
+        batch = with_routing_weights(placed(batch))
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
@@ -121,9 +127,10 @@ def make_train_step(
         metrics = {
             'loss': sums['nll'] / tokens,
             'z_loss': sums['z_loss'] / tokens,
-            'gradient_norm': optax.tree.norm(gradients),
+            'gradient_norm': norm(gradients),
             'learning_rate': schedule(state['step']),
             'tokens': sums['tokens'],
+            **routing_metrics(sums.get('routing', {}), tokens),
         }
         new_state = {
             'parameters': optax.apply_updates(state['parameters'], updates),

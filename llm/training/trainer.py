@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx, serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,7 +20,13 @@ from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules
-from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
+from llm.training.optimizers import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    optimized,
+    place_optimizer_state,
+)
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
 from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
 
@@ -127,7 +134,7 @@ class Trainer:
                 fix=f'Make it a multiple of {cut.pieces}, or of {2 * cut.pieces} to share causal work evenly.',
             )
         if cut is not None and cut.method == 'ulysses':
-            for layer in self.model_config.pattern:
+            for layer in (*self.model_config.leading, *self.model_config.pattern):
                 ways = cut.pieces * self._ways('heads')
                 if layer.mixer.num_heads % ways:
                     raise UserError(
@@ -158,7 +165,11 @@ class Trainer:
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
         pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, pipeline)
+
+        def norm(gradients: Any) -> jax.Array:
+            return optax.tree.norm(optimized(self.specs, gradients))
+
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, pipeline, norm)
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property
