@@ -22,12 +22,17 @@ class Context:
         offset: row index of the first token, [] or [B], when decoding with a cache. Otherwise None, for 0: a number
             would be traced by scans and recomputation, and kernels could not rely on it.
         token_index: [S], index in the row of each token where they do not lie in order; None if they do.
+        token_ids: [B, S], for hash layers.
+        token_weights: [B, S], what each token counts for in the auxiliary losses of routers, 0 on padding; None for 1,
+            and 0 in segment 0.
     """
 
     segment_ids: jax.Array | None = None
     rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
     offset: jax.Array | int | None = None
     token_index: jax.Array | None = None
+    token_ids: jax.Array | None = None
+    token_weights: jax.Array | None = None
 
 
 def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int | None) -> jax.Array:

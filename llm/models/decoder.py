@@ -1,9 +1,10 @@
 """The decoder-only language model: embedding, a stack of layers, logits.
 
 Layers repeat in a pattern of p layers (p = 1 for most models; 2 for Gemma 2's local and global attention). Layer i is
-position i mod p of repeat i div p. The parameters of a position are stacked along a leading repeat axis, as
+position i mod p of repeat i div p, after the leading layers. The parameters of a position are stacked along a leading repeat axis, as
 `layers/<position>/...`; the num_layers mod p layers that are left at the end are `remainder/<position>/...`, stacked
-too, one deep. Whatever runs the layers (scan, loop, pipeline) only indexes these.
+too, one deep. Layers that come before the pattern and are not of it (DeepSeek's first, dense ones) are
+`leading/<index>/...`, likewise. Whatever runs the layers (scan, loop, pipeline) only indexes these.
 
     decoder = Decoder(config)                                   # shapes, no values
     specs = parameter_specs(decoder)
@@ -29,14 +30,16 @@ from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
 from llm.models.layer import Layer, LayerConfig
-from llm.models.layer_stack import run_layers
+from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.low_rank import LowRankConfig, adapt
+from llm.models.moe import MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, rotary_table, segment_positions, sinusoids
 from llm.models.remat import RematKind, check_remat
 
 ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
+Auxiliaries = dict[str, Auxiliary]  # by group of stacked layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,9 @@ class DecoderConfig:
     Attributes:
         vocab_size: V.
         d_model: D.
-        num_layers: L.
+        num_layers: L, the leading ones included.
         pattern: the layers that repeat; see the module's docstring.
+        leading: layers before those.
         final_norm: normalisation after the last layer; None for none (post-norm models).
         position: how tokens know their order; 'learned' needs max_positions.
         max_positions: longest sequence of learned positions.
@@ -70,6 +74,7 @@ class DecoderConfig:
     d_model: int
     num_layers: int
     pattern: tuple[LayerConfig, ...]
+    leading: tuple[LayerConfig, ...] = ()
     final_norm: NormConfig | None = NormConfig()
     position: PositionKind = 'rope'
     max_positions: int | None = None
@@ -97,6 +102,10 @@ class DecoderConfig:
                 )
         if not self.pattern:
             raise UserError('pattern is empty', where=where, fix='Give at least one LayerConfig.')
+        if len(self.leading) > self.num_layers:
+            raise UserError(
+                f'{len(self.leading)} leading layers of {self.num_layers}', where=where, fix='Raise num_layers.'
+            )
         if self.position == 'learned' and not self.max_positions:
             raise UserError('learned positions need max_positions', where=where, fix='Set the longest sequence.')
         if self.position == 'sinusoidal' and self.d_model % 2:
@@ -110,27 +119,46 @@ class DecoderConfig:
     @property
     def repeats(self) -> int:
         """How often the whole pattern occurs."""
-        return self.num_layers // len(self.pattern)
+        return (self.num_layers - len(self.leading)) // len(self.pattern)
 
     @property
     def remainder(self) -> tuple[LayerConfig, ...]:
         """The layers left after the last whole pattern."""
-        return self.pattern[: self.num_layers % len(self.pattern)]
+        return self.pattern[: (self.num_layers - len(self.leading)) % len(self.pattern)]
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """All of them, in order."""
+        return tuple(self.layer(index) for index in range(self.num_layers))
+
+    @property
+    def routed(self) -> bool:
+        """Whether there are layers of experts."""
+        return any(isinstance(layer.feed_forward, MoeConfig) for layer in (*self.leading, *self.pattern))
+
+    def groups(self) -> tuple[tuple[str, int, int], ...]:
+        """The groups of stacked layers in the order in which they run: (name, repeats, index of the first layer)."""
+        first = len(self.leading)
+        last = first + self.repeats * len(self.pattern)
+        return ('leading', 1, 0), ('layers', self.repeats, first), ('remainder', 1, last)
 
     def layer(self, index: int) -> LayerConfig:
         """The configuration of layer `index` of num_layers."""
-        return self.pattern[index % len(self.pattern)]
+        first = len(self.leading)
+        return self.leading[index] if index < first else self.pattern[(index - first) % len(self.pattern)]
 
     def location(self, index: int) -> tuple[str, str, int]:
         """Where layer `index` is stored: (group, position, entry along the leading axis of the stacked parameters)."""
-        repeat, position = divmod(index, len(self.pattern))
+        if index < len(self.leading):
+            return 'leading', str(index), 0
+        repeat, position = divmod(index - len(self.leading), len(self.pattern))
         return ('layers', str(position), repeat) if repeat < self.repeats else ('remainder', str(position), 0)
 
     def at_width(self, d_model: int) -> 'DecoderConfig':
         """The same model at another width: heads and d_ff in proportion (rounded), head size and depth as they are."""
         ratio = Fraction(d_model, self.d_model)
-        pattern = tuple(layer.scaled(ratio) for layer in self.pattern)
-        return dataclasses.replace(self, d_model=d_model, pattern=pattern)
+        pattern, leading = (tuple(layer.scaled(ratio) for layer in each) for each in (self.pattern, self.leading))
+        return dataclasses.replace(self, d_model=d_model, pattern=pattern, leading=leading)
 
 
 class Decoder(nnx.Module):
@@ -146,9 +174,11 @@ class Decoder(nnx.Module):
             for p, layer in enumerate(config.pattern):
                 self.layers[str(p)] = stack(Layer(layer, config.d_model, config.position), config.repeats)
         # An axis of its own: a pipeline splits 'layers', and cannot split these.
+        self.leading: nnx.Dict[Layer] = nnx.Dict()
         self.remainder: nnx.Dict[Layer] = nnx.Dict()
-        for p, layer in enumerate(config.remainder):
-            self.remainder[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
+        for group, some in ((self.leading, config.leading), (self.remainder, config.remainder)):
+            for p, layer in enumerate(some):
+                group[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, config.d_model) if config.final_norm else None
         self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
         if config.low_rank is not None:
@@ -178,7 +208,24 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
     ) -> jax.Array:
-        """What the logits are computed from: [B, S] -> [B, S, D].
+        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums`."""
+        return self.hidden_and_sums(
+            inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key, token_index=token_index
+        )[0]
+
+    def hidden_and_sums(
+        self,
+        inputs: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        token_index: ArrayLike | None = None,
+        token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, Auxiliaries]:
+        """What the logits are computed from, [B, S] -> [B, S, D], and the sums of the layers' routers.
+
+        The sums are by group of stacked layers, position and name, with a leading repeat axis, as parameters are.
 
         Args:
             inputs: [B, S] token ids.
@@ -187,6 +234,7 @@ class Decoder(nnx.Module):
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
                 llm.parallel.sharding.SequenceCut.zigzag.
+            token_weights: [B, S], for layers of experts; see Context.
 
         Raises:
             UserError: S is more than max_positions.
@@ -196,8 +244,10 @@ class Decoder(nnx.Module):
                 positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
             else:
                 positions = segment_positions(segment_ids)
-        context = Context(segment_ids, token_index=None if token_index is None else jnp.asarray(token_index))
-        return self._run(inputs, positions, context, dropout_key, {})[0]
+        token_index = None if token_index is None else jnp.asarray(token_index)
+        context = Context(segment_ids, token_index=token_index, token_weights=token_weights)
+        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {})
+        return hidden, sums
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
@@ -257,7 +307,8 @@ class Decoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
-        return self._run(inputs, positions, Context(offset=offset), None, cache)
+        hidden, cache, _ = self._run(inputs, positions, Context(offset=offset), None, cache)
+        return hidden, cache
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache: per pattern position, arrays with leading axes [repeats, batch, length].
@@ -270,11 +321,10 @@ class Decoder(nnx.Module):
         """
         self._check_length(length)
         dtype = self.config.compute_dtype if dtype is None else dtype
-        repeats = {'layers': self.config.repeats, 'remainder': 1}
         return {
-            group: {p: layer.init_cache(repeats[group], batch, length, dtype) for p, layer in layers.items()}
-            for group, layers in (('layers', self.layers), ('remainder', self.remainder))
-            if layers
+            group: {p: layer.init_cache(repeats, batch, length, dtype) for p, layer in getattr(self, group).items()}
+            for group, repeats, _ in self.config.groups()
+            if getattr(self, group)
         }
 
     def _check_length(self, length: int) -> None:
@@ -315,18 +365,18 @@ class Decoder(nnx.Module):
         context: Context,
         dropout_key: jax.Array | None,
         cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache, Auxiliaries]:
         config = self.config
         self._check_length(inputs.shape[1])
         x = self.embed(inputs, positions, dropout_key, context.token_index)
-        context = dataclasses.replace(context, rotary=self.rotary(positions))
-        new_cache = {}
-        for group, layers, repeats, first in (
-            ('layers', self.layers, config.repeats, 0),
-            ('remainder', self.remainder, 1, config.repeats * len(config.pattern)),
-        ):
-            if layers:
-                x, new_cache[group] = run_layers(
+        context = dataclasses.replace(
+            context, rotary=self.rotary(positions), token_ids=inputs if config.routed else None
+        )
+        new_cache: Cache = {}
+        auxiliary: Auxiliaries = {}
+        for group, repeats, first in config.groups():
+            if layers := getattr(self, group):
+                x, new_cache[group], sums = run_layers(
                     dict(layers.items()),
                     x,
                     context,
@@ -338,7 +388,9 @@ class Decoder(nnx.Module):
                     remat=config.remat,
                     remat_names=config.remat_names,
                 )
-        return self.normalize(x), new_cache
+                if sums:
+                    auxiliary[group] = sums
+        return self.normalize(x), new_cache, auxiliary
 
     def rotary(self, positions: jax.Array) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         """The rotary tables that the layers read at `positions`; see Context."""
@@ -346,7 +398,8 @@ class Decoder(nnx.Module):
         if config.position != 'rope':
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
-        kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}
+        layers = (*config.leading, *config.pattern)
+        kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttentionConfig)}
         return {rotary: rotary_table(rotary, positions, dtype) for rotary in kinds}
 
     def normalize(self, x: jax.Array) -> jax.Array:

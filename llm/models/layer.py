@@ -14,13 +14,14 @@ from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
+from llm.models.moe import MixtureOfExperts, MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
 from llm.models.remat import LAYER_INPUT
 
 # What moves information between tokens, and what transforms each token: configurations that build their module.
 MixerConfig = AttentionConfig
-TokenwiseConfig = FeedForwardConfig
+TokenwiseConfig = FeedForwardConfig | MoeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,11 @@ class Layer(nnx.Module):
         dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
         repeat: jax.Array | int = 0,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Run the layer; `dropout_key` is this layer's own, `cache` and `repeat` are the mixer's."""
+    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+        """Run the layer; `dropout_key` is this layer's own, `cache` and `repeat` are the mixer's.
+
+        The last of what it returns are sums over the tokens that a router makes, for losses and metrics; see Router.
+        """
         config = self.config
         post = config.norm_position == 'post'
 
@@ -106,18 +110,22 @@ class Layer(nnx.Module):
         if post:
             x = _apply(self.mixer_norm, x)
         if self.feed_forward is None:
-            return x, cache
+            return x, cache, {}
 
         if not config.parallel:
             source = x
         if not (config.parallel and config.shared_norm):
             normed = source if post else _apply(self.feed_forward_norm, source)
-        y = self.feed_forward(normed)
+        auxiliary: dict[str, jax.Array] = {}
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            y, auxiliary = self.feed_forward(normed, context)
+        else:
+            y = self.feed_forward(normed)
         y = _apply(self.feed_forward_output_norm, y)
         x = x + dropout(y, config.dropout, dropout_key, Purpose.FEED_FORWARD, context.token_index)
         if post:
             x = _apply(self.feed_forward_norm, x)
-        return x, cache
+        return x, cache, auxiliary
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `repeats` such layers; see Attention.init_cache."""

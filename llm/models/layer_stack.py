@@ -10,6 +10,9 @@ from llm.models.context import Cache, Context
 from llm.models.layer import Layer
 from llm.models.remat import RematKind, rematerialized
 
+# By position in the pattern, the sums that routers make for losses and metrics, one entry a repeat; see Router.
+Auxiliary = dict[str, dict[str, jax.Array]]
+
 
 def run_layers(
     layers: dict[str, Layer],
@@ -23,7 +26,7 @@ def run_layers(
     scan: bool = True,
     remat: RematKind = 'none',
     remat_names: tuple[str, ...] = (),
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, Auxiliary]:
     """Run the layers of the pattern in turn, `repeats` times.
 
     Shapes: x [B, S, D] -> [B, S, D].
@@ -37,7 +40,8 @@ def run_layers(
         remat, remat_names: see llm.models.remat; one layer is recomputed at a time.
 
     Returns:
-        x after the last layer, and the cache with the new tokens (None if there was none).
+        x after the last layer, the cache with the new tokens (None if there was none), and the sums of the layers that
+        have some.
     """
     scan = scan and repeats > 1
     run_layer = _run_fenced_layer if scan and remat != 'none' else _run_layer
@@ -45,39 +49,47 @@ def run_layers(
 
     def run_repeat(
         x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None, Auxiliary]:
         cache = None if cache is None else dict(cache)
+        auxiliary: Auxiliary = {}
         for position, layer in layers.items():
             key = dropout_key
             if key is not None:
                 key = jax.random.fold_in(key, first + repeat * len(layers) + int(position))
-            x, entry = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
+            x, entry, sums = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
+            if sums:
+                auxiliary[position] = sums
             if cache is not None:
                 cache[position] = entry
-        return x, cache
+        return x, cache, auxiliary
 
     if not scan:
+        found = []
         for repeat in range(repeats):
-            x, cache = run_repeat(x, cache, jax.tree.map(operator.itemgetter(repeat), layers), repeat)
-        return x, cache
+            x, cache, auxiliary = run_repeat(x, cache, jax.tree.map(operator.itemgetter(repeat), layers), repeat)
+            found.append(auxiliary)
+        return x, cache, jax.tree.map(lambda *each: jnp.stack(each), *found)
 
-    def body(carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Any, None]:
-        return run_repeat(*carry, *slices), None
+    def body(
+        carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]
+    ) -> tuple[Any, Auxiliary]:
+        x, cache, auxiliary = run_repeat(*carry, *slices)
+        return (x, cache), auxiliary
 
     # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
-    return x, cache
+    (x, cache), auxiliary = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
+    return x, cache, auxiliary
 
 
 def _run_layer(
     layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array | int
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     return layer(x, context, key, cache, repeat)
 
 
 def _run_fenced_layer(
     layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     # Else the compiler casts the parameters of all layers before the loop and keeps the copy. It does not see that this
     # is 1 at every turn.
     one = jax.lax.optimization_barrier((repeat >= 0).astype(jnp.float32))

@@ -21,6 +21,7 @@ class Role(enum.Enum):
     EMBEDDING = 'embedding'  # from a finite axis (vocabulary, positions) to width
     HIDDEN = 'hidden'  # from width to width
     OUTPUT = 'output'  # from width to a finite axis
+    ROUTER = 'router'  # the same inside the model: no multiplier stands behind it
     VECTOR = 'vector'  # scales, biases: one axis of width, or none
 
 
@@ -37,6 +38,8 @@ class ParameterSpec:
         branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
             not queries and keys (T-Fixup scales these too).
         constant: initial value of every element; None draws at random.
+        full_precision: whether it is used as it is stored, whatever the model computes in.
+        sign_rate: no optimizer moves it, but this, against the sign of its gradient; None for an ordinary parameter.
         trainable: whether training changes it; others have no gradient and no optimizer state.
     """
 
@@ -48,6 +51,8 @@ class ParameterSpec:
     residual: bool = False
     branch: bool = False
     constant: float | None = None
+    full_precision: bool = False
+    sign_rate: float | None = None
     trainable: bool = True
 
     def __post_init__(self) -> None:
@@ -90,9 +95,15 @@ def parameter(
     residual: bool = False,
     branch: bool = False,
     constant: float | None = None,
+    full_precision: bool = False,
+    sign_rate: float | None = None,
 ) -> nnx.Param:
     """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
-    return declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant))
+    return declare(
+        ParameterSpec(
+            tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant, full_precision, sign_rate
+        )
+    )
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:

@@ -5,6 +5,7 @@ import operator
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from optax import contrib
@@ -78,13 +79,33 @@ def _decay_each(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u, f, p: u + f * p, updates, factors, params))
 
 
+def optimized(specs: Any, gradients: Any) -> Any:
+    """The gradients with zeros for parameters that no optimizer moves; see ParameterSpec.sign_rate."""
+    return jax.tree.map(lambda s, g: g if s.sign_rate is None else jnp.zeros_like(g), specs, gradients)
+
+
+def _with_signs(specs: Any, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule`, which does not see the parameters that have a sign_rate, and their own rule."""
+    if all(spec.sign_rate is None for spec in jax.tree.leaves(specs)):
+        return rule
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = rule.update(optimized(specs, gradients), state, params)
+        signed = jax.tree.map(
+            lambda s, g, u: u if s.sign_rate is None else -s.sign_rate * jnp.sign(g), specs, gradients, updates
+        )
+        return signed, state
+
+    return optax.GradientTransformation(rule.init, update)
+
+
 def make_optimizer(
     config: OptimizerConfig, specs: Any, base_specs: Any, total_steps: int
 ) -> optax.GradientTransformation:
     """The optax transformation for parameters with these specs.
 
     Order: frozen layers, clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and
-    fan-out as the spec gives them; layers and experts are batch.
+    fan-out as the spec gives them; layers and experts are batch. Parameters with a sign_rate move by that alone.
 
     It is for the parameters that are trained; see `trained` of llm.training.parametrization.
 
@@ -128,13 +149,16 @@ def make_optimizer(
         rule = rules[used.pop()]
     else:
         rule = optax.partition({name: rules[name] for name in sorted(used)}, families)
-    return optax.chain(
-        *first,
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        rule,
-        _scale_each(rates),
-        _decay_each(decays),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+    return _with_signs(
+        specs,
+        optax.chain(
+            *first,
+            optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+            rule,
+            _scale_each(rates),
+            _decay_each(decays),
+            optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+        ),
     )
 
 

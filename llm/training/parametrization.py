@@ -36,7 +36,8 @@ def learning_rate_multipliers(specs: Any, base_specs: Any, families: Any) -> Any
     """Factor on each parameter's learning rate; 1 for every Adam and SGD parameter of the base model.
 
     Adam (table 8): hidden 1 / (width ratio of fan-in); others 1. SGD: hidden 1; vectors and embeddings times the
-    ratio of fan-out; output times the ratio of fan-in. Muon: an orthogonal update times
+    ratio of fan-out; output times the ratio of fan-in. Routers, whose scale is in the weights and not in a multiplier
+    behind them: 1 / (width ratio of fan-in) for both. Muon: an orthogonal update times
     sqrt(max(1, fan_out / fan_in)) is maximal at every width (Jordan et al. 2024; Bernstein and Newhouse 2024).
 
     Args:
@@ -49,7 +50,7 @@ def learning_rate_multipliers(specs: Any, base_specs: Any, families: Any) -> Any
         match family, spec.role:
             case 'muon', _:
                 return math.sqrt(max(1.0, spec.fan_out / spec.fan_in))
-            case 'adam', Role.HIDDEN:
+            case ('adam', Role.HIDDEN) | (_, Role.ROUTER):
                 return 1 / fan_in
             case 'sgd', Role.OUTPUT:
                 return fan_in
@@ -78,10 +79,13 @@ def by_depth(specs: Any, factor: Callable[[int, int], float]) -> Any:
         specs: nested dict of ParameterSpec of a whole model.
         factor: (depth, L + 1) -> factor.
     """
-    stacks = {group: specs.get(group) or {} for group in ('layers', 'remainder')}
+    stacks = {group: specs.get(group) or {} for group in ('leading', 'layers', 'remainder')}
     repeats = {group: _stack_size(positions) for group, positions in stacks.items()}
-    first = {'layers': 0, 'remainder': repeats['layers'] * len(stacks['layers'])}
-    last = first['remainder'] + len(stacks['remainder']) + 1
+    first, last = {}, 0
+    for group, positions in stacks.items():
+        first[group] = last
+        last += repeats[group] * len(positions)
+    last += 1
 
     def of_position(group: str, position: str, spec: ParameterSpec) -> Any:
         layers = first[group] + int(position) + np.arange(repeats[group]) * len(stacks[group])

@@ -13,11 +13,13 @@ from llm.errors import UserError
 from llm.parallel.sharding import constrain
 from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
+from llm.training.optimizers import optimized
 from llm.training.parametrization import trained, with_trained
+from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
 Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # sums or means by name; sums of routers are a tree under 'routing'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,16 @@ def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     decoder = nnx.merge(model, parameters)
-    hidden = decoder.hidden(
+    hidden, routing = decoder.hidden_and_sums(
         batch['inputs'],
         positions=batch['positions'],
         segment_ids=batch['segment_ids'],
         dropout_key=dropout_key,
         token_index=token_order(batch['inputs'].shape[1]),
+        token_weights=batch.get('routing_weights'),
     )
-    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    loss, sums = summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
 def make_train_step(
@@ -85,7 +89,8 @@ def make_train_step(
     tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
     as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
 
-    Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens.
+    Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens;
+    and with layers of experts those of `routing_metrics`.
     """
     microbatches = config.gradient_accumulation
 
@@ -117,7 +122,7 @@ def make_train_step(
         return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch = placed(batch)
+        batch = with_routing_weights(placed(batch))
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         if gradients_of_sums is None:
             gradients, sums = accumulated(state['parameters'], batch, key)
@@ -131,9 +136,10 @@ def make_train_step(
         metrics = {
             'loss': sums['nll'] / tokens,
             'z_loss': sums['z_loss'] / tokens,
-            'gradient_norm': optax.tree.norm(gradients),
+            'gradient_norm': optax.tree.norm(optimized(trained(specs, specs), gradients)),
             'learning_rate': schedule(state['step']),
             'tokens': sums['tokens'],
+            **routing_metrics(sums.get('routing', {}), tokens),
         }
         new_state = {
             'parameters': with_trained(state['parameters'], optax.apply_updates(part, updates)),

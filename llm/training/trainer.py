@@ -128,7 +128,7 @@ class Trainer:
                 fix=f'Make it a multiple of {cut.pieces}, or of {2 * cut.pieces} to share causal work evenly.',
             )
         if cut is not None and cut.method == 'ulysses':
-            for layer in self.model_config.pattern:
+            for layer in (*self.model_config.leading, *self.model_config.pattern):
                 ways = cut.pieces * self._ways('heads')
                 if layer.mixer.num_heads % ways:
                     raise UserError(

@@ -12,6 +12,7 @@ from llm.models.parameters import Role, count_parameters, named_specs, parameter
 FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
 PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
+AXES |= {'experts', 'routes'}
 
 # As published, or as the weights that the authors released add up to.
 PUBLISHED = {
@@ -21,6 +22,8 @@ PUBLISHED = {
     'llama3_70b': 70_553_706_496,
     'mistral_7b': 7_241_732_096,
     'gemma2_9b': 9_241_705_984,
+    'mixtral_8x7b': 46_702_792_704,
+    'qwen3_30b_a3b': 30_532_122_624,
 }
 
 
@@ -52,7 +55,7 @@ def test_every_parameter_is_fully_declared(presets, name):
         assert set(spec.axes) <= AXES, path
         assert not set(spec.inputs) & set(spec.outputs), path
         batch = set(range(len(spec.shape))) - set(spec.inputs) - set(spec.outputs)
-        assert batch == ({0} if spec.axes[0] in ('layers', 'remainder') else set()), path
+        assert {spec.axes[i] for i in batch} <= {'layers', 'remainder', 'experts'}, path
         assert bool(spec.inputs) == (spec.role is not Role.VECTOR), path
         assert (spec.constant is None) == (spec.role is not Role.VECTOR), path
 
@@ -65,7 +68,7 @@ def test_base_shapes_of_mup_have_the_same_parameters(presets, name):
     base = dict(named_specs(parameter_specs(Decoder(config.at_width(config.d_model // ratio)))))
     assert [path for path, _ in specs] == list(base)
     for path, spec in specs:
-        if spec.role in (Role.HIDDEN, Role.OUTPUT):
+        if spec.role in (Role.HIDDEN, Role.OUTPUT, Role.ROUTER):
             assert spec.fan_in == ratio * base[path].fan_in, path
         elif spec.role is Role.EMBEDDING:
             assert spec.fan_in == base[path].fan_in, path

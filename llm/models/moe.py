@@ -1,0 +1,170 @@
+"""Mixture of experts: a router chooses a few of many feed-forward networks for each token (Shazeer et al. 2017)."""
+
+import dataclasses
+import functools
+from fractions import Fraction
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llm.errors import UserError
+from llm.kernels.grouped_matmul import grouped_matmul
+from llm.models.context import Context
+from llm.models.feed_forward import ACTIVATIONS, FeedForward, FeedForwardConfig
+from llm.models.parameters import Role, parameter
+from llm.models.routing import Capacity, Router, RouterConfig
+from llm.parallel.expert_dispatch import dispatch
+from llm.parallel.sharding import constrain, target_device
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A layer of experts in place of a feed-forward layer.
+
+    Attributes:
+        num_experts: E. experts_per_token: of them that each token is sent to (on average, if experts choose).
+        expert: the shape of each expert; fine-grained experts are many small ones (DeepSeekMoE, section 3.1).
+        shared: a feed-forward layer that sees every token beside them; n shared experts are one of n times the size.
+        shared_gate: whether a sigmoid of the token scales what the shared layer makes (Qwen2-MoE).
+        router: see RouterConfig.
+        dispatch: 'dropless', or 'capacity': in each group of tokens an expert takes its fair share times
+            capacity_factor, and choices beyond that are dropped. Nothing is dropped where a cache is used.
+        group_size: tokens of a row among which an expert's capacity is counted, whatever the mesh; None for the row.
+        exchange_slack: rows of one exchange between devices over what balanced experts need; see
+            llm.parallel.expert_dispatch.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert: FeedForwardConfig
+    shared: FeedForwardConfig | None = None
+    shared_gate: bool = False
+    router: RouterConfig = RouterConfig()
+    dispatch: Literal['dropless', 'capacity'] = 'dropless'
+    capacity_factor: float = 1.25
+    group_size: int | None = None
+    exchange_slack: float = 1.5
+
+    def __post_init__(self) -> None:
+        where = 'MoeConfig'
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f'experts_per_token is {self.experts_per_token} of {self.num_experts} experts',
+                where=where,
+                fix='Use at least 1 and at most num_experts.',
+            )
+        if self.dispatch not in ('dropless', 'capacity'):
+            raise UserError(f'dispatch is {self.dispatch!r}', where=where, fix="Use 'dropless' or 'capacity'.")
+        if self.router.kind == 'expert_choice' and self.dispatch != 'capacity':
+            raise UserError(
+                'experts that choose their tokens need a capacity', where=where, fix="Use dispatch = 'capacity'."
+            )
+        groups = self.router.expert_groups
+        size, rest = divmod(self.num_experts, groups)
+        if rest or (groups > 1 and size < 2 and self.router.group_score == 'top_two'):
+            raise UserError(
+                f'{self.num_experts} experts in {groups} groups', where=where, fix='Make expert_groups a divisor.'
+            )
+        if size * self.router.groups_per_token < self.experts_per_token:
+            raise UserError(
+                f'{self.router.groups_per_token} groups of {size} experts have fewer than {self.experts_per_token}',
+                where=where,
+                fix='Raise groups_per_token.',
+            )
+        if self.expert.bias:
+            raise UserError('experts have no biases', where='MoeConfig.expert', fix='Use bias = False.')
+        if self.shared_gate and self.shared is None:
+            raise UserError(
+                'shared_gate without a shared layer', where=where, fix='Set shared, or shared_gate = False.'
+            )
+        for name in ('capacity_factor', 'exchange_slack', 'group_size'):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f'{name} is {value}', where=where, fix='Use a positive number.')
+
+    def build(self, d_model: int) -> 'MixtureOfExperts':
+        """The module, of shapes without values."""
+        return MixtureOfExperts(self, d_model)
+
+    def scaled(self, ratio: Fraction) -> 'MoeConfig':
+        """The same layer in a model `ratio` times as wide: as many experts, each wider."""
+        shared = None if self.shared is None else self.shared.scaled(ratio)
+        return dataclasses.replace(self, expert=self.expert.scaled(ratio), shared=shared)
+
+
+class MixtureOfExperts(nnx.Module):
+    """The weighted sum of the chosen experts, and the shared layer. Shapes: x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: MoeConfig, d_model: int) -> None:
+        self.config = config
+        experts, d_ff = config.num_experts, config.expert.d_ff
+        inward = (experts, d_model, d_ff), ('experts', 'embed', 'mlp')
+        outward = (experts, d_ff, d_model), ('experts', 'mlp', 'embed')
+        self.router = Router(config.router, d_model, experts, config.experts_per_token)
+        hidden = functools.partial(parameter, role=Role.HIDDEN, inputs=(1,), outputs=(2,))
+        self.gate = hidden(*inward, branch=True) if config.expert.gated else None
+        self.up = hidden(*inward, branch=True)
+        self.down = hidden(*outward, residual=True)
+        self.shared = None if config.shared is None else FeedForward(config.shared, d_model)
+        gate = functools.partial(parameter, (d_model, 1), ('embed', 'one'), Role.ROUTER, inputs=(0,), outputs=(1,))
+        self.shared_gate = gate() if config.shared_gate else None
+
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What the experts make of x, and the router's sums; see Router."""
+        config = self.config
+        x = constrain(x, ('batch', 'sequence', 'embed'))
+        capacity = None
+        if config.dispatch == 'capacity' and context.offset is None:
+            capacity = Capacity(config.capacity_factor, config.group_size)
+        choices, sums = self.router(x, context, capacity)
+        matrices = {'gate': self.gate, 'up': self.up, 'down': self.down}
+        used = {name: weight[...].astype(x.dtype) for name, weight in matrices.items() if weight is not None}
+        inward, outward = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
+        y = dispatch(
+            self._experts,
+            x,
+            choices,
+            used,
+            {name: outward if name == 'down' else inward for name in used},
+            config.num_experts,
+            most_rows=None
+            if capacity is None
+            else functools.partial(self._most_rows, capacity, x.shape[1], context.token_index is not None),
+            slack=config.exchange_slack,
+        )
+        y = constrain(y, ('batch', 'residual', 'embed'))
+        if self.shared is not None:
+            other = self.shared(x)
+            if self.shared_gate is not None:
+                other = other * jax.nn.sigmoid(jnp.einsum('BSD,DF->BSF', x, self.shared_gate[...].astype(x.dtype)))
+            y = y + other
+        return y, sums
+
+    def _experts(self, matrices: dict[str, jax.Array], rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        product = functools.partial(grouped_matmul, sizes=sizes, device=target_device())
+        activation, gated = ACTIVATIONS[self.config.expert.activation]
+
+        def activate(up: jax.Array, gate: jax.Array | None) -> jax.Array:
+            return activation(up) if gate is None else activation(gate) * up
+
+        # The backward pass computes the activation again, as in the feed-forward layer.
+        hidden = jax.checkpoint(activate, prevent_cse=False)(
+            product(rows, matrices['up']), product(rows, matrices['gate']) if gated else None
+        )
+        return product(checkpoint_name(hidden, 'feed_forward_hidden'), matrices['down'])
+
+    def _most_rows(self, capacity: Capacity, row: int, zigzag: bool, length: int, rows: int) -> int:
+        """Choices of one expert that are kept among `rows` pieces of `length` tokens of rows of length `row`.
+
+        Args:
+            zigzag: whether a piece is two runs of tokens.
+        """
+        config = self.config
+        most = capacity.tokens(row, config.experts_per_token, config.num_experts)
+        group = capacity.group(row)
+        whole = (length // 2 if zigzag else length) % group == 0
+        groups = length // group if whole else length
+        return rows * min(length, groups * most)
