@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm.errors import UserError
 from llm.kernels.attention import Implementation, dot_product_attention
 from llm.kernels.attention.sequence_axis import SequenceAxis
-from llm.models.context import Cache, Context, write_cache
+from llm.models.context import CACHED_TOKENS, Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
@@ -206,6 +206,10 @@ class Attention(nnx.Module):
         """Zeros of keys and values, [repeats, B, T, G, K] each."""
         shape = (repeats, batch, length, self.config.num_kv_heads, self.config.head_dim)
         return {'key': jnp.zeros(shape, dtype), 'value': jnp.zeros(shape, dtype)}
+
+    def cache_axes(self) -> dict[str, Axes]:
+        """Logical axes of the arrays of `init_cache`."""
+        return dict.fromkeys(('key', 'value'), (None, 'batch', CACHED_TOKENS, 'kv_heads', None))
 
     def _project(
         self, x: jax.Array, weight: nnx.Param, offset: nnx.Param | None, norm: Norm | None, heads: str

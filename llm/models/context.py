@@ -10,6 +10,9 @@ from llm.models.position import Rotary
 
 Cache = dict[str, Any]
 
+# Logical axis of a cache's array along which tokens are stored; a recurrent state has none.
+CACHED_TOKENS = 'cached_tokens'
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,15 @@ class Context:
         offset: row index of the first token, [] or [B], when decoding with a cache. Otherwise None, for 0: a number
             would be traced by scans and recomputation, and kernels could not rely on it.
         token_index: [S], index in the row of each token where they do not lie in order; None if they do.
+        lengths: [B], how many tokens of each row are real when decoding with a cache; those after them are padding,
+            which a recurrent state must not see. None: all.
     """
 
     segment_ids: jax.Array | None = None
     rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
     offset: jax.Array | int | None = None
     token_index: jax.Array | None = None
+    lengths: jax.Array | None = None
 
 
 def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int | None) -> jax.Array:

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
-from llm.models.context import Cache, Context
+from llm.models.context import CACHED_TOKENS, Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
@@ -213,9 +213,10 @@ class Decoder(nnx.Module):
         offset: jax.Array | int,
         *,
         positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Logits [B, S, V] of `inputs` and the cache that holds them too; see `decode_hidden`."""
-        hidden, cache = self.decode_hidden(inputs, cache, offset, positions=positions)
+        hidden, cache = self.decode_hidden(inputs, cache, offset, positions=positions, lengths=lengths)
         return self.logits(hidden), cache
 
     def decode_hidden(
@@ -225,6 +226,7 @@ class Decoder(nnx.Module):
         offset: jax.Array | int,
         *,
         positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Run `inputs` after what `cache` holds: [B, S] -> [B, S, D], and the cache that holds them too.
 
@@ -238,13 +240,15 @@ class Decoder(nnx.Module):
             offset: [] or [B] number of tokens that the cache holds. With one per row, tokens past the cache's length
                 are computed but not stored.
             positions: [B, S] or [1, S]; default: the indices.
+            lengths: [B], how many tokens of each row are real; the padding after them leaves recurrent states as they
+                are. Default: all. A recurrent state cannot go back, as attention can by an earlier `offset`.
 
         Raises:
             UserError: the tokens do not fit the cache (if `offset` is an int).
         """
         length = inputs.shape[1]
-        room = jax.tree.leaves(cache)[0].shape[2]
-        if length + (offset if isinstance(offset, int) else 0) > room:
+        room = self._room(cache)
+        if room is not None and length + (offset if isinstance(offset, int) else 0) > room:
             raise UserError(
                 f'{length} tokens from {offset} on do not fit a cache of length {room}',
                 where='Decoder.decode',
@@ -252,12 +256,13 @@ class Decoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
-        return self._run(inputs, positions, Context(offset=offset), None, cache)
+        return self._run(inputs, positions, Context(offset=offset, lengths=lengths), None, cache)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache: per pattern position, arrays with leading axes [repeats, batch, length].
+        """An empty cache: per pattern position, arrays with leading axes [repeats, batch].
 
         Args:
+            length: tokens that attention can store; recurrent states have one size.
             dtype: of keys and values; default: the compute dtype.
 
         Raises:
@@ -271,6 +276,20 @@ class Decoder(nnx.Module):
             for group, layers in (('layers', self.layers), ('remainder', self.remainder))
             if layers
         }
+
+    def cache_axes(self) -> dict[str, Any]:
+        """Logical axes of each array of `init_cache`, in dicts like it."""
+        return {
+            group: {p: layer.cache_axes() for p, layer in layers.items()}
+            for group, layers in (('layers', self.layers), ('remainder', self.remainder))
+            if layers
+        }
+
+    def _room(self, cache: Cache) -> int | None:
+        """How many tokens the cache can store; None for any number."""
+        arrays, axes = jax.tree.leaves(cache), jax.tree.leaves(self.cache_axes(), is_leaf=lambda x: type(x) is tuple)
+        rooms = (x.shape[a.index(CACHED_TOKENS)] for x, a in zip(arrays, axes, strict=True) if CACHED_TOKENS in a)
+        return min(rooms, default=None)
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_positions

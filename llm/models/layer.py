@@ -14,12 +14,15 @@ from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
 from llm.models.remat import LAYER_INPUT
+from llm.parallel.sharding import Axes
 
 # What moves information between tokens, and what transforms each token: configurations that build their module.
-MixerConfig = AttentionConfig
+MixerConfig = AttentionConfig | MambaConfig | Mamba2Config
 TokenwiseConfig = FeedForwardConfig
 
 
@@ -122,6 +125,10 @@ class Layer(nnx.Module):
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `repeats` such layers; see Attention.init_cache."""
         return self.mixer.init_cache(repeats, batch, length, dtype)
+
+    def cache_axes(self) -> dict[str, Axes]:
+        """Logical axes of the arrays of `init_cache`."""
+        return self.mixer.cache_axes()
 
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:

@@ -8,11 +8,14 @@ dict of arrays: sharding, initialisation, muP, weight-decay masks and optimizers
 import dataclasses
 import enum
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+# Distributions of their own, the same under every scheme; see llm.models.initialization.STARTS.
+Start = Literal['uniform', 'time_step', 'log_range', 'log_uniform']
 
 
 class Role(enum.Enum):
@@ -37,6 +40,7 @@ class ParameterSpec:
         branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
             not queries and keys (T-Fixup scales these too).
         constant: initial value of every element; None draws at random.
+        start: the distribution to draw from where it is not the scheme's.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +51,7 @@ class ParameterSpec:
     residual: bool = False
     branch: bool = False
     constant: float | None = None
+    start: Start | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -87,9 +92,10 @@ def parameter(
     residual: bool = False,
     branch: bool = False,
     constant: float | None = None,
+    start: Start | None = None,
 ) -> nnx.Param:
     """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
-    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant))
+    return _declare(ParameterSpec(tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant, start))
 
 
 def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
