@@ -47,6 +47,11 @@ class MambaConfig:
         check_positive(self, 'd_inner', 'dt_rank', 'state_size', 'convolution_width')
         check_implementation(self, get_args(Implementation))
 
+    @property
+    def state_elements(self) -> int:
+        """Scalars of the state."""
+        return self.d_inner * self.state_size
+
     def build(self, d_model: int, position: PositionKind) -> 'Mamba':
         """The module, of shapes without values; it needs no position."""
         return Mamba(self, d_model)

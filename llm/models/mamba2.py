@@ -55,6 +55,11 @@ class Mamba2Config:
                 fix='Each group of b and c serves the same number of heads.',
             )
 
+    @property
+    def state_elements(self) -> int:
+        """Scalars of the state."""
+        return self.num_heads * self.head_dim * self.state_size
+
     def build(self, d_model: int, position: PositionKind) -> 'Mamba2':
         """The module, of shapes without values; it needs no position."""
         return Mamba2(self, d_model)
@@ -81,8 +86,8 @@ class Mamba2(nnx.Module):
             config.state_size,
             config.convolution_width,
         )
-        heads: Axes = ('heads', 'head_dim')
-        groups: Axes = ('groups', 'state')
+        heads = ('heads', 'head_dim')
+        groups = ('groups', 'state')
 
         def into(sizes: tuple[int, ...], axes: tuple[str, ...], branch: bool = False) -> nnx.Param:
             outputs = tuple(range(1, len(sizes) + 1))

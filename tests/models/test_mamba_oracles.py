@@ -27,9 +27,7 @@ V, D, S = 61, 32, 20
 
 def backbone(state: State, config: DecoderConfig, mixers: list[Flat]) -> dict[str, Any]:
     """Parameters of a Mamba or Mamba-2 language model from its state dict and its converted mixers."""
-    layers = [
-        mixer | {'mixer_norm/scale': state[f'backbone.layers.{i}.norm.weight']} for i, mixer in enumerate(mixers)
-    ]
+    layers = [mixer | {'mixer_norm/scale': state[f'backbone.layers.{i}.norm.weight']} for i, mixer in enumerate(mixers)]
     embedding = 'backbone.embeddings.weight' if 'backbone.embeddings.weight' in state else 'backbone.embedding.weight'
     rest = {'embedding/table': state[embedding], 'final_norm/scale': state['backbone.norm_f.weight']}
     return stack(config, layers, rest)
@@ -100,7 +98,9 @@ def mamba_1() -> tuple:
     from transformers import MambaConfig as Settings
     from transformers import MambaForCausalLM
 
-    oracle = MambaForCausalLM(Settings(vocab_size=V, hidden_size=D, num_hidden_layers=3, state_size=8, time_step_rank=3))
+    oracle = MambaForCausalLM(
+        Settings(vocab_size=V, hidden_size=D, num_hidden_layers=3, state_size=8, time_step_rank=3)
+    )
     config = DecoderConfig(
         V, D, 3, (LayerConfig(MambaConfig(2 * D, 3, 8), None),), position='none', tied_embeddings=True
     )

@@ -1,6 +1,6 @@
 """The selective scan of Mamba (Gu and Dao 2023): a linear recurrence of each channel, whose rates follow the input."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +68,8 @@ def selective_scan(
     else:
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     initial = jnp.zeros((rows, a.shape[0], channels), dtype) if initial_state is None else initial_state.astype(dtype)
-    scan = {'reference': reference.selective_scan, 'chunked': chunked.selective_scan}[
-        choose(implementation, device, length)
-    ]
-    y, final = scan(x, dt.astype(dtype), a, b, c, starts, initial)
+    scan: Any = reference if choose(implementation, device, length) == 'reference' else chunked
+    y, final = scan.selective_scan(x, dt.astype(dtype), a, b, c, starts, initial)
     if sequence_axis is not None:
         if initial_state is not None:
             raise ValueError('a row that is cut along a mesh axis has no initial state')

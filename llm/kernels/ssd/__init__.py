@@ -1,6 +1,6 @@
 """State space duality, the recurrence of Mamba-2 (Dao and Gu 2024): one decay per head, so chunks are products."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ def ssd(
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     shape = (rows, heads, size, b.shape[-1])
     initial = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    run = {'reference': reference.ssd, 'chunked': chunked.ssd}[choose(implementation, device, length)]
-    y, final = run(x, dt, a, b, c, starts, initial)
+    run: Any = reference if choose(implementation, device, length) == 'reference' else chunked
+    y, final = run.ssd(x, dt, a, b, c, starts, initial)
     if sequence_axis is not None:
         if initial_state is not None:
             raise ValueError('a row that is cut along a mesh axis has no initial state')
