@@ -1,4 +1,4 @@
-"""The decoding loop: prompts of any lengths in one batch, a cache of keys and values, tokens as they come.
+"""The decoding loop: prompts of any lengths in one batch, a cache, tokens as they come.
 
     generator = Generator(model_config, SamplingConfig(temperature=0.8), mesh)
     decoding = generator.start(parameters, [Prompt((1, 17, 4)), Prompt((1, 9), index=1)], max_new_tokens=100)
@@ -23,14 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm.errors import UserError
 from llm.inference.sampling import SamplingConfig, row_keys, sample, token_keys
+from llm.models.context import CACHED_TOKENS
 from llm.models.decoder import Decoder, DecoderConfig
-from llm.parallel.sharding import AxisRules, names, use_rules
+from llm.parallel.sharding import Axes, AxisRules, names, use_rules
 
 # Why a row ended: it chose a stop token; it has all tokens asked for, or no position left; the caller ended it.
 End = Literal['stop_token', 'length', 'finished']
 
-# Every cache array begins with these axes: [repeats, B, T, G, ...].
-_CACHE_AXES = (None, 'batch', None, 'kv_heads')
 _NO_TOKEN = -1
 _SHORTEST = 32
 
@@ -57,7 +56,7 @@ class Generator:
     Args:
         model: the decoder.
         sampling: how tokens are chosen.
-        mesh, rules: where the parameters live, and the cache will.
+        mesh, rules: where the parameters live, and the cache will: keys and values, or states of constant size.
         num_tokens: ids from here on are never chosen; default: the whole vocabulary of the model.
         tokens_per_call: how many tokens are made at a time, after the first.
     """
@@ -75,9 +74,12 @@ class Generator:
         self.config, self.sampling, self.mesh, self.rules = model, sampling, mesh, rules
         self.num_tokens = model.vocab_size if num_tokens is None else num_tokens
         self.tokens_per_call = tokens_per_call
-        self._graph: nnx.GraphDef = nnx.split(Decoder(model))[0]
+        decoder = Decoder(model)
+        self._graph: nnx.GraphDef = nnx.split(decoder)[0]
+        axes = decoder.cache_axes()
         replicated = NamedSharding(mesh, PartitionSpec())
-        cache = NamedSharding(mesh, rules.partition(_CACHE_AXES, mesh, parameters=False))
+        cache = jax.tree.map(self._cache_sharding, axes, is_leaf=_is_axes)
+        self.cache_grows = any(CACHED_TOKENS in each for each in jax.tree.leaves(axes, is_leaf=_is_axes))
         state = {'cache': cache, 'tokens': replicated, 'offsets': replicated, 'done': replicated, 'keys': replicated}
         self._prefill = jax.jit(
             self._under_rules(self._prefill_step), static_argnames='cache_length', out_shardings=state
@@ -85,6 +87,9 @@ class Generator:
         self._continue = jax.jit(
             self._under_rules(self._decode_steps), donate_argnums=1, out_shardings=(state, replicated)
         )
+
+    def _cache_sharding(self, axes: Axes) -> NamedSharding:
+        return NamedSharding(self.mesh, self.rules.partition(axes, self.mesh, parameters=False))
 
     def start(
         self,
@@ -130,7 +135,7 @@ class Generator:
         model = nnx.merge(self._graph, parameters)
         inputs, lengths = batch['inputs'], batch['lengths']
         cache = model.init_cache(inputs.shape[0], cache_length)
-        hidden, cache = model.decode_hidden(inputs, cache, 0)
+        hidden, cache = model.decode_hidden(inputs, cache, 0, lengths=lengths)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         keys = row_keys(batch['seed'], batch['indices'], batch['samples'])
         tokens = self._choose(model, last, keys, lengths)
@@ -227,7 +232,7 @@ class Decoding:
         ways = math.prod(generator.mesh.shape[axis] for axis in axes)
         rows = ways * _power_of_two(-(-len(self._prompts) // ways))
         lengths = [len(prompt.tokens) for prompt in self._prompts]
-        cache_length = _power_of_two(max(_SHORTEST, *self._limits))
+        cache_length = _power_of_two(max(_SHORTEST, *self._limits)) if generator.cache_grows else 0
         width = _power_of_two(max(_SHORTEST, *lengths))
         if (longest := generator.config.max_positions) is not None and generator.config.position == 'learned':
             cache_length, width = min(cache_length, longest), min(width, longest)
@@ -266,6 +271,10 @@ class Decoding:
                     self.ends[row] = 'length'
             new.append(taken)
         return new
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def _power_of_two(size: int) -> int:

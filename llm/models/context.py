@@ -10,6 +10,9 @@ from llm.models.position import Rotary
 
 Cache = dict[str, Any]
 
+# Logical axis of a cache's array along which tokens are stored; a recurrent state has none.
+CACHED_TOKENS = 'cached_tokens'
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Context:
         token_ids: [B, S], for hash layers.
         token_weights: [B, S], what each token counts for in the auxiliary losses of routers, 0 on padding; None for 1,
             and 0 in segment 0.
+        lengths: [B], how many tokens of each row are real when decoding with a cache; those after them are padding,
+            which a recurrent state must not see. None: all.
     """
 
     segment_ids: jax.Array | None = None
@@ -33,6 +38,7 @@ class Context:
     token_index: jax.Array | None = None
     token_ids: jax.Array | None = None
     token_weights: jax.Array | None = None
+    lengths: jax.Array | None = None
 
 
 def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int | None) -> jax.Array:

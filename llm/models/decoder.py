@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
-from llm.models.context import Cache, Context
+from llm.models.context import CACHED_TOKENS, Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
@@ -74,7 +74,6 @@ class DecoderConfig:
     d_model: int
     num_layers: int
     pattern: tuple[LayerConfig, ...]
-    leading: tuple[LayerConfig, ...] = ()
     final_norm: NormConfig | None = NormConfig()
     position: PositionKind = 'rope'
     max_positions: int | None = None
@@ -88,6 +87,7 @@ class DecoderConfig:
     remat_names: tuple[str, ...] = ()
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
+    leading: tuple[LayerConfig, ...] = ()
     low_rank: LowRankConfig | None = None
 
     def __post_init__(self) -> None:
@@ -246,7 +246,7 @@ class Decoder(nnx.Module):
                 positions = segment_positions(segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
         context = Context(segment_ids, token_index=token_index, token_weights=token_weights)
-        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {})
+        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1])
         return hidden, sums
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -268,9 +268,10 @@ class Decoder(nnx.Module):
         offset: jax.Array | int,
         *,
         positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Logits [B, S, V] of `inputs` and the cache that holds them too; see `decode_hidden`."""
-        hidden, cache = self.decode_hidden(inputs, cache, offset, positions=positions)
+        hidden, cache = self.decode_hidden(inputs, cache, offset, positions=positions, lengths=lengths)
         return self.logits(hidden), cache
 
     def decode_hidden(
@@ -280,6 +281,7 @@ class Decoder(nnx.Module):
         offset: jax.Array | int,
         *,
         positions: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Run `inputs` after what `cache` holds: [B, S] -> [B, S, D], and the cache that holds them too.
 
@@ -293,13 +295,15 @@ class Decoder(nnx.Module):
             offset: [] or [B] number of tokens that the cache holds. With one per row, tokens past the cache's length
                 are computed but not stored.
             positions: [B, S] or [1, S]; default: the indices.
+            lengths: [B], how many tokens of each row are real; the padding after them leaves recurrent states as they
+                are. Default: all. A recurrent state cannot go back, as attention can by an earlier `offset`.
 
         Raises:
             UserError: the tokens do not fit the cache (if `offset` is an int).
         """
         length = inputs.shape[1]
-        room = jax.tree.leaves(cache)[0].shape[2]
-        if length + (offset if isinstance(offset, int) else 0) > room:
+        room = self._room(cache)
+        if room is not None and length + (offset if isinstance(offset, int) else 0) > room:
             raise UserError(
                 f'{length} tokens from {offset} on do not fit a cache of length {room}',
                 where='Decoder.decode',
@@ -307,13 +311,14 @@ class Decoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
-        hidden, cache, _ = self._run(inputs, positions, Context(offset=offset), None, cache)
+        hidden, cache, _ = self._run(inputs, positions, Context(offset=offset, lengths=lengths), None, cache, room)
         return hidden, cache
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache: per pattern position, arrays with leading axes [repeats, batch, length].
+        """An empty cache: per pattern position, arrays with leading axes [repeats, batch].
 
         Args:
+            length: tokens that attention can store; recurrent states have one size.
             dtype: of keys and values; default: the compute dtype.
 
         Raises:
@@ -326,6 +331,20 @@ class Decoder(nnx.Module):
             for group, repeats, _ in self.config.groups()
             if getattr(self, group)
         }
+
+    def cache_axes(self) -> dict[str, Any]:
+        """Logical axes of each array of `init_cache`, in dicts like it."""
+        return {
+            group: {p: layer.cache_axes() for p, layer in getattr(self, group).items()}
+            for group, _, _ in self.config.groups()
+            if getattr(self, group)
+        }
+
+    def _room(self, cache: Cache) -> int | None:
+        """How many tokens the cache can store; None for any number."""
+        arrays, axes = jax.tree.leaves(cache), jax.tree.leaves(self.cache_axes(), is_leaf=lambda x: type(x) is tuple)
+        rooms = (x.shape[a.index(CACHED_TOKENS)] for x, a in zip(arrays, axes, strict=True) if CACHED_TOKENS in a)
+        return min(rooms, default=None)
 
     def _check_length(self, length: int) -> None:
         longest = self.config.max_positions
@@ -365,12 +384,13 @@ class Decoder(nnx.Module):
         context: Context,
         dropout_key: jax.Array | None,
         cache: Cache,
+        length: int | None,
     ) -> tuple[jax.Array, Cache, Auxiliaries]:
         config = self.config
         self._check_length(inputs.shape[1])
         x = self.embed(inputs, positions, dropout_key, context.token_index)
         context = dataclasses.replace(
-            context, rotary=self.rotary(positions), token_ids=inputs if config.routed else None
+            context, rotary=self.rotary(positions, length), token_ids=inputs if config.routed else None
         )
         new_cache: Cache = {}
         auxiliary: Auxiliaries = {}
@@ -392,15 +412,15 @@ class Decoder(nnx.Module):
                     auxiliary[group] = sums
         return self.normalize(x), new_cache, auxiliary
 
-    def rotary(self, positions: jax.Array) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
-        """The rotary tables that the layers read at `positions`; see Context."""
+    def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""
         config = self.config
         if config.position != 'rope':
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
         layers = (*config.leading, *config.pattern)
         kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttentionConfig)}
-        return {rotary: rotary_table(rotary, positions, dtype) for rotary in kinds}
+        return {rotary: rotary_table(rotary, positions, dtype, length) for rotary in kinds}
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """What comes out of the last layer, as the logits read it. [B, S, D] -> the same."""

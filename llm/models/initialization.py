@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llm.errors import UserError
-from llm.models.parameters import ParameterSpec, Role, named_specs
+from llm.models.parameters import ParameterSpec, Role, Start, named_specs
 
 Scheme = Literal['gpt2', 'fan_in', 't_fixup', 'mup']
 MAXIMUM_FLAT_DRAW = 2**26  # elements; a quarter of a gigabyte in float32
@@ -75,6 +76,36 @@ class Initialization:
                 return outside.get(spec.role, 1 / math.sqrt(spec.fan_in))
 
 
+def _time_step_bias(key: jax.Array, spec: ParameterSpec) -> jax.Array:
+    low, high = math.log(1e-3), math.log(1e-1)
+    step = jnp.exp(jax.random.uniform(key, spec.shape, jnp.float32, low, high))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+def _uniform(key: jax.Array, spec: ParameterSpec) -> jax.Array:
+    bound = spec.fan_in**-0.5
+    return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
+
+
+def _log_range(key: jax.Array, spec: ParameterSpec) -> jax.Array:
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, spec.shape[-1] + 1, dtype=jnp.float32)), spec.shape)
+
+
+def _log_uniform(key: jax.Array, spec: ParameterSpec) -> jax.Array:
+    return jnp.log(jax.random.uniform(key, spec.shape, jnp.float32, 1, 16))
+
+
+# 'uniform': within 1 / sqrt(fan-in), as PyTorch starts a convolution and Mamba its time steps' projection.
+# 'time_step': softplus of it is log-uniform from 0.001 to 0.1 (Gu and Dao 2023, section 3.6).
+# 'log_range': log of 1, 2, ..., N, S4D-Real (the same). 'log_uniform': log of what is uniform from 1 to 16 (Mamba-2).
+STARTS: dict[Start, Callable[[jax.Array, ParameterSpec], jax.Array]] = {
+    'uniform': _uniform,
+    'time_step': _time_step_bias,
+    'log_range': _log_range,
+    'log_uniform': _log_uniform,
+}
+
+
 def residual_branches(specs: dict[str, Any]) -> int:
     """Number of matrices that end a residual branch, counting every layer of a stack: 2L for a plain Transformer."""
     stacks = ('layers', 'remainder')
@@ -100,6 +131,8 @@ def initialize(
             return jnp.full(spec.shape, spec.constant, dtype)
         std = initialization.standard_deviation(spec, branches)
         key = jax.random.fold_in(root, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'little'))
+        if spec.start is not None:
+            return STARTS[spec.start](key, spec).astype(dtype)
         # Threefry counts elements in row-major order, so the flat draw has the same bits; on CPU it compiles ten times
         # faster. Large arrays are drawn in their own shape, which the compiler can divide over any mesh.
         size = math.prod(spec.shape)

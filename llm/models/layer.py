@@ -14,13 +14,16 @@ from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.moe import MixtureOfExperts, MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
 from llm.models.remat import LAYER_INPUT
+from llm.parallel.sharding import Axes
 
 # What moves information between tokens, and what transforms each token: configurations that build their module.
-MixerConfig = AttentionConfig
+MixerConfig = AttentionConfig | MambaConfig | Mamba2Config
 TokenwiseConfig = FeedForwardConfig | MoeConfig
 
 
@@ -32,7 +35,8 @@ class LayerConfig:
         mixer: moves information between tokens.
         feed_forward: transforms each token; None for none.
         norm: kind of every normalisation in the layer; None for none (T-Fixup trains without).
-        norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2).
+        norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2);
+            'output' x + norm(f(x)) (OLMo 2).
         parallel: both branches read the same input, x + mixer(norm(x)) + feed_forward(norm(x)) (Wang and Komatsuzaki
             2021, GPT-J); with norm_position 'pre' only.
         shared_norm: whether parallel branches share one normalisation (GPT-J, PaLM) or have one each (GPT-NeoX).
@@ -42,17 +46,17 @@ class LayerConfig:
     mixer: MixerConfig
     feed_forward: TokenwiseConfig | None
     norm: NormConfig | None = NormConfig()
-    norm_position: Literal['pre', 'post', 'sandwich'] = 'pre'
+    norm_position: Literal['pre', 'post', 'sandwich', 'output'] = 'pre'
     parallel: bool = False
     shared_norm: bool = True
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm_position not in ('pre', 'post', 'sandwich'):
+        if self.norm_position not in ('pre', 'post', 'sandwich', 'output'):
             raise UserError(
                 f'norm_position {self.norm_position!r} does not exist',
                 where='LayerConfig',
-                fix="Use 'pre', 'post' or 'sandwich'.",
+                fix="Use 'pre', 'post', 'sandwich' or 'output'.",
             )
         if self.parallel and (self.norm_position != 'pre' or self.feed_forward is None):
             raise UserError(
@@ -62,6 +66,17 @@ class LayerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout is {self.dropout}', where='LayerConfig', fix='Use a rate in [0, 1).')
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """The mixer of a layer that attends.
+
+        Raises:
+            TypeError: it does not.
+        """
+        if not isinstance(self.mixer, AttentionConfig):
+            raise TypeError(f'the mixer of this layer is {self.mixer}')
+        return self.mixer
 
     def scaled(self, ratio: Fraction) -> 'LayerConfig':
         """The same layer in a model `ratio` times as wide."""
@@ -74,17 +89,18 @@ class Layer(nnx.Module):
 
     def __init__(self, config: LayerConfig, d_model: int, position: PositionKind) -> None:
         self.config = config
-        sandwich = config.norm_position == 'sandwich'
+        before, after = config.norm_position != 'output', config.norm_position in ('sandwich', 'output')
 
         def norm(wanted: bool) -> Norm | None:
             return Norm(config.norm, d_model) if wanted and config.norm is not None else None
 
         self.mixer = config.mixer.build(d_model, position)
-        self.mixer_norm = norm(True)
-        self.mixer_output_norm = norm(sandwich)
+        self.mixer_norm = norm(before)
+        self.mixer_output_norm = norm(after)
         self.feed_forward = None if config.feed_forward is None else config.feed_forward.build(d_model)
-        self.feed_forward_norm = norm(config.feed_forward is not None and not (config.parallel and config.shared_norm))
-        self.feed_forward_output_norm = norm(config.feed_forward is not None and sandwich)
+        two = config.feed_forward is not None
+        self.feed_forward_norm = norm(two and before and not (config.parallel and config.shared_norm))
+        self.feed_forward_output_norm = norm(two and after)
 
     def __call__(
         self,
@@ -130,6 +146,10 @@ class Layer(nnx.Module):
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `repeats` such layers; see Attention.init_cache."""
         return self.mixer.init_cache(repeats, batch, length, dtype)
+
+    def cache_axes(self) -> dict[str, Axes]:
+        """Logical axes of the arrays of `init_cache`."""
+        return self.mixer.cache_axes()
 
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:

@@ -8,11 +8,14 @@ dict of arrays: sharding, initialisation, muP, weight-decay masks and optimizers
 import dataclasses
 import enum
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+# Distributions of their own, the same under every scheme; see llm.models.initialization.STARTS.
+Start = Literal['uniform', 'time_step', 'log_range', 'log_uniform']
 
 
 class Role(enum.Enum):
@@ -38,6 +41,7 @@ class ParameterSpec:
         branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
             not queries and keys (T-Fixup scales these too).
         constant: initial value of every element; None draws at random.
+        start: the distribution to draw from where it is not the scheme's.
         full_precision: whether it is used as it is stored, whatever the model computes in.
         sign_rate: no optimizer moves it, but this, against the sign of its gradient; None for an ordinary parameter.
         trainable: whether training changes it; others have no gradient and no optimizer state.
@@ -51,6 +55,7 @@ class ParameterSpec:
     residual: bool = False
     branch: bool = False
     constant: float | None = None
+    start: Start | None = None
     full_precision: bool = False
     sign_rate: float | None = None
     trainable: bool = True
@@ -95,13 +100,24 @@ def parameter(
     residual: bool = False,
     branch: bool = False,
     constant: float | None = None,
+    start: Start | None = None,
     full_precision: bool = False,
     sign_rate: float | None = None,
 ) -> nnx.Param:
     """Declare a parameter inside a module; see ParameterSpec. It holds a shape, not values."""
     return declare(
         ParameterSpec(
-            tuple(shape), tuple(axes), role, inputs, outputs, residual, branch, constant, full_precision, sign_rate
+            tuple(shape),
+            tuple(axes),
+            role,
+            inputs,
+            outputs,
+            residual=residual,
+            branch=branch,
+            constant=constant,
+            start=start,
+            full_precision=full_precision,
+            sign_rate=sign_rate,
         )
     )
 

@@ -12,7 +12,12 @@ RematKind = Literal['none', 'full', 'dots', 'dots_no_batch', 'names', 'offload']
 # What a layer reads: all that 'full' keeps of it.
 LAYER_INPUT = 'layer_input'
 # The activations that layers mark with checkpoint_name.
-REMAT_NAMES = (LAYER_INPUT, 'query', 'key', 'value', 'attention', 'feed_forward_hidden')
+REMAT_NAMES = (
+    LAYER_INPUT,
+    *('query', 'key', 'value', 'attention'),
+    *('recurrence_input', 'recurrence_gate', 'recurrence'),
+    'feed_forward_hidden',
+)
 # The kinds that read remat_names.
 _NAMING = ('names', 'offload')
 

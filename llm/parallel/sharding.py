@@ -5,7 +5,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -208,15 +208,16 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def map_shards(
-    function: Callable[..., jax.Array], arrays: dict[str, jax.Array], axes: dict[str, Axes], out_axes: Axes
-) -> jax.Array:
+    function: Callable[..., Any], arrays: dict[str, jax.Array], axes: dict[str, Axes], out_axes: Axes | list[Axes]
+) -> Any:
     """Run `function` on every device, on that device's part of the arrays; outside of rules, on the whole arrays.
 
     For what the compiler cannot split by itself, or would split badly: kernels, loops over the batch.
 
     Args:
         function: takes the arrays by name. What it gives for a part must be that part of what it gives for the whole.
-        axes: logical axes of each array, by name; None keeps a dimension whole. out_axes: those of the result.
+        axes: logical axes of each array, by name; None keeps a dimension whole. out_axes: those of the result, or a
+            list of those of several results.
     """
     current = _current.get()
     if current is None:
@@ -227,17 +228,17 @@ def map_shards(
     if not open_axes or (mesh.size == 1 and not mesh.manual_axes):
         return function(**arrays)
     specs = {name: rules.partition(axes[name], mesh, parameters=False) for name in arrays}
-    out_spec = rules.partition(out_axes, mesh, parameters=False)
+    many = out_axes if isinstance(out_axes, list) else [out_axes]
+    out_specs = [rules.partition(each, mesh, parameters=False) for each in many]
     mapped = jax.shard_map(
         lambda parts: function(**parts),
         mesh=mesh,
         in_specs=(specs,),
-        out_specs=out_spec,
+        out_specs=out_specs if isinstance(out_axes, list) else out_specs[0],
         axis_names=open_axes,
         check_vma=False,
     )
-    result: jax.Array = mapped(arrays)
-    return result
+    return mapped(arrays)
 
 
 def split_over(axis: str, *, parameters: bool) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.parameters import Role, named_specs
 from llm.scaling.chips import device_peak_flops
@@ -58,15 +59,18 @@ class TokenFlops:
         attention: products of queries with keys and of weights with values if each query met all S keys, or as many
             as its layer's window holds. This is PaLM's convention.
         causal_attention: the same with only the keys that the causal mask leaves: (S + 1) / 2 on average.
+        recurrence: of states, token by token: decay, what is written and what is read, a multiply-add each for every
+            scalar of a state. Chunks (Dao and Gu 2024, section 6) do more, of which products of matrices are faster.
     """
 
     parameters: int
     attention: int
     causal_attention: float
+    recurrence: int = 0
 
     def forward(self, *, causal: bool) -> float:
         """One token forward; `causal` chooses the convention for attention."""
-        return self.parameters + (self.causal_attention if causal else self.attention)
+        return self.parameters + self.recurrence + (self.causal_attention if causal else self.attention)
 
     def training(self, *, causal: bool) -> float:
         """One token forward and backward: the 6 N of Kaplan et al. 2020, and attention."""
@@ -75,16 +79,19 @@ class TokenFlops:
 
 def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
     """FLOPs of the model on rows of `sequence_length` tokens, each row one document."""
-    attention, causal_attention = 0, 0.0
+    attention, causal_attention, recurrence = 0, 0.0, 0
     for index in range(config.num_layers):
         mixer = config.layer(index).mixer
+        if not isinstance(mixer, AttentionConfig):
+            recurrence += 6 * mixer.state_elements
+            continue
         window = sequence_length if mixer.window is None else min(mixer.window, sequence_length)
         # Query t of 1..S sees min(t, window) keys.
         seen = window * (window + 1) // 2 + (sequence_length - window) * window
         per_key = 4 * mixer.num_heads * mixer.head_dim  # two products, two FLOPs a multiply-add
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
-    return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention)
+    return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from flax import nnx, serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm.errors import UserError
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.parameters import parameter_specs
@@ -130,7 +131,7 @@ class Trainer:
         if cut is not None and cut.method == 'ulysses':
             for layer in (*self.model_config.leading, *self.model_config.pattern):
                 ways = cut.pieces * self._ways('heads')
-                if layer.mixer.num_heads % ways:
+                if isinstance(layer.mixer, AttentionConfig) and layer.mixer.num_heads % ways:
                     raise UserError(
                         f'{layer.mixer.num_heads} heads cannot be divided over {ways} devices',
                         where='AxisRules.sequence_method',

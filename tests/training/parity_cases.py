@@ -49,7 +49,7 @@ LAYER = LayerConfig(
 )
 WINDOWED = dataclasses.replace(
     LAYER,
-    mixer=dataclasses.replace(LAYER.mixer, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
+    mixer=dataclasses.replace(LAYER.attention, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
     norm_position='sandwich',
     dropout=0.1,
 )

@@ -10,8 +10,10 @@ from typing import Literal, cast
 import jax
 
 from llm.kernels.attention import choose
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
-from llm.models.layer import LayerConfig
+from llm.models.layer import LayerConfig, MixerConfig
+from llm.models.mamba import MambaConfig
 from llm.models.remat import LAYER_INPUT
 from llm.scaling.planner.abstract import Placement
 
@@ -22,12 +24,19 @@ Scores = Literal['held', 'blocks', 'blocks_skipped', 'blocks_twice']
 # none computes them again: five products where the forward pass has two (Dao et al. 2022, FlashAttention, algorithm 4).
 # Twice: skipped too, and computed again by queries and by keys, which makes seven.
 ATTENTION_SCORES: dict[str, Scores] = {'reference': 'held', 'chunked': 'blocks', 'pallas_gpu': 'blocks_twice'}
+_CHUNK = 64  # tokens from border to border
 _MANY = 128  # queries: when training, no row is a single token
 OTHER_ATTENTION: Scores = 'blocks_skipped'
 
 # What each remat policy keeps of a layer; '*' is everything. The input of the layer is always kept, on the device or
 # the host; its last product only feeds a sum, and is never needed again.
-PROJECTIONS = ('query', 'key', 'value', 'attention_output', 'up', 'gate')
+PROJECTIONS = (
+    *('query', 'key', 'value', 'attention_output'),
+    *('recurrence_input', 'recurrence_gate', 'recurrence_parameters', 'time_steps', 'recurrence_output'),
+    *('up', 'gate'),
+)
+# What no product with a parameter makes; a kernel's backward pass has its own factor for these.
+_MIXING = ('scores', 'attention', 'states', 'recurrence')
 _NEVER_KEPT = 'feed_forward_output'
 KEPT: dict[str, tuple[str, ...]] = {
     'none': ('*',),
@@ -42,6 +51,9 @@ NAMED: dict[str, tuple[str, ...]] = {
     'key': ('key',),
     'value': ('value',),
     'attention': ('attention',),
+    'recurrence_input': ('recurrence_input',),
+    'recurrence_gate': ('recurrence_gate',),
+    'recurrence': ('recurrence',),
     'feed_forward_hidden': ('feed_forward_hidden',),
 }
 
@@ -73,9 +85,9 @@ class LayerCosts:
     """The activations of one layer, per token of one device.
 
     Attributes:
-        input_size: bytes per token of what the layer reads. backward_factor: FLOPs of the backward pass of attention
-            over those of its forward pass; of everything else it is 2. host_apart: whether the host's memory is not the
-            device's own.
+        input_size: bytes per token of what the layer reads. backward_factor: FLOPs of the backward pass of attention or
+            a recurrence over those of its forward pass; of everything else it is 2. host_apart: whether the host's
+            memory is not the device's own.
     """
 
     activations: tuple[Activation, ...]
@@ -118,8 +130,8 @@ class LayerCosts:
 
     def backward_flops(self) -> float:
         """Per token of one device, recomputation not included."""
-        attention = sum(each.flops for each in self.activations if each.name in ('scores', 'attention'))
-        return 2 * (self.forward_flops() - attention) + self.backward_factor * attention
+        mixing = sum(each.flops for each in self.activations if each.name in _MIXING)
+        return 2 * (self.forward_flops() - mixing) + self.backward_factor * mixing
 
     def recomputed_flops(self, model: DecoderConfig) -> float:
         """Per token of one device: what the backward pass makes again."""
@@ -129,9 +141,9 @@ class LayerCosts:
         return sum(each.flops for each in self.activations if each.name not in kept)
 
 
-def scores_of(layer: LayerConfig, platform: str) -> Scores:
-    """How a layer's attention treats its scores on a platform."""
-    name = choose(layer.mixer.implementation, cast(jax.Device, _DeviceOf(platform)), queries=_MANY)
+def scores_of(mixer: AttentionConfig, platform: str) -> Scores:
+    """How attention treats its scores on a platform."""
+    name = choose(mixer.implementation, cast(jax.Device, _DeviceOf(platform)), queries=_MANY)
     return ATTENTION_SCORES.get(name, OTHER_ATTENTION)
 
 
@@ -143,32 +155,72 @@ class _DeviceOf:
     compute_capability: str = '8.0'  # the least of the GPUs that are planned for
 
 
-def layer_costs(
-    layer: LayerConfig, model: DecoderConfig, placement: Placement, sequence_length: int, platform: str
-) -> LayerCosts:
-    """The activations of one layer of `model`, in its own order of computation."""
-    size = 4 if model.compute_dtype == 'float32' else 8 if model.compute_dtype == 'float64' else 2
-    mixer, feed_forward = layer.mixer, layer.feed_forward
-    d, k = model.d_model, mixer.head_dim
+def _mixer_costs(
+    mixer: MixerConfig, d: int, size: int, placement: Placement, sequence_length: int, platform: str
+) -> tuple[list[Activation], float]:
+    """What a mixer makes, its output last, and the factor of its backward pass."""
+    if isinstance(mixer, AttentionConfig):
+        return _attention_costs(mixer, d, size, placement, sequence_length, platform)
+    if isinstance(mixer, MambaConfig):
+        inner = mixer.d_inner / placement.ways('mlp')
+        small, steps, rank = mixer.dt_rank + 2 * mixer.state_size, inner, mixer.dt_rank
+        small_flops, step_flops = 2 * inner * small, 2 * rank * inner
+    else:
+        inner = mixer.num_heads * mixer.head_dim / placement.ways('heads')
+        small, steps = 2 * mixer.num_groups * mixer.state_size, mixer.num_heads / placement.ways('heads')
+        small_flops, step_flops = 2 * d * small, 2 * d * steps
+    states = inner * mixer.state_size
+    return [
+        Activation('recurrence_input', inner, size, 2 * d * inner),
+        Activation('recurrence_gate', inner, size, 2 * d * inner),
+        Activation('convolution', inner, size),
+        Activation('recurrence_parameters', small, size, small_flops),
+        Activation('time_steps', steps, 4, step_flops),
+        # Kept at the borders of chunks, in fp32.
+        Activation('states', states / _CHUNK, 4, 4 * states),
+        Activation('recurrence', inner, size, 2 * states),
+        Activation('gated', inner, size),
+        Activation('recurrence_output', d, size, 2 * d * inner),
+    ], 3.0  # every state is computed again
+
+
+def _attention_costs(
+    mixer: AttentionConfig, d: int, size: int, placement: Placement, sequence_length: int, platform: str
+) -> tuple[list[Activation], float]:
+    k = mixer.head_dim
     heads = mixer.num_heads / placement.ways('heads')
     kv_heads = mixer.num_kv_heads / placement.ways('kv_heads')
-    scores = scores_of(layer, platform)
+    scores = scores_of(mixer, platform)
     seen = sequence_length if mixer.window is None or scores == 'held' else min(mixer.window, sequence_length)
     computed = float(seen)
     if scores in ('blocks_skipped', 'blocks_twice'):
         computed = seen * (1 - (seen - 1) / (2 * sequence_length))  # causal: a row of S sees (S + 1) / 2 on average
-    # The residual stream may be cut along the sequence more often than what attention works on.
-    residual = d * placement.ways('sequence') / placement.ways('residual')
     product = 2 * d * k
-    activations = [
-        Activation('mixer_norm', residual, size, whole=d),
+    return [
         Activation('query', heads * k, size, product * heads),
         Activation('key', kv_heads * k, size, product * kv_heads),
         Activation('value', kv_heads * k, size, product * kv_heads),
         # Held scores are there as fp32 and as weights in the compute type.
         Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
         Activation('attention', heads * k, size, 2 * heads * k * computed),
-        Activation('attention_output', residual, size, product * heads, whole=d),
+        Activation('attention_output', d, size, product * heads),
+    ], {'held': 2.0, 'blocks_twice': 3.5}.get(scores, 2.5)
+
+
+def layer_costs(
+    layer: LayerConfig, model: DecoderConfig, placement: Placement, sequence_length: int, platform: str
+) -> LayerCosts:
+    """The activations of one layer of `model`, in its own order of computation."""
+    size = 4 if model.compute_dtype == 'float32' else 8 if model.compute_dtype == 'float64' else 2
+    d, feed_forward = model.d_model, layer.feed_forward
+    # The residual stream may be cut along the sequence more often than what attention works on.
+    residual = d * placement.ways('sequence') / placement.ways('residual')
+    mixing, backward_factor = _mixer_costs(layer.mixer, d, size, placement, sequence_length, platform)
+    output, *inner = mixing[::-1]
+    activations = [
+        Activation('mixer_norm', residual, size, whole=d),
+        *inner[::-1],
+        dataclasses.replace(output, elements=residual, whole=d),
     ]
     if feed_forward is not None:
         f = feed_forward.d_ff / placement.ways('mlp')
@@ -179,5 +231,4 @@ def layer_costs(
             Activation('feed_forward_hidden', f, size),
             Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
         ]
-    backward_factor = {'held': 2.0, 'blocks_twice': 3.5}.get(scores, 2.5)
     return LayerCosts(tuple(activations), residual * size, backward_factor, host_apart=platform != 'cpu')

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from llm.models.attention import AttentionConfig
 from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.accounting import TokenFlops, flops_per_token
@@ -164,7 +165,8 @@ def _split_products(run: RunConfig, placement: Placement, platform: str) -> list
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = tokens_per_device(run, placement)
-    layers = run.model.num_layers / placement.mesh.shape['pipeline']
+    layers = [run.model.layer(index) for index in range(run.model.num_layers)]
+    branches = sum(1 if layer.feed_forward is None else 2 for layer in layers) / placement.mesh.shape['pipeline']
     kept = run.model.remat in ('none', 'dots', 'dots_no_batch')
     array = tokens * run.model.d_model * _compute_bytes(run)
     microbatches = run.step.gradient_accumulation
@@ -173,10 +175,10 @@ def _split_products(run: RunConfig, placement: Placement, platform: str) -> list
         return _traffic(kind, axes, ways, times * array, times * microbatches, False)
 
     # Forward, backward, and the embedding's and the head's; the last product of a layer is not computed again.
-    sums = layers * (4 if kept else 5) + 2
+    sums = branches * (2 if kept else 2.5) + 2
     if not set(axes) <= set(placement.over('residual')):
         return [row('all-reduce', sums)]
-    return [row('reduce-scatter', sums), row('all-gather', layers * (4 if kept else 6) + 2)]
+    return [row('reduce-scatter', sums), row('all-gather', branches * (2 if kept else 3) + 2)]
 
 
 def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
@@ -186,10 +188,11 @@ def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> lis
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
-    layers = [run.model.layer(index) for index in range(run.model.num_layers)]
+    mixers = [run.model.layer(index).mixer for index in range(run.model.num_layers)]
+    layers = [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
     size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
-    keys = sum(2 * each.mixer.num_kv_heads * each.mixer.head_dim for each in layers) / placement.ways('kv_heads')
-    queries = sum(2 * each.mixer.num_heads * each.mixer.head_dim for each in layers) / placement.ways('heads')
+    keys = sum(2 * each.num_kv_heads * each.head_dim for each in layers) / placement.ways('kv_heads')
+    queries = sum(2 * each.num_heads * each.head_dim for each in layers) / placement.ways('heads')
     kept = 'attention' in run.model.remat_names or run.model.remat in ('none', 'dots')
     forward = 1 if kept else 2  # and once more where attention is computed again
     times = len(layers) * run.step.gradient_accumulation
