@@ -11,27 +11,14 @@ from typing import Any, Self
 import numpy as np
 
 from llm.data.vocabularies import storage
+from llm.data.vocabularies.byte_alphabet import BYTE_ALPHABET, BYTE_OF
 from llm.data.vocabularies.special_tokens import SpecialTokens
+from llm.data.vocabularies.tiktoken_vocabulary import GPT2_SPLIT
 from llm.data.vocabularies.vocabulary import Vocabulary
 from llm.errors import UserError
 
-# The split of GPT-2's encoder.py. Quantifiers are possessive where that cannot change a match, for speed.
-_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
 _ENCODER, _MERGES = 'encoder.json', 'vocab.bpe'
 _HUGGING_FACE_NAMES = {_ENCODER: 'vocab.json', _MERGES: 'merges.txt'}
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in GPT-2's files: itself, or from U+0100 on, in order."""
-    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    stands_for = {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
-    return [stands_for[byte] for byte in range(256)]
-
-
-BYTE_ALPHABET = _byte_alphabet()
-_BYTE_OF = {character: byte for byte, character in enumerate(BYTE_ALPHABET)}
 
 
 class ByteLevelBPE(Vocabulary):
@@ -93,10 +80,11 @@ class ByteLevelBPE(Vocabulary):
         return cls(token_ids, merges, {name: i for i, name in enumerate(names)}, roles)
 
     @classmethod
-    def from_gpt2_files(cls, directory: Path) -> Self:
+    def from_gpt2_files(cls, directory: Path, roles: Mapping[str, str | None] | None = None) -> Self:
         """GPT-2's encoder.json and vocab.bpe, or the same as vocab.json and merges.txt.
 
-        What is neither a byte nor a merge is a special token; '<|endoftext|>' is both bos and eos. Raises UserError.
+        What is neither a byte nor a merge is a special token; without `roles`, '<|endoftext|>' is both bos and eos.
+        Raises UserError.
         """
         paths = [directory / name for name in (_ENCODER, _MERGES)]
         if not paths[0].exists():
@@ -109,8 +97,12 @@ class ByteLevelBPE(Vocabulary):
         special_ids = {name: token for name, token in encoder.items() if name not in ordinary}
         end = '<|endoftext|>' if '<|endoftext|>' in special_ids else None
         token_ids = {name: token for name, token in encoder.items() if name in ordinary}
+        roles = roles or {'eos': end, 'bos': end}
+        for role, name in roles.items():
+            if name is not None and name not in special_ids:
+                raise storage.damaged(paths[0], f'has no special token {name!r}, which is named as its {role}')
         try:
-            return cls(token_ids, pairs, special_ids, {'eos': end, 'bos': end})
+            return cls(token_ids, pairs, special_ids, roles)
         except UserError as error:
             raise storage.damaged(directory, error.what) from error
 
@@ -135,7 +127,7 @@ class ByteLevelBPE(Vocabulary):
         """The bytes of every token by id; b'' for special tokens."""
         table = [b''] * self.size
         for spelling, token in self.token_ids.items():
-            table[token] = bytes(_BYTE_OF[character] for character in spelling)
+            table[token] = bytes(BYTE_OF[character] for character in spelling)
         return table
 
     def encode_segment(self, text: str) -> np.ndarray:
@@ -174,8 +166,8 @@ class ByteLevelBPE(Vocabulary):
             return None
         import tiktoken
 
-        ranks = {bytes(_BYTE_OF[c] for c in spelling): token for spelling, token in self.token_ids.items()}
-        return tiktoken.Encoding(self.digest, pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        ranks = {bytes(BYTE_OF[c] for c in spelling): token for spelling, token in self.token_ids.items()}
+        return tiktoken.Encoding(self.digest, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
 
 
 def _parse_merges(content: bytes, path: Path) -> list[tuple[str, str]]:

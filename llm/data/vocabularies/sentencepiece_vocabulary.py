@@ -4,14 +4,12 @@ import functools
 import io
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from llm.data.vocabularies import storage
 from llm.data.vocabularies.special_tokens import SpecialTokens
-from llm.data.vocabularies.vocabulary import Vocabulary, cut
+from llm.data.vocabularies.vocabulary import Spans, Vocabulary, cut
 from llm.errors import UserError
 
 _MODEL = 'sentencepiece.model'
@@ -31,6 +29,7 @@ class SentencePieceVocabulary(Vocabulary):
         model: the content of a .model file. Raises UserError when it is none.
 
     Attributes:
+        model: that content.
         lossless: whether decoding gives back every text. A model from elsewhere may normalise, add a space at the
             start or have no byte fallback; it then gives its own ids and its own decoding, and `token_bytes` need not
             add up to the text.
@@ -41,7 +40,7 @@ class SentencePieceVocabulary(Vocabulary):
     boundary = re.compile(r'(?<=[^ ]) ')
 
     def __init__(self, model: bytes) -> None:
-        self._model = model
+        self.model = model
         proto = _parse(model)
         normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
         self.lossless = (
@@ -117,14 +116,6 @@ class SentencePieceVocabulary(Vocabulary):
         return cls(model.getvalue())
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """An existing .model file. Raises UserError."""
-        try:
-            return cls(storage.read_bytes(path))
-        except UserError as error:
-            raise UserError(error.what, where=str(path), fix=error.fix) from error
-
-    @classmethod
     def restore(cls, settings: dict[str, Any], files: dict[str, bytes]) -> Self:
         """The vocabulary from its file."""
         del settings
@@ -132,7 +123,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     def files(self) -> dict[str, bytes]:
         """The .model file."""
-        return {_MODEL: self._model}
+        return {_MODEL: self.model}
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of every piece by id, a space for '▁'; b'' for special tokens."""
@@ -158,12 +149,23 @@ class SentencePieceVocabulary(Vocabulary):
         # A model that adds a space at the start of a text would add one at every cut.
         return super()._segments(text) if self.lossless else [text]
 
+    def _encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
+        if self.lossless:
+            return super()._encode_with_spans(text)
+        pieces = self._processor.encode(text, out_type='immutable_proto').pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def _piece_bytes(self, token: int) -> bytes:
         if self._processor.is_byte(token):
             return bytes([int(self._pieces[token][3:5], 16)])  # spelt <0xAB>
         if self._processor.is_control(token) or self._processor.is_unknown(token):
             return b''
         return self._pieces[token].replace(_SPACE, ' ').encode()
+
+    @property
+    def proto(self) -> Any:
+        """The model as SentencePiece's protobuf message, ModelProto."""
+        return _parse(self.model)
 
     @functools.cached_property
     def _space_character_ids(self) -> np.ndarray:
@@ -173,7 +175,7 @@ class SentencePieceVocabulary(Vocabulary):
     def _processor(self) -> Any:
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
 
 def _parse(model: bytes) -> Any:

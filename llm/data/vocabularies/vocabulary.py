@@ -4,6 +4,7 @@ import abc
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,9 @@ from llm.data.vocabularies import storage
 _SEGMENT_CHARACTERS = 1 << 18
 # A run of this many characters in which no place to cut is found is cut anyway.
 _MAX_SEGMENT_CHARACTERS = 1 << 20
+
+# Where each token is in a text: the first character that it has a part of, and the one behind the last.
+Spans = list[tuple[int, int]]
 
 
 class Vocabulary(abc.ABC):
@@ -83,6 +87,26 @@ class Vocabulary(abc.ABC):
         """The ids of a text, without special tokens."""
         return [token for segment in self._segments(text) for token in self.encode_segment(segment).tolist()]
 
+    def encode_marked(self, text: str) -> tuple[list[int], Spans]:
+        """The ids of a text in which the names of special tokens stand for these, as in a rendered chat, and their spans.
+
+        Only for text that a program wrote: whoever writes '<eos>' in such a text ends the document.
+        """
+        ids: list[int] = []
+        spans: Spans = []
+        start = 0
+        for name in [*self._special_names.finditer(text), None] if self.special_ids else [None]:
+            end = name.start() if name else len(text)
+            if end > start:
+                part_ids, part_spans = self._encode_with_spans(text[start:end])
+                ids += part_ids
+                spans += [(start + a, start + b) for a, b in part_spans]
+            if name:
+                ids.append(self.special_ids[name[0]])
+                spans.append(name.span())
+                start = name.end()
+        return ids, spans
+
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None) -> list[np.ndarray]:
         """The ids of each text, int32 [length], in as many threads as the process has cores, unless told otherwise."""
         texts = list(texts)
@@ -136,6 +160,17 @@ class Vocabulary(abc.ABC):
     @functools.cached_property
     def _byte_table(self) -> list[bytes]:
         return self.token_bytes()
+
+    @functools.cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        return re.compile('|'.join(re.escape(name) for name in sorted(self.special_ids, key=len, reverse=True)))
+
+    def _encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
+        """The ids and spans of a text whose tokens' bytes add up to its own."""
+        ids = self.encode(text)
+        character_of = [i for i, character in enumerate(text) for _ in character.encode()]
+        ends = list(itertools.accumulate(len(self._byte_table[token]) for token in ids))
+        return ids, [(character_of[a], character_of[b - 1] + 1) for a, b in itertools.pairwise([0, *ends])]
 
     def _segments(self, text: str) -> list[str]:
         return cut(text, self.boundary, _SEGMENT_CHARACTERS, _MAX_SEGMENT_CHARACTERS)

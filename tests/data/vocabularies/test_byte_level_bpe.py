@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm.data.sources import ReadCounts, TextFiles
 from llm.data.vocabularies import ByteLevelBPE, SpecialTokens, load_vocabulary, train_vocabulary
-from llm.data.vocabularies.byte_level_bpe import BYTE_ALPHABET
+from llm.data.vocabularies.byte_alphabet import BYTE_ALPHABET
 from llm.errors import UserError
 from tests.data.vocabularies.small_vocabularies import config
 

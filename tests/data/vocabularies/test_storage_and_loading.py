@@ -121,7 +121,7 @@ GOOD_MERGES = '#version: 0.2\na b\nab c\n'
     ],
 )
 def test_gpt2_files_that_do_not_fit_are_errors(tmp_path, encoder, merges, message):
-    from llm.data.vocabularies.byte_level_bpe import BYTE_ALPHABET
+    from llm.data.vocabularies.byte_alphabet import BYTE_ALPHABET
 
     if isinstance(encoder, dict) and 'a' not in encoder:
         encoder = json.dumps({**{s: i for i, s in enumerate([*BYTE_ALPHABET, 'ab'])}, **encoder})
