@@ -6,17 +6,24 @@ exactly, and a run on another mesh or number of hosts sees the same batches.
 
 import concurrent.futures
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm.data.examples import Examples
 from llm.data.objectives import Example
-from llm.data.packing import PackedRows
 from llm.errors import UserError
 from llm.parallel.sharding import names
+
+
+class Rows(Protocol):
+    """Rows by index, each array [n, S], such as Examples and PackedRows."""
+
+    digest: str
+
+    def rows(self, indices: npt.ArrayLike) -> Example: ...
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -34,7 +41,7 @@ def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
     return range(process_index * each, (process_index + 1) * each)
 
 
-def local_batch(examples: Examples | PackedRows, step: int, batch_size: int, rows: range) -> Example:
+def local_batch(examples: Rows, step: int, batch_size: int, rows: range) -> Example:
     """Some rows of the global batch of a step, each array [len(rows), S]."""
     return examples.rows(step * batch_size + np.arange(rows.start, rows.stop))
 
@@ -47,7 +54,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples | PackedRows,
+        examples: Rows,
         batch_size: int,
         sharding: NamedSharding,
         *,

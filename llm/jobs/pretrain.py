@@ -161,7 +161,7 @@ class Pretrain:
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
             ran = loop.run(state)
             saved = processes.from_first('the last checkpoint', lambda: str(checkpointer.latest_step()))
-            complete = ran and saved == str(self.loop.total_steps)
+            complete = ran and saved == str(loop.last_step)
             code = 0 if complete else TRY_AGAIN
             if not first:
                 return code
@@ -169,7 +169,7 @@ class Pretrain:
                 baselines.finish()
                 if sample is not None and sample.last:
                     print(format_samples(sample.last))
-                write_atomically(directory / _COMPLETE, f'{self.loop.total_steps}\n')
+                write_atomically(directory / _COMPLETE, f'{loop.last_step}\n')
             report = write_report(directory)
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
@@ -179,8 +179,8 @@ class Pretrain:
         """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""
         stack.enter_context(RunLock(directory))
         resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
-        saved = committed_steps(directory / 'checkpoints')
-        if saved and saved[-1] == self.loop.total_steps and (directory / _COMPLETE).exists():
+        saved, complete = committed_steps(directory / 'checkpoints'), directory / _COMPLETE
+        if saved and complete.exists() and complete.read_text(encoding='utf-8').strip() == str(saved[-1]):
             return _COMPLETE
         return 'resuming' if resumed else 'starting'
 

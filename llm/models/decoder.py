@@ -64,6 +64,7 @@ class DecoderConfig:
         remat: what the backward pass computes again; see llm.models.remat.
         remat_names: activations that remat 'names' keeps, or 'offload' moves to the host; from REMAT_NAMES.
         initialization: how parameters start.
+        num_outputs: what the model says of a token if not its successor: so many classes or tags, or one number.
         low_rank: adapters beside matrices, which are trained in their place; see llm.models.low_rank.
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
@@ -88,6 +89,7 @@ class DecoderConfig:
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
     leading: tuple[LayerConfig, ...] = ()
+    num_outputs: int | None = None
     low_rank: LowRankConfig | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +115,8 @@ class DecoderConfig:
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f'embedding_dropout is {self.embedding_dropout}', where=where, fix='Use a rate in [0, 1).')
         check_remat(self.remat, self.remat_names, where)
+        if self.num_outputs is not None and self.num_outputs < 1:
+            raise UserError(f'num_outputs is {self.num_outputs}', where=where, fix='Use at least 1, or None.')
         if self.mup_base_width is not None and self.mup_base_width < 1:
             raise UserError(f'mup_base_width is {self.mup_base_width}', where=where, fix='Use at least 1, or None.')
 
@@ -180,7 +184,10 @@ class Decoder(nnx.Module):
             for p, layer in enumerate(some):
                 group[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, config.d_model) if config.final_norm else None
-        self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
+        if config.num_outputs is not None:
+            self.head: Head | None = Head(config.d_model, config.num_outputs, 'outputs')
+        else:
+            self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
         if config.low_rank is not None:
             adapt(self, config.low_rank)
 
@@ -257,6 +264,8 @@ class Decoder(nnx.Module):
         """What makes logits of the hidden states."""
         base, soft_cap = self.config.mup_base_width, self.config.final_logit_soft_cap
         multiplier = 1.0 if base is None else base / self.config.d_model
+        if self.config.num_outputs is not None and self.head is not None:
+            return Projection(self.head.kernel[...], ('embed', 'outputs'), multiplier, None)
         if self.head is None:
             return Projection(self.embedding.table[...].T, ('vocab', 'embed'), multiplier, soft_cap)
         return Projection(self.head.kernel[...], ('embed', 'vocab'), multiplier, soft_cap)

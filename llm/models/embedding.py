@@ -25,10 +25,10 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection of a model whose embedding is not tied to it."""
+    """An output projection: to the vocabulary, where the embedding is not tied to it, or to other outputs."""
 
-    def __init__(self, d_model: int, vocab_size: int) -> None:
-        self.kernel = parameter((d_model, vocab_size), ('embed', 'vocab'), Role.OUTPUT, inputs=(0,), outputs=(1,))
+    def __init__(self, d_model: int, size: int, axis: str = 'vocab') -> None:
+        self.kernel = parameter((d_model, size), ('embed', axis), Role.OUTPUT, inputs=(0,), outputs=(1,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Projection:
 
     Attributes:
         kernel: [D, V].
-        axes: logical axes of the parameter that it is: ('embed', 'vocab'), or of the tied table ('vocab', 'embed').
+        axes: logical axes of the parameter that it is: ('embed', 'vocab'), or of the tied table ('vocab', 'embed');
+            'outputs' instead of 'vocab' for other outputs.
         multiplier: factor on the logits before the cap.
         soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, section 2); None for no cap.
     """
@@ -47,12 +48,17 @@ class Projection:
     multiplier: float
     soft_cap: float | None
 
+    @property
+    def output_axis(self) -> str:
+        """The logical axis of the outputs."""
+        return next(str(axis) for axis in self.axes if axis != 'embed')
+
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]."""
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         kernel = self.kernel.astype(hidden.dtype)
         logits = jnp.einsum('BSD,DV->BSV', hidden, kernel, preferred_element_type=dtype)
-        logits = constrain(logits, ('batch', 'sequence', 'vocab'))
+        logits = constrain(logits, ('batch', 'sequence', self.output_axis))
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

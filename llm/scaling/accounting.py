@@ -42,7 +42,7 @@ def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
     sizes = dict.fromkeys(Role, 0)
     for _, spec in named_specs(specs):
         sizes[spec.role] += math.prod(spec.shape)
-    tied = config.vocab_size * config.d_model if config.tied_embeddings else 0
+    tied = config.vocab_size * config.d_model if config.tied_embeddings and config.num_outputs is None else 0
     return ParameterCount(
         total=sum(sizes.values()),
         non_embedding=sizes[Role.HIDDEN] + sizes[Role.VECTOR],

@@ -13,6 +13,7 @@ import numpy as np
 
 from llm.errors import UserError
 from llm.training.checkpoints import Checkpointer
+from llm.training.early_stopping import Patience
 from llm.training.metrics import MetricsWriter
 from llm.training.progress import Progress
 from llm.training.step import Batch, State
@@ -28,6 +29,8 @@ class LoopConfig:
         total_steps: the run ends after this many updates.
         log_every: metrics of every such step are written.
         evaluate_every, sample_every: how often every evaluation set is scored, and samples are drawn.
+        patience: stop early once so many evaluations in a row were no better than the best before (see
+            CheckpointConfig.best_metric); 0 never does.
         profile_first_step, profile_steps: write a profiler trace of so many steps to <run>/profile; 0 steps: none.
     """
 
@@ -35,11 +38,12 @@ class LoopConfig:
     log_every: int = 1
     evaluate_every: int = 0
     sample_every: int = 0
+    patience: int = 0
     profile_first_step: int = 10
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1 or self.log_every < 1 or min(self.evaluate_every, self.sample_every) < 0:
+        if self.total_steps < 1 or self.log_every < 1 or min(self.evaluate_every, self.sample_every, self.patience) < 0:
             raise UserError(
                 f'{self} is out of range',
                 where='LoopConfig',
@@ -55,11 +59,18 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A named evaluation set: its batches, how many there are, and the raw bytes that they encode (0: unknown)."""
+    """A named evaluation set.
+
+    Attributes:
+        batches, num_batches: its batches, and how many there are.
+        num_bytes: the raw bytes that they encode; 0 if not known.
+        score: more figures by name, given the parameters.
+    """
 
     batches: Batches
     num_batches: int
-    num_bytes: int
+    num_bytes: int = 0
+    score: Callable[[Any], dict[str, float]] | None = None
 
 
 def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[str, float]:
@@ -76,7 +87,7 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes
-    return values
+    return values if evaluation.score is None else values | evaluation.score(parameters)
 
 
 @dataclasses.dataclass
@@ -88,6 +99,7 @@ class TrainingLoop:
         flops_per_token, causal_flops_per_token: of forward and backward in both conventions for causal attention, and
             peak_flops: of all devices together, for MFU.
         metadata: JSON stored with every checkpoint.
+        last_step: after which the run ended, once it has: the last of all, or that at which patience did.
     """
 
     trainer: Trainer
@@ -102,21 +114,25 @@ class TrainingLoop:
     flops_per_token: float = 0.0
     causal_flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    last_step: int | None = dataclasses.field(default=None, init=False)
     _tracing: bool = dataclasses.field(default=False, init=False)
 
     def run(self, state: State) -> bool:
-        """Train `state` (donated) to `total_steps`; True if the end was reached, False if a signal stopped it.
+        """Train `state` (donated) until the end; False if a signal stopped it before.
+
+        The end is after `total_steps`, or when patience does.
 
         Raises:
             UserError: the loss is not finite. The last checkpoint is from before it.
         """
         total = self.config.total_steps
         step = int(state['step'])
+        self._patience = Patience.of_run(self.checkpointer.config, self.config.patience, self.run_directory)
         with stop_requests() as stop, Progress(total, step, enabled=jax.process_index() == 0) as progress:
             self._progress = progress
             clock = time.perf_counter()
             pending: tuple[int, Any] | None = None
-            while step < total and not stop.due(step):
+            while step < total and not self._patience.exhausted and not stop.due(step):
                 self._profile(step, state)
                 batch = self.batches.batch(step)
                 state, metrics = self.trainer.train_step(state, batch)
@@ -133,11 +149,14 @@ class TrainingLoop:
             if pending:
                 self._record(*pending, clock)
             self._profile(math.inf, state)
+            early = self._patience.exhausted
             if step < total:
                 self._save(step, state)  # nothing, if this step is saved already
-                progress.say(f'stopped by {stop.reason} after step {step}, which is saved')
+                why = f'{self.config.patience} evaluations without a better one' if early else stop.reason
+                progress.say(f'stopped by {why} after step {step}, which is saved')
             self.checkpointer.wait()
-        return step >= total
+        self.last_step = step if early or step >= total else None
+        return self.last_step is not None
 
     def _due(self, step: int) -> bool:
         intervals = (self.config.evaluate_every, self.config.sample_every, self.checkpointer.config.save_every)
@@ -160,6 +179,7 @@ class TrainingLoop:
                 self.writer.write(step, 'evaluation', {'set': name, **values}, timing=timing)
                 scores |= {f'{name}/{key}': value for key, value in values.items()}
             self._progress.update(step, scores)
+            self._patience.add(scores)
         if self.sample and due(self.config.sample_every):
             self.sample(state['parameters'], step)
         if due(self.checkpointer.config.save_every):

@@ -21,12 +21,13 @@ def _placement(projection: Projection, targets: jax.Array) -> Placement:
     if current is None:
         return Placement()
     mesh, rules = current
-    batch, sequence, vocab = map(names, rules.partition(('batch', 'sequence', 'vocab'), mesh, parameters=False))
+    output = projection.output_axis
+    batch, sequence, vocab = map(names, rules.partition(('batch', 'sequence', output), mesh, parameters=False))
     parameter = rules.partition(projection.axes, mesh, parameters=True)
     # Where the two tables do not agree on the vocabulary the compiler moves the kernel.
     embed = tuple(axis for axis in names(parameter[projection.axes.index('embed')]) if axis not in vocab)
     sizes = (*targets.shape, projection.kernel.shape[1])
-    for name, size, axes in zip(('batch', 'sequence', 'vocab'), sizes, (batch, sequence, vocab), strict=True):
+    for name, size, axes in zip(('batch', 'sequence', output), sizes, (batch, sequence, vocab), strict=True):
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
             raise UserError(
@@ -34,7 +35,7 @@ def _placement(projection: Projection, targets: jax.Array) -> Placement:
                 where='AxisRules.activations',
                 fix=f'Make it a multiple of {ways}, or lower MeshConfig.{" or ".join(axes)}.',
             )
-    vocab = (*manual_axes('vocab', parameters=True), *vocab)
+    vocab = (*manual_axes(output, parameters=True), *vocab)
     return Placement(mesh, batch, sequence, vocab, embed, target_device().platform)
 
 
@@ -64,14 +65,22 @@ def summed_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of token losses, to be divided by the global sum of weights; see `summed_cross_entropy`.
 
+    Where targets are numbers and not classes, the loss is the squared error of the first output.
+
     Args:
-        hidden: [B, S, D]; targets: [B, S] int; weights: [B, S], 0 on padding.
+        hidden: [B, S, D]; targets: [B, S] int or float; weights: [B, S], 0 on padding.
         z_loss: coefficient of log_z ** 2 (Chowdhery et al. 2022, "PaLM", section 5), which keeps logits bounded.
 
     Returns:
         (sum of nll + z_loss * log_z ** 2 over tokens, {'nll': sum of nll, 'z_loss': sum of the second term,
         'tokens': sum of weights}). Only the first has a gradient.
     """
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        predicted = projection(hidden)[..., 0]
+        squares = jnp.square(predicted - targets.astype(predicted.dtype))
+        weights = weights.astype(predicted.dtype)
+        error = jnp.sum(squares * weights)
+        return error, {'nll': error, 'z_loss': jnp.zeros_like(error), 'tokens': jnp.sum(weights)}
     loss, sums = summed_cross_entropy(
         hidden,
         projection.kernel,

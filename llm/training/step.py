@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -169,3 +170,17 @@ def make_evaluation_step(
         return {'nll': sums['nll'], 'tokens': sums['tokens']}
 
     return evaluation_step
+
+
+def make_prediction_step(model: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
+    """A pure function of (parameters, batch) to what the model says of each token: [B, S, outputs], at least float32."""
+
+    def prediction_step(parameters: Any, batch: Batch) -> jax.Array:
+        batch = placed(batch)
+        order = token_order(batch['inputs'].shape[1])
+        predicted = nnx.merge(model, parameters)(
+            batch['inputs'], positions=batch['positions'], segment_ids=batch['segment_ids'], token_index=order
+        )
+        return predicted if order is None else predicted[:, np.argsort(order)]
+
+    return prediction_step

@@ -23,7 +23,15 @@ from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
 from llm.training.parametrization import trained
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
-from llm.training.step import Batch, Metrics, State, StepConfig, make_evaluation_step, make_train_step
+from llm.training.step import (
+    Batch,
+    Metrics,
+    State,
+    StepConfig,
+    make_evaluation_step,
+    make_prediction_step,
+    make_train_step,
+)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
@@ -168,6 +176,11 @@ class Trainer:
         """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
         pipeline = None if self.pipeline_table is None else self._pipeline(evaluation_table(self.pipeline_table))
         return jax.jit(self._under_rules(make_evaluation_step(self.model, pipeline)), out_shardings=self.replicated)
+
+    @functools.cached_property
+    def prediction_step(self) -> Any:
+        """Compiled (parameters, batch) -> what the model says of each token, [B, S, outputs]; stages take turns."""
+        return jax.jit(self._under_rules(make_prediction_step(self.model)), out_shardings=self.replicated)
 
     def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
         return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
