@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
                 positions = segment_positions(segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
         context = Context(segment_ids, token_index=token_index, token_weights=token_weights)
-        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {})
+        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1])
         return hidden, sums
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -302,7 +302,7 @@ class Decoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
-        hidden, cache, _ = self._run(inputs, positions, Context(offset=offset), None, cache)
+        hidden, cache, _ = self._run(inputs, positions, Context(offset=offset), None, cache, room)
         return hidden, cache
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
@@ -360,12 +360,13 @@ class Decoder(nnx.Module):
         context: Context,
         dropout_key: jax.Array | None,
         cache: Cache,
+        length: int,
     ) -> tuple[jax.Array, Cache, Auxiliaries]:
         config = self.config
         self._check_length(inputs.shape[1])
         x = self.embed(inputs, positions, dropout_key, context.token_index)
         context = dataclasses.replace(
-            context, rotary=self.rotary(positions), token_ids=inputs if config.routed else None
+            context, rotary=self.rotary(positions, length), token_ids=inputs if config.routed else None
         )
         new_cache: Cache = {}
         auxiliary: Auxiliaries = {}
@@ -387,15 +388,15 @@ class Decoder(nnx.Module):
                     auxiliary[group] = sums
         return self.normalize(x), new_cache, auxiliary
 
-    def rotary(self, positions: jax.Array) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
-        """The rotary tables that the layers read at `positions`; see Context."""
+    def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""
         config = self.config
         if config.position != 'rope':
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
         layers = (*config.leading, *config.pattern)
         kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttentionConfig)}
-        return {rotary: rotary_table(rotary, positions, dtype) for rotary in kinds}
+        return {rotary: rotary_table(rotary, positions, dtype, length) for rotary in kinds}
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """What comes out of the last layer, as the logits read it. [B, S, D] -> the same."""
