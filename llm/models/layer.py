@@ -14,13 +14,14 @@ from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
+from llm.models.latent_attention import LatentAttentionConfig
 from llm.models.moe import MixtureOfExperts, MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.position import PositionKind
 from llm.models.remat import LAYER_INPUT
 
 # What moves information between tokens, and what transforms each token: configurations that build their module.
-MixerConfig = AttentionConfig
+MixerConfig = AttentionConfig | LatentAttentionConfig
 TokenwiseConfig = FeedForwardConfig | MoeConfig
 
 

@@ -77,7 +77,9 @@ class MoeConfig:
         if self.expert.bias:
             raise UserError('experts have no biases', where='MoeConfig.expert', fix='Use bias = False.')
         if self.shared_gate and self.shared is None:
-            raise UserError('shared_gate without a shared layer', where=where, fix='Set shared, or shared_gate = False.')
+            raise UserError(
+                'shared_gate without a shared layer', where=where, fix='Set shared, or shared_gate = False.'
+            )
         for name in ('capacity_factor', 'exchange_slack', 'group_size'):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -86,6 +88,11 @@ class MoeConfig:
     def build(self, d_model: int) -> 'MixtureOfExperts':
         """The module, of shapes without values."""
         return MixtureOfExperts(self, d_model)
+
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters of the experts that a token is not sent to."""
+        matrices = 3 if self.expert.gated else 2
+        return (self.num_experts - self.experts_per_token) * matrices * d_model * self.expert.d_ff
 
     def scaled(self, ratio: Fraction) -> 'MoeConfig':
         """The same layer in a model `ratio` times as wide: as many experts, each wider."""
@@ -128,9 +135,9 @@ class MixtureOfExperts(nnx.Module):
             used,
             {name: outward if name == 'down' else inward for name in used},
             config.num_experts,
-            most_rows=None if capacity is None else functools.partial(
-                self._most_rows, capacity, x.shape[1], context.token_index is not None
-            ),
+            most_rows=None
+            if capacity is None
+            else functools.partial(self._most_rows, capacity, x.shape[1], context.token_index is not None),
             slack=config.exchange_slack,
         )
         y = constrain(y, ('batch', 'residual', 'embed'))

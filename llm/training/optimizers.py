@@ -87,8 +87,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optax transformation for parameters with these specs.
 
-    Parameters with a sign_rate move by that alone. For the others, in order: clip, update rule, per-parameter factor, decoupled decay, schedule. Muon sees fan-in and fan-out as the spec
-    gives them; layers and experts are batch.
+    Parameters with a sign_rate move by that alone. For the others, in order: clip, update rule, per-parameter factor,
+    decoupled decay, schedule. Muon sees fan-in and fan-out as the spec gives them; layers and experts are batch.
 
     Args:
         specs, base_specs: nested dict of ParameterSpec of the model, and of the model at its muP base width (the same
@@ -125,13 +125,16 @@ def make_optimizer(
         rule = rules[used.pop()]
     else:
         rule = optax.partition({name: rules[name] for name in sorted(used)}, families)
-    return _with_signs(specs, optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        rule,
-        _scale_each(rates),
-        _decay_each(decays),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
-    ))
+    return _with_signs(
+        specs,
+        optax.chain(
+            optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+            rule,
+            _scale_each(rates),
+            _decay_each(decays),
+            optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+        ),
+    )
 
 
 def place_optimizer_state(

@@ -46,12 +46,11 @@ FACTORS: dict[str, list[Any]] = {
     'packed': [True, False],
 }
 
-LAYER = LayerConfig(
-    mixer=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=4), feed_forward=FeedForwardConfig(d_ff=32)
-)
+ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=4)
+LAYER = LayerConfig(mixer=ATTENTION, feed_forward=FeedForwardConfig(d_ff=32))
 WINDOWED = dataclasses.replace(
     LAYER,
-    mixer=dataclasses.replace(LAYER.mixer, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
+    mixer=dataclasses.replace(ATTENTION, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
     norm_position='sandwich',
     dropout=0.1,
 )

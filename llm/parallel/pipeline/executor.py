@@ -580,7 +580,7 @@ def _joined(sums: Sums, layers: Any) -> Sums:
     return {**sums, 'layers': {**sums.get('layers', {}), **layers}} if layers else sums
 
 
-def _added(total: Sums, sums: Sums) -> Sums:
+def _added(total: Any, sums: Any) -> Any:
     """`total`, with `sums` of some of its entries added."""
     if not isinstance(sums, dict):
         return total + sums

@@ -68,7 +68,6 @@ def split_backward(
         leaves, (x, dy), c_leaves = _three(arguments, len(p_leaves), 2)
         p, c = jax.tree.unflatten(p_tree, leaves), jax.tree.unflatten(c_tree, c_leaves)
 
-
         def apart(p: Any, x: jax.Array) -> tuple[Any, Any]:
             y, losses, sums = wrapped(p, x, c)
             return (y, losses), sums
@@ -78,8 +77,8 @@ def split_backward(
         return [y, *jax.tree.leaves(sums), *jax.tree.leaves(gradients), dx]
 
     example = (*p_leaves, x, x, *c_leaves)
-    sums_tree = jax.tree.structure(jax.eval_shape(wrapped, parameters, x, context)[2])
-    count = sums_tree.num_leaves
+    some_sums, sums_tree = jax.tree.flatten(jax.eval_shape(wrapped, parameters, x, context)[2])
+    count = len(some_sums)
     both_ways = _inline(jax.make_jaxpr(flat)(*example), example)
     jaxpr = both_ways.jaxpr
     p_vars, (x_var, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), 2)
