@@ -104,7 +104,8 @@ def describe(
         [
             *(line.rstrip() for line in table),
             '',
-            f'parameters      {counts.total:,} ({counts.non_embedding:,} without embeddings)',
+            f'parameters      {counts.total:,} ({counts.non_embedding:,} without embeddings'
+            + (f', {counts.active:,} active for a token)' if counts.active < counts.total else ')'),
             f'mesh            {axes} ({math.prod(shape)} device{"s" if math.prod(shape) > 1 else ""})',
             *schedule,
             f'memory/device   {_bytes(memory.parameters)} parameters + {_bytes(memory.optimizer)} optimizer + '

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,11 @@ class AttentionConfig:
         return Rotary(self.head_dim, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
 
     @property
+    def value_dim(self) -> int:
+        """Of values, as of queries and keys."""
+        return self.head_dim
+
+    @property
     def score_scale(self) -> float:
         """Factor on the scores q . k."""
         if self.scale is not None:
@@ -176,59 +182,30 @@ class Attention(nnx.Module):
             }
             key, value = (cache[name][repeat].astype(x.dtype) for name in ('key', 'value'))
         cut = sequence_cut() if cache is None else None
-        mixed = self._attend(query, key, value, context, cut)
+        config = self.config
+        extra: dict[str, jax.Array] = {}
+        if self.position == 'alibi':
+            dtype = jnp.promote_types(query.dtype, jnp.float32)
+            extra['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
+        if self.sinks is not None:
+            extra['sinks'] = self.sinks[...]
+        mixed = attend(
+            query,
+            key,
+            value,
+            context,
+            cut,
+            extra,
+            scale=config.score_scale,
+            window=config.window,
+            soft_cap=config.logit_soft_cap,
+            implementation=config.implementation,
+        )
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
         y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(x.dtype))
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return constrain(y, ('batch', 'residual', 'embed')), cache
-
-    def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, cut: SequenceCut | None
-    ) -> jax.Array:
-        """Softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention."""
-        config = self.config
-        arrays = {'query': query, 'key': key, 'value': value}
-        if context.segment_ids is not None:
-            arrays |= {'query_segment_ids': context.segment_ids, 'key_segment_ids': context.segment_ids}
-        if self.position == 'alibi':
-            dtype = jnp.promote_types(query.dtype, jnp.float32)
-            arrays['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
-        if self.sinks is not None:
-            arrays['sinks'] = self.sinks[...]
-        device = target_device()
-        attend = functools.partial(
-            dot_product_attention,
-            scale=config.score_scale,
-            causal=True,
-            window=config.window,
-            soft_cap=config.logit_soft_cap,
-            implementation=config.implementation,
-            device=device,
-        )
-        sequence = None
-        if cut is not None:
-            sequence = 'sequence'
-            zigzag = context.token_index is not None
-            attend = functools.partial(
-                attend,
-                sequence_axis=SequenceAxis(
-                    cut.axis, cut.pieces, cut.method, zigzag, permutes=cut.in_step or device.platform != 'cpu'
-                ),
-            )
-        if context.offset is not None:
-            arrays['query_offset'] = jnp.asarray(context.offset)
-        axes: dict[str, Axes] = {
-            'query': ('batch', sequence, 'heads', 'head_dim'),
-            'key': ('batch', sequence, 'kv_heads', 'head_dim'),
-            'value': ('batch', sequence, 'kv_heads', 'head_dim'),
-            'query_segment_ids': ('batch', sequence),
-            'key_segment_ids': ('batch', sequence),
-            'alibi_slopes': ('heads',),
-            'sinks': ('heads',),
-            'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),
-        }
-        return map_shards(attend, arrays, axes, axes['query'])
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """Zeros of keys and values, [repeats, B, T, G, K] each."""
@@ -247,3 +224,50 @@ class Attention(nnx.Module):
             y = y + offset[...].astype(x.dtype)
         y = constrain(y, ('batch', 'sequence', heads, 'head_dim'))
         return y if norm is None else norm(y)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    context: Context,
+    cut: SequenceCut | None,
+    extra: Mapping[str, jax.Array] | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Causal softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention.
+
+    Args:
+        cut: how rows are cut up, if they are. extra: 'alibi_slopes' and 'sinks', of dot_product_attention, as are
+            options.
+    """
+    arrays = {'query': query, 'key': key, 'value': value, **(extra or {})}
+    if context.segment_ids is not None:
+        arrays |= {'query_segment_ids': context.segment_ids, 'key_segment_ids': context.segment_ids}
+    device = target_device()
+    run = functools.partial(dot_product_attention, causal=True, device=device, **options)
+    sequence = None
+    if cut is not None:
+        sequence = 'sequence'
+        zigzag = context.token_index is not None
+        run = functools.partial(
+            run,
+            sequence_axis=SequenceAxis(
+                cut.axis, cut.pieces, cut.method, zigzag, permutes=cut.in_step or device.platform != 'cpu'
+            ),
+        )
+    if context.offset is not None:
+        arrays['query_offset'] = jnp.asarray(context.offset)
+    # A key that all heads share is whole on every device.
+    kv_heads = 'kv_heads' if key.shape[2] > 1 else None
+    axes: dict[str, Axes] = {
+        'query': ('batch', sequence, 'heads', 'head_dim'),
+        'key': ('batch', sequence, kv_heads, 'head_dim'),
+        'value': ('batch', sequence, kv_heads, 'head_dim'),
+        'query_segment_ids': ('batch', sequence),
+        'key_segment_ids': ('batch', sequence),
+        'alibi_slopes': ('heads',),
+        'sinks': ('heads',),
+        'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),
+    }
+    return map_shards(run, arrays, axes, axes['query'])

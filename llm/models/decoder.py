@@ -1,10 +1,11 @@
 """The decoder-only language model: embedding, a stack of layers, logits.
 
 Layers repeat in a pattern of p layers (p = 1 for most models; 2 for Gemma 2's local and global attention). Layer i is
-position i mod p of repeat i div p, after the leading layers. The parameters of a position are stacked along a leading repeat axis, as
+position i mod p of repeat i div p. The parameters of a position are stacked along a leading repeat axis, as
 `layers/<position>/...`; the num_layers mod p layers that are left at the end are `remainder/<position>/...`, stacked
 too, one deep. Layers that come before the pattern and are not of it (DeepSeek's first, dense ones) are
-`leading/<index>/...`, likewise. Whatever runs the layers (scan, loop, pipeline) only indexes these.
+`leading/<index>/...`, likewise, and i counts from the first after them. Whatever runs the layers (scan, loop, pipeline)
+only indexes these.
 
     decoder = Decoder(config)                                   # shapes, no values
     specs = parameter_specs(decoder)
@@ -24,12 +25,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from llm.errors import UserError
-from llm.models.attention import AttentionConfig
 from llm.models.context import CACHED_TOKENS, Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
-from llm.models.layer import Layer, LayerConfig
+from llm.models.layer import AttendingConfig, Layer, LayerConfig
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.moe import MoeConfig
@@ -49,9 +49,8 @@ class DecoderConfig:
     Attributes:
         vocab_size: V.
         d_model: D.
-        num_layers: L, the leading ones included.
+        num_layers: L.
         pattern: the layers that repeat; see the module's docstring.
-        leading: layers before those.
         final_norm: normalisation after the last layer; None for none (post-norm models).
         position: how tokens know their order; 'learned' needs max_positions.
         max_positions: longest sequence of learned positions.
@@ -69,6 +68,7 @@ class DecoderConfig:
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
             are set where those are.
+        leading: layers before those of the pattern, which num_layers counts too.
     """
 
     vocab_size: int
@@ -428,7 +428,7 @@ class Decoder(nnx.Module):
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
         layers = (*config.leading, *config.pattern)
-        kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttentionConfig)}
+        kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttendingConfig)}
         return {rotary: rotary_table(rotary, positions, dtype, length) for rotary in kinds}
 
     def normalize(self, x: jax.Array) -> jax.Array:

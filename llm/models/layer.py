@@ -14,6 +14,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
+from llm.models.latent_attention import LatentAttentionConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
 from llm.models.moe import MixtureOfExperts, MoeConfig
@@ -23,7 +24,8 @@ from llm.models.remat import LAYER_INPUT
 from llm.parallel.sharding import Axes
 
 # What moves information between tokens, and what transforms each token: configurations that build their module.
-MixerConfig = AttentionConfig | MambaConfig | Mamba2Config
+AttendingConfig = AttentionConfig | LatentAttentionConfig
+MixerConfig = AttendingConfig | MambaConfig | Mamba2Config
 TokenwiseConfig = FeedForwardConfig | MoeConfig
 
 

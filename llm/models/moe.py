@@ -89,6 +89,11 @@ class MoeConfig:
         """The module, of shapes without values."""
         return MixtureOfExperts(self, d_model)
 
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters of the experts that a token is not sent to."""
+        matrices = 3 if self.expert.gated else 2
+        return (self.num_experts - self.experts_per_token) * matrices * d_model * self.expert.d_ff
+
     def scaled(self, ratio: Fraction) -> 'MoeConfig':
         """The same layer in a model `ratio` times as wide: as many experts, each wider."""
         shared = None if self.shared is None else self.shared.scaled(ratio)

@@ -117,7 +117,7 @@ def balanced_table(frequencies: str | None, ids: int | None, num_experts: int, s
 
 
 def hashed(ids: jax.Array, seed: int | jax.Array, ways: int) -> jax.Array:
-    """Integers from 0 to ways - 1, the same for the same id and seed; multiply and shift, as MurmurHash3's last step."""
+    """Integers from 0 to ways - 1, the same for the same id and seed; multiply and shift, as MurmurHash3 ends."""
     x = ids.astype(jnp.uint32) ^ (jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9))
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         x = (x ^ (x >> 16)) * jnp.uint32(factor)
@@ -126,7 +126,7 @@ def hashed(ids: jax.Array, seed: int | jax.Array, ways: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """A limit on the tokens of an expert in each group of `group_size` tokens of a row; `factor` 1 is its fair share."""
+    """A limit on an expert's tokens in each group of `group_size` tokens of a row; `factor` 1 is its fair share."""
 
     factor: float
     group_size: int | None
@@ -208,10 +208,7 @@ class Router(nnx.Module):
     def _of_best_groups(self, ranked: jax.Array) -> jax.Array:
         config = self.config
         apart = ranked.reshape(*ranked.shape[:-1], config.expert_groups, -1)
-        if config.group_score == 'max':
-            score = apart.max(-1)
-        else:
-            score = jax.lax.top_k(apart, 2)[0].sum(-1)
+        score = apart.max(-1) if config.group_score == 'max' else jax.lax.top_k(apart, 2)[0].sum(-1)
         _, best = jax.lax.top_k(score, config.groups_per_token)
         allowed = jax.nn.one_hot(best, config.expert_groups, dtype=bool).any(-2)
         return jnp.where(allowed[..., None], apart, -jnp.inf).reshape(ranked.shape)

@@ -82,7 +82,8 @@ class AxisRules:
             return PartitionSpec(*spec)
         spec[0] = None
         left = [size // math.prod(mesh.shape[a] for a in names(e)) for size, e in zip(shape, spec, strict=True)]
-        if fitting := [i for i in range(1, len(shape)) if left[i] % ways == 0]:
+        # Not experts: a pipeline gathers the other dimensions, and those stay where they are.
+        if fitting := [i for i in range(1, len(shape)) if left[i] % ways == 0 and axes[i] != 'experts']:
             widest = max(fitting, key=lambda i: left[i])
             spec[widest] = (*over, *names(spec[widest]))
         return PartitionSpec(*(each if not isinstance(each, tuple) or len(each) > 1 else each[0] for each in spec))

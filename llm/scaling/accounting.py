@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
+from llm.models.layer import AttendingConfig
+from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
 from llm.scaling.chips import device_peak_flops
 
@@ -29,12 +30,14 @@ class ParameterCount:
         total: all.
         non_embedding: without embeddings of tokens and positions and without an output projection of its own (Kaplan
             et al. 2020, section 2.1).
-        matmul: those that every token is multiplied with; tied embeddings count once, as the output projection.
+        matmul: those that a token is multiplied with; tied embeddings count once, as the output projection.
+        active: all but the experts that a token is not sent to.
     """
 
     total: int
     non_embedding: int
     matmul: int
+    active: int
 
 
 def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
@@ -43,10 +46,15 @@ def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
     for _, spec in named_specs(specs):
         sizes[spec.role] += math.prod(spec.shape)
     tied = config.vocab_size * config.d_model if config.tied_embeddings and config.num_outputs is None else 0
+    networks = [layer.feed_forward for layer in config.layers]
+    idle = sum(each.idle_parameters(config.d_model) for each in networks if isinstance(each, MoeConfig))
+    hidden = sizes[Role.HIDDEN] + sizes[Role.ROUTER]
+    total = sum(sizes.values())
     return ParameterCount(
-        total=sum(sizes.values()),
-        non_embedding=sizes[Role.HIDDEN] + sizes[Role.VECTOR],
-        matmul=sizes[Role.HIDDEN] + sizes[Role.OUTPUT] + tied,
+        total=total,
+        non_embedding=hidden + sizes[Role.VECTOR],
+        matmul=hidden + sizes[Role.OUTPUT] + tied - idle,
+        active=total - idle,
     )
 
 
@@ -80,15 +88,15 @@ class TokenFlops:
 def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
     """FLOPs of the model on rows of `sequence_length` tokens, each row one document."""
     attention, causal_attention, recurrence = 0, 0.0, 0
-    for index in range(config.num_layers):
-        mixer = config.layer(index).mixer
-        if not isinstance(mixer, AttentionConfig):
+    for layer in config.layers:
+        mixer = layer.mixer
+        if not isinstance(mixer, AttendingConfig):
             recurrence += 6 * mixer.state_elements
             continue
         window = sequence_length if mixer.window is None else min(mixer.window, sequence_length)
         # Query t of 1..S sees min(t, window) keys.
         seen = window * (window + 1) // 2 + (sequence_length - window) * window
-        per_key = 4 * mixer.num_heads * mixer.head_dim  # two products, two FLOPs a multiply-add
+        per_key = 2 * mixer.num_heads * (mixer.head_dim + mixer.value_dim)  # two FLOPs a multiply-add
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
     return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)

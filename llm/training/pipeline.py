@@ -17,14 +17,14 @@ from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
 from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
-from llm.parallel.pipeline.executor import Batch, Placement, Stages, Sums, run
+from llm.parallel.pipeline.executor import Batch, Layers, Placement, Stages, Sums, run
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
-from llm.parallel.sharding import AxisRules
+from llm.parallel.sharding import AxisRules, names
 from llm.training.layout import token_order
 from llm.training.losses import summed_loss
 
@@ -45,8 +45,8 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
         )
     decoder = Decoder(config)
     graph, abstract = nnx.split(decoder)
-    layers_graph, _ = nnx.split(decoder.layers)
-    remainder_graph, _ = nnx.split(decoder.remainder)
+    graphs = {group: nnx.split(getattr(decoder, group))[0] for group, _, _ in config.groups()}
+    starts = {group: first for group, _, first in config.groups()}
     unused = nnx.to_pure_dict(abstract)
 
     def merged(shared: Any) -> Decoder:
@@ -58,32 +58,43 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
         return merged(shared).embed(rows['inputs'], rows['positions'], key, index)
 
     def context(rows: Batch, key: jax.Array | None) -> Any:
-        return rows['segment_ids'], decoder.rotary(rows['positions']), key
+        routed = (rows['inputs'], rows.get('routing_weights')) if config.routed else (None, None)
+        return rows['segment_ids'], decoder.rotary(rows['positions']), key, routed
 
-    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> jax.Array:
-        segment_ids, rotary, key = context
+    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> Layers:
+        segment_ids, rotary, key, (ids, weights) = context
         order = token_order(segment_ids.shape[1])
-        read = Context(segment_ids, rotary, token_index=None if order is None else jnp.asarray(order))
-        return run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)[0]
+        index = None if order is None else jnp.asarray(order)
+        read = Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
+        x, _, sums = run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)
+        losses = {position: each.pop('loss').sum() for position, each in sums.items()}
+        return x, losses, sums
 
-    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> jax.Array:
-        layers = nnx.merge(layers_graph, jax.tree.map(lambda p: p[None], parameters))
-        return run_once(layers, x, index * len(config.pattern), context)
+    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> Layers:
+        layers = nnx.merge(graphs['layers'], jax.tree.map(lambda p: p[None], parameters))
+        x, losses, sums = run_once(layers, x, starts['layers'] + index * len(config.pattern), context)
+        return x, losses, jax.tree.map(lambda s: s[0], sums)
 
-    def remainder(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
-        return run_once(nnx.merge(remainder_graph, parameters), x, config.repeats * len(config.pattern), context)
+    def outside(group: str, parameters: Any, x: jax.Array, context: Any) -> Layers:
+        return run_once(nnx.merge(graphs[group], parameters), x, starts[group], context)
 
     def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
         model = merged(shared)
         return summed_loss(model.projection(), model.normalize(x), rows['targets'], rows['loss_weights'], z_loss)
 
     remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
-    return Stages(embed, context, repeat, remainder, loss, None if config.remat == 'none' else remat)
+    leading, remainder = (functools.partial(outside, group) for group in ('leading', 'remainder'))
+    return Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat)
 
 
 def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
     # Layers cast their matrices to the type of the products themselves; norms are taken in fp32.
-    return Placement(rules.place(spec.axes, spec.shape, mesh), None if spec.role == Role.VECTOR else dtype)
+    own = spec.role == Role.VECTOR or spec.full_precision
+    place = rules.place(spec.axes, spec.shape, mesh)
+    # Tokens go to their experts, which are only gathered along axes that cut no tokens.
+    batch = names(rules.partition(('batch',), mesh, parameters=False)[0])
+    kept = (a for axis, entry in zip(spec.axes, place, strict=True) if axis == 'experts' for a in names(entry))
+    return Placement(place, None if own else dtype, tuple(a for a in kept if a in batch))
 
 
 def _cut_stack(spec: ParameterSpec, size: int, axis: str) -> ParameterSpec:
@@ -103,14 +114,14 @@ def make_pipeline(
     staged = table.problem.staged_repeats
     left = config.repeats - staged
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
-    stacks = ('layers', 'remainder')
+    stacks = ('layers', 'leading', 'remainder')
 
     def divided(tree: Any, first: Callable[[Any], Any], rest: Callable[[Any], Any]) -> tuple[Any, Any]:
         """(what the stages have, the others) of a tree like the parameters; the functions cut the layers up."""
         return jax.tree.map(first, tree['layers']), {
             'ends': {name: value for name, value in tree.items() if name not in stacks},
             'repeats': jax.tree.map(rest, tree['layers']) if left else {},
-            'remainder': tree.get('remainder', {}),
+            **{name: tree.get(name, {}) for name in ('leading', 'remainder')},
         }
 
     # Only stages have a leading axis that is cut up.
@@ -125,16 +136,24 @@ def make_pipeline(
         sharding = NamedSharding(mesh, rules.place(spec.axes, spec.shape, mesh))
         return jax.lax.with_sharding_constraint(jnp.concatenate([first, rest]), sharding)
 
+    def by_group(routing: Any) -> Any:
+        """Sums of routers as one device has them."""
+        parts = [routing.pop(name) for name in ('staged', 'repeats') if name in routing]
+        layers = {'layers': jax.tree.map(lambda *each: jnp.concatenate(each), *parts)} if parts else {}
+        return {**routing, **layers}
+
     def compute(parameters: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Sums]:
         layers, shared = divided(parameters, lambda x: x[:staged], lambda x: x[staged:])
         found, sums = run(table, stages, mesh, rules, placements, layers, shared, batch, key)
+        if routing := sums.pop('layers', {}):
+            sums = {**sums, 'routing': by_group(routing)}
         if found is None:
             return None, sums
         layers, shared = found
         if left:
             layers = jax.tree.map(joined, layers, shared['repeats'], specs['layers'])
-        remainder = {'remainder': shared['remainder']} if shared['remainder'] else {}
-        return {**shared['ends'], **remainder, 'layers': layers}, sums
+        outside = {name: shared[name] for name in ('leading', 'remainder') if shared[name]}
+        return {**shared['ends'], **outside, 'layers': layers}, sums
 
     return compute
 
@@ -151,9 +170,9 @@ def repeat_costs_of(
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), specs['layers'])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    context = jax.eval_shape(stages.context, {'segment_ids': tokens, 'positions': tokens}, key)
+    context = jax.eval_shape(stages.context, dict.fromkeys(('inputs', 'segment_ids', 'positions'), tokens), key)
 
-    def repeat(parameters: Any, x: jax.Array, context: Any) -> jax.Array:
+    def repeat(parameters: Any, x: jax.Array, context: Any) -> Layers:
         return stages.repeat(parameters, x, jnp.int32(0), context)
 
     x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)

@@ -1,6 +1,7 @@
 """The layer of experts against every expert on every token, and its drops against a plain loop."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -288,7 +289,5 @@ def test_mistakes(mistake):
 
 
 def test_width_keeps_the_number_of_experts():
-    from fractions import Fraction
-
     wide = dataclasses.replace(MOE, shared=FeedForwardConfig(10)).scaled(Fraction(2))
     assert (wide.num_experts, wide.expert.d_ff, wide.shared.d_ff) == (4, 48, 20)

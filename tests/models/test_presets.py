@@ -12,7 +12,7 @@ from llm.models.parameters import Role, count_parameters, named_specs, parameter
 FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
 PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
-AXES |= {'experts', 'routes'}
+AXES |= {'experts', 'routes', 'latent'}
 
 # As published, or as the weights that the authors released add up to.
 PUBLISHED = {
@@ -24,6 +24,8 @@ PUBLISHED = {
     'gemma2_9b': 9_241_705_984,
     'mixtral_8x7b': 46_702_792_704,
     'qwen3_30b_a3b': 30_532_122_624,
+    'olmoe_7b': 6_919_161_856,
+    'deepseek_v2_lite': 15_706_484_224,
 }
 
 

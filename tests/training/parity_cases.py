@@ -19,7 +19,9 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
+from llm.models.moe import MoeConfig
 from llm.models.normalization import NormConfig
+from llm.models.routing import RouterConfig
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
@@ -28,13 +30,13 @@ from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 
-AXES = ('data', 'fsdp', 'tensor', 'sequence', 'pipeline')
+AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert', 'pipeline')
 BATCH, LENGTH, DEVICES = 16, 16, 8
 Case = dict[str, Any]
 
 FACTORS: dict[str, list[Any]] = {
     **{axis: [1, 2, 4, 8] for axis in AXES},
-    'model': ['dense', 'windowed', 'alibi'],
+    'model': ['dense', 'windowed', 'alibi', 'moe'],
     # Read with pipeline stages, and with rows that devices share; otherwise both are the first value.
     'schedule': ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'],
     'method': ['ring', 'ulysses', 'all_gather'],
@@ -44,12 +46,11 @@ FACTORS: dict[str, list[Any]] = {
     'packed': [True, False],
 }
 
-LAYER = LayerConfig(
-    mixer=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=4), feed_forward=FeedForwardConfig(d_ff=32)
-)
+ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=4)
+LAYER = LayerConfig(mixer=ATTENTION, feed_forward=FeedForwardConfig(d_ff=32))
 WINDOWED = dataclasses.replace(
     LAYER,
-    mixer=dataclasses.replace(LAYER.attention, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
+    mixer=dataclasses.replace(ATTENTION, window=5, sinks=True, logit_soft_cap=5.0, qk_norm=NormConfig()),
     norm_position='sandwich',
     dropout=0.1,
 )
@@ -67,6 +68,24 @@ MODELS = {
         embedding_dropout=0.1,
     ),
 }
+# Small rounds of exchange, so that there are several; a first dense layer; a bias that balances; drops.
+MOE = MoeConfig(
+    num_experts=8,
+    experts_per_token=2,
+    expert=FeedForwardConfig(d_ff=16),
+    shared=FeedForwardConfig(d_ff=16),
+    router=RouterConfig(balance_loss=0.1, z_loss=0.01, bias_rate=0.125),
+    exchange_slack=0.5,
+)
+DROPPING = dataclasses.replace(
+    MOE, dispatch='capacity', capacity_factor=1.0, group_size=8, router=RouterConfig(score='sigmoid', balance_loss=0.1)
+)
+MODELS['moe'] = dataclasses.replace(
+    SMALL,
+    pattern=tuple(dataclasses.replace(LAYER, feed_forward=each) for each in (MOE, DROPPING)),
+    leading=(LAYER,),
+    remat='full',
+)
 # SGD at rate 1 without clipping: what a parameter changes by is its gradient.
 GRADIENT = OptimizerConfig(
     kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
@@ -133,7 +152,8 @@ def batch(packed: bool) -> dict[str, np.ndarray]:
 
 def _model(model: str, repeats: int, scan: bool) -> DecoderConfig:
     config = MODELS[model]
-    return dataclasses.replace(config, num_layers=repeats * len(config.pattern), scan_layers=scan)
+    layers = repeats * len(config.pattern) + len(config.leading)
+    return dataclasses.replace(config, num_layers=layers, scan_layers=scan)
 
 
 def _run(trainer: Trainer, initial: Any, packings: tuple[bool, ...]) -> tuple[list[tuple[float, Any]], str]:
@@ -192,6 +212,7 @@ COLLECTIVES = {
     'data': ('all-reduce',),
     'fsdp': ('all-gather', 'all-reduce'),
     'tensor': ('all-reduce', 'all-gather'),
+    'expert': ('all-reduce',),
     'pipeline': ('collective-permute',),
 }
 METHODS = {'ring': ('collective-permute', 'all-to-all'), 'ulysses': ('all-to-all',), 'all_gather': ('all-gather',)}
@@ -227,6 +248,8 @@ def errors(case: Case) -> list[str]:
     wanted = {collective for axis in AXES if case[axis] > 1 for collective in COLLECTIVES.get(axis, ())}
     missing = [each for each in sorted(wanted) if f'{each}(' not in program and f'{each}-start(' not in program]
     found += [f'no {collective} in the program' for collective in missing]
+    if case['expert'] > 1 and case['model'] == 'moe' and ' all-to-all' not in program:
+        found.append('no all-to-all in the program')
     if case['sequence'] > 1 and not any(f' {collective}' in program for collective in METHODS[case['method']]):
         found.append(f'none of {METHODS[case["method"]]} in the program')
     return found

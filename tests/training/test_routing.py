@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from llm.models.decoder import DecoderConfig
+from llm.models.decoder import Decoder, DecoderConfig
 from llm.parallel.mesh import MeshConfig
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
@@ -74,10 +75,6 @@ def test_accumulation_and_padding_change_nothing():
 
 def test_the_gradient_is_of_the_mean_loss_and_the_mean_router_losses():
     """Of one row without a prompt, where all means are over the same tokens: by jax.grad of a plain formula."""
-    from flax import nnx
-
-    from llm.models.decoder import Decoder
-
     config = dataclasses.replace(moe_decoder(moe({'z_loss': 0.1, 'balance_loss': 1.0})), compute_dtype='float64')
     rows = {name: x[2:3] for name, x in batch().items()}
     before, after, metrics = step(config, rows=rows)
@@ -101,7 +98,7 @@ def test_the_gradient_is_of_the_mean_loss_and_the_mean_router_losses():
 def test_a_bias_moves_by_its_rate_and_by_nothing_else():
     config = moe_decoder(BIASED)
     adam = OptimizerConfig(learning_rate=1e-3, clip_norm=1e-6, weight_decay=0.5, schedule=ScheduleConfig('constant'))
-    before, after, metrics = step(config, adam)
+    _, after, metrics = step(config, adam)
     moved = after['layers']['0']['feed_forward']['router']['bias']
     assert set(np.unique(moved)) <= {-0.25, 0.0, 0.25}
     assert (moved != 0).any()

@@ -117,7 +117,7 @@ def read(
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The settings that all such models have; those of rotation from the first layer."""
     layer = config.pattern[0]
-    mixer = next((each.attention for each in config.pattern if each.attention.rotary.size), layer.attention)
+    mixer: Any = next((each.mixer for each in config.pattern if each.mixer.rotary.size), layer.mixer)
     feed_forward = all_equal(config, lambda layer: layer.feed_forward)
     gates = {ours: theirs for theirs, ours in reversed(GATES.items())}
     scaling = write_rope(mixer)
@@ -176,9 +176,9 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    layer = config.pattern[0]
+    mixer: Any = config.pattern[0].mixer
     feed_forward = all_equal(config, lambda layer: layer.feed_forward)
-    return write(config) | {'attention_bias': layer.attention.qkv_bias, 'mlp_bias': feed_forward.bias}
+    return write(config) | {'attention_bias': mixer.qkv_bias, 'mlp_bias': feed_forward.bias}
 
 
 LLAMA = Family('llama', 'LlamaForCausalLM', TABLE, _read_llama, _write_llama)

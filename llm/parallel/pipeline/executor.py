@@ -10,8 +10,8 @@ of no other, take part in them.
 
 Embedding and loss belong to no stage: their parameters are sharded over all stages, which compute them together
 between the operations ("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with Vocabulary
-Parallelism", section 4). The same goes for layers that are left over when stages have equally many: of those each
-stage does some of the rows, with weights that are gathered as they are needed.
+Parallelism", section 4). The same goes for layers before the stages' and for those that are left over when stages have
+equally many: of those each stage does some of the rows, with weights that are gathered as they are needed.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ from llm.parallel.sharding import AxisRules, names, use_rules
 
 AXIS = 'pipeline'
 Batch = dict[str, jax.Array]
-Sums = dict[str, jax.Array]
+Sums = dict[str, Any]
+Layers = tuple[jax.Array, Any, Any]  # x, losses, sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +44,19 @@ class Stages:
     Attributes:
         embed: (shared, rows, key of the microbatch) -> x [B, S, D].
         context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
-        repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> x.
-        remainder: (parameters, x, context) -> x, of the layers after the last repeat.
+        repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> (x, losses, sums). Losses
+            add to the loss as they are, and sums add up like those of the loss; trees of arrays, which may be empty.
+        leading, remainder: (parameters, x, context) -> (x, losses, sums), of the layers before the first repeat and
+            after the last.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
         remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
     context: Callable[[Batch, jax.Array | None], Any]
-    repeat: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
-    remainder: Callable[[Any, jax.Array, Any], jax.Array]
+    repeat: Callable[[Any, jax.Array, jax.Array, Any], Layers]
+    leading: Callable[[Any, jax.Array, Any], Layers]
+    remainder: Callable[[Any, jax.Array, Any], Layers]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
@@ -63,10 +67,12 @@ class Placement:
 
     Attributes:
         spec: over the mesh. dtype: of the products it takes part in; None for its own.
+        kept: mesh axes along which devices use their own part, as of experts, rather than gather the whole.
     """
 
     spec: PartitionSpec
     dtype: Any = None
+    kept: tuple[str, ...] = ()
 
 
 def run(
@@ -86,13 +92,15 @@ def run(
         placements: of `layers` and `shared`, trees of Placement.
         layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`.
         shared: {'ends': of embedding and loss, 'repeats': the same tree as `layers` of the repeats after those, not
-            sharded along the leading axis, 'remainder': the layers after the last repeat}; the last two may be empty.
+            sharded along the leading axis, 'leading', 'remainder': the layers before the first repeat and after the
+            last}; the last three may be empty.
         batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
         key: of the step, for dropout; every microbatch folds in its index.
 
     Returns:
         ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
-        for the gradients.
+        for the gradients. Where layers have sums, those of the loss have 'layers' beside them: {'leading', 'staged',
+        'repeats', 'remainder'}, with a leading axis of repeats for the middle two.
     """
     batch_axes = names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
@@ -102,7 +110,7 @@ def run(
 
     def body(
         layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
-    ) -> tuple[tuple[Any, Any] | None, Sums]:
+    ) -> tuple[tuple[Any, Any] | None, Sums, Any]:
         with use_rules(jax.sharding.get_abstract_mesh(), rules):
             device = _Device(table, stages, rules, placements, manual, layers, shared, batch, key)
             return device.run(columns[:, 0], joint)
@@ -117,12 +125,14 @@ def run(
             PartitionSpec(None, AXIS),
             PartitionSpec(),
         ),
-        out_specs=(None if table.problem.evaluation else specs, PartitionSpec()),
+        out_specs=(None if table.problem.evaluation else specs, PartitionSpec(), PartitionSpec(AXIS)),
         axis_names=set(manual),
         check_vma=False,
     )
-    result: tuple[tuple[Any, Any] | None, Sums] = mapped(layers, shared, batch, key, columns, joint)
-    return result
+    gradients, sums, staged = mapped(layers, shared, batch, key, columns, joint)
+    if staged:
+        sums = {**sums, 'layers': {**sums.get('layers', {}), 'staged': staged}}
+    return gradients, sums
 
 
 def _is_placement(node: Any) -> bool:
@@ -155,12 +165,13 @@ class _State:
     Attributes:
         inputs: what the forward passes of repeats keep, [slots, repeats, ...] each. The first is their inputs, [slots,
             repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
-        gradients: [slots, B, S, D]. residuals, operands: see Table. layers, shared: sums of gradients. These are None
-            in evaluation.
+        staged: sums of the stage's layers, one entry a repeat. gradients: [slots, B, S, D]. residuals, operands: see
+            Table. layers, shared: sums of gradients. These are None in evaluation.
     """
 
     inputs: list[jax.Array]
     sums: Sums
+    staged: Any = None
     gradients: Any = None
     residuals: Any = None
     operands: Any = None
@@ -225,7 +236,7 @@ class _Device:
 
         return {name: pick(x) for name, x in self.batch.items()}
 
-    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums]:
+    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums, Any]:
         """The loop, and what comes before and after it."""
         stored = self.layers
         if self.chunks > 1:
@@ -233,16 +244,16 @@ class _Device:
             self.layers = to_chunks(cast, self.num_stages, self.chunks, AXIS)
         state, _ = jax.lax.scan(self._tick, self._initial(stored), (columns, joint))
         rest = tuple(axis for axis in self.manual if axis != AXIS)
-        sums = jax.lax.psum(state.sums, rest) if rest else state.sums
+        sums, staged = jax.lax.psum((state.sums, state.staged), rest) if rest else (state.sums, state.staged)
         if self.evaluation:
-            return None, sums
+            return None, sums, None
         layers = state.layers
         if self.chunks > 1:
-            layers = from_chunks(layers, self.num_stages, self.chunks, AXIS)
+            layers, staged = from_chunks((layers, staged), self.num_stages, self.chunks, AXIS)
         # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
         layers = jax.tree.map(self._sum_over_copies, layers, self.layer_placements)
         shared = jax.tree.map(self._sum_over_copies, state.shared, self.shared_placements)
-        return (layers, shared), sums
+        return (layers, shared), sums, staged
 
     def _sum_over_copies(self, x: jax.Array, placement: Placement) -> jax.Array:
         used = {axis for each in placement.spec for axis in names(each)}
@@ -251,15 +262,17 @@ class _Device:
 
     def _initial(self, layers: Any) -> _State:
         table, rows = self.table, self.rows(jnp.int32(0))
-        x = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
+        x, _, first_sums = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
         self.message = jnp.zeros(x.shape, x.dtype)
         _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows, jnp.int32(0))
-        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
+        sums = jax.tree.map(_zeros, _joined(sums, first_sums))
         if self.evaluation:
             return _State(inputs=[jnp.zeros((table.input_slots, 1, *x.shape), x.dtype)], sums=sums)
         context = (jnp.int32(0), self._context_of(rows, jnp.int32(0)))
         parameters = self._parameters(jnp.int32(0))
         self.split = split_backward(self._repeat, parameters, self.message, context, self.stages.remat)
+        _, _, of_repeat = jax.eval_shape(self._repeat, parameters, self.message, context)
+        count = self.chunks * self.repeats
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
             return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
@@ -267,6 +280,7 @@ class _Device:
         return _State(
             inputs=[jnp.zeros((table.input_slots, self.repeats, *s.shape), s.dtype) for s in self.split.kept],
             sums=sums,
+            staged=jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), of_repeat),
             gradients=jnp.zeros((table.gradient_slots, *x.shape), x.dtype),
             residuals=buffers(self.split.residuals, table.residual_cells),
             operands=buffers(self.split.operands, table.weight_cells),
@@ -284,7 +298,11 @@ class _Device:
 
         def one(x: jax.Array, placement: Placement) -> jax.Array:
             for dimension, axes in enumerate(placement.spec):
-                over = tuple(a for a in names(axes) if a in self.manual and (from_stages or a != AXIS))
+                over = tuple(
+                    a
+                    for a in names(axes)
+                    if a in self.manual and a not in placement.kept and (from_stages or a != AXIS)
+                )
                 if over:
                     x = jax.lax.all_gather(x, over, axis=dimension, tiled=True)
             return x
@@ -294,27 +312,62 @@ class _Device:
     def _ends(self, shared: Any) -> Any:
         return self._gathered(shared['ends'], self.shared_placements['ends'])
 
-    def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> jax.Array:
-        return self.stages.embed(self._ends(shared), rows, self._key(microbatch))
+    def _embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> Layers:
+        """What the first stage reads, after the layers before the stages'."""
+        x = self.stages.embed(self._ends(shared), rows, self._key(microbatch))
+        if not shared['leading']:
+            return x, {}, {}
+        return self._shared_out(self._leading, shared, x, rows, microbatch, everywhere=True)
 
     def _loss(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> tuple[jax.Array, Sums]:
         """Of the last stage's x, after the layers that no stage has; every stage has its part of the vocabulary."""
         x = jnp.where(self.stage == self.num_stages - 1, x, 0)
+        losses: Any = {}
+        layers: Any = {}
         if not shared['repeats'] and not shared['remainder']:
             x = jax.lax.psum(x, AXIS)
-        elif x.shape[0] % self.num_stages:  # all do the same
-            x = self._left_over(shared, jax.lax.psum(x, AXIS), rows, microbatch)
         else:
-            size = x.shape[0] // self.num_stages
-            own = {name: jax.lax.dynamic_slice_in_dim(r, self.stage * size, size) for name, r in rows.items()}
-            x = jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
-            with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
-                x = self._left_over(shared, x, own, microbatch)
-            x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
-        return self.stages.loss(self._ends(shared), x, rows)
+            x, losses, layers = self._shared_out(self._left_over, shared, x, rows, microbatch, everywhere=False)
+        loss, sums = self.stages.loss(self._ends(shared), x, rows)
+        return sum(jax.tree.leaves(losses), loss), _joined(sums, layers)
 
-    def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> jax.Array:
-        """The layers that no stage has, of these rows."""
+    def _shared_out(
+        self,
+        layers: Callable[[Any, jax.Array, Batch, jax.Array], Layers],
+        shared: Any,
+        x: jax.Array,
+        rows: Batch,
+        microbatch: jax.Array,
+        *,
+        everywhere: bool,
+    ) -> Layers:
+        """Layers that no stage has: each stage does some of the rows, and all get the result.
+
+        Args:
+            everywhere: whether every stage has x; else x is the sum over stages.
+        """
+        if x.shape[0] % self.num_stages:  # all do the same
+            return layers(shared, x if everywhere else jax.lax.psum(x, AXIS), rows, microbatch)
+        size = x.shape[0] // self.num_stages
+
+        def own(r: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(r, self.stage * size, size)
+
+        x = own(x) if everywhere else jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
+        with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
+            x, losses, sums = layers(shared, x, {name: own(r) for name, r in rows.items()}, microbatch)
+        x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
+        return x, *jax.lax.psum((losses, sums), AXIS)
+
+    def _leading(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
+        """The layers before the stages', of these rows."""
+        context, placements = self._context_of(rows, microbatch), self.shared_placements['leading']
+        whole = self._gathered(shared['leading'], placements, from_stages=True)
+        x, losses, sums = self.stages.leading(whole, x, context)
+        return x, losses, {'leading': sums} if sums else {}
+
+    def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
+        """The layers after the stages', of these rows."""
         context, placements = self._context_of(rows, microbatch), self.shared_placements
         of_one = _without_leading_axis(placements['repeats'])
 
@@ -322,20 +375,26 @@ class _Device:
         remat = self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered)
 
         @remat
-        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
             parameters, index = parameters_and_index
             whole = self._gathered(parameters, of_one, from_stages=True)
-            return self.stages.repeat(whole, x, index, context), None
+            x, *others = self.stages.repeat(whole, x, index, context)
+            return x, others
 
         @remat
-        def remainder(parameters: Any, x: jax.Array) -> jax.Array:
+        def remainder(parameters: Any, x: jax.Array) -> Layers:
             whole = self._gathered(parameters, placements['remainder'], from_stages=True)
             return self.stages.remainder(whole, x, context)
 
+        losses, sums = [], {}
         if repeats := shared['repeats']:
             first, count = self.table.problem.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
-            x, _ = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
-        return remainder(shared['remainder'], x) if shared['remainder'] else x
+            x, (found, sums['repeats']) = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
+            losses.append(jax.tree.map(jnp.sum, found))
+        if shared['remainder']:
+            x, found, sums['remainder'] = remainder(shared['remainder'], x)
+            losses.append(found)
+        return x, losses, {name: each for name, each in sums.items() if each}
 
     def _on(self, stage: int, x: jax.Array) -> jax.Array:
         """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
@@ -347,7 +406,7 @@ class _Device:
         """Those of one repeat of this stage, in the type of the products, sharded as they are."""
         return jax.tree.map(_cast, read(self.layers, repeat), self.layer_placements)
 
-    def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> jax.Array:
+    def _repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> Layers:
         index, context = index_and_context
         whole = self._gathered(parameters, _without_leading_axis(self.layer_placements))
         return self.stages.repeat(whole, x, index, context)
@@ -357,20 +416,22 @@ class _Device:
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
         due = row['operation'] == Operation.FORWARD
 
-        def step(repeat: jax.Array, carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-            inputs, x = carry
+        def step(repeat: jax.Array, carry: tuple[list[jax.Array], Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
+            inputs, staged, x = carry
             local, index = self._indices(row, repeat)
             if self.evaluation:
-                return inputs, self._repeat(self._parameters(local), x, (index, context))
-            y, kept = self.split.forward(self._parameters(local), in_order(x), (index, context))
-            return write(inputs, in_order(kept), slot, repeat), in_order(y)
+                return inputs, staged, self._repeat(self._parameters(local), x, (index, context))[0]
+            y, sums, kept = self.split.forward(self._parameters(local), in_order(x), (index, context))
+            return write(inputs, in_order(kept), slot, repeat), add(staged, sums, local), in_order(y)
 
         x = read(state.inputs[0], slot, row['first'])
-        inputs, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, (state.inputs, x))
+        carry = state.inputs, state.staged, x
+        inputs, staged, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, carry)
+        state = dataclasses.replace(state, inputs=inputs, staged=staged)
         if self.evaluation:
-            return dataclasses.replace(state, inputs=inputs), x
+            return state, x
         at = slot, jnp.minimum(last, self.repeats - 1)
-        return _with_input(dataclasses.replace(state, inputs=inputs), due & (last < self.repeats), x, *at), x
+        return _with_input(state, due & (last < self.repeats), x, *at), x
 
     def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
@@ -445,7 +506,13 @@ class _Device:
         both = dict(zip(self.table.joint, joint, strict=True))
 
         due = both['embed'] >= 0
-        x = when(due, lambda _: self._embed(self.shared, self.rows(both['embed']), both['embed']), self.message)
+
+        def embed(carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
+            x, _, sums = self._embed(self.shared, self.rows(both['embed']), both['embed'])
+            return x, _added(carry[1], {'layers': sums} if sums else {})
+
+        x, sums = when(due, embed, (self.message, state.sums))
+        state = dataclasses.replace(state, sums=sums)
         state = _with_input(state, due & (self.stage == 0), x, both['embed_slot'], 0)
 
         state, x = self._run_forward(state, row)
@@ -470,7 +537,7 @@ class _Device:
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
-            return jax.tree.map(jnp.add, sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
+            return _added(sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
@@ -485,7 +552,7 @@ class _Device:
                 lambda shared, x: self._loss(shared, x, rows, both['loss']), self.shared, x, has_aux=True
             )
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
-            return jax.tree.map(jnp.add, shared, d_shared), jax.tree.map(jnp.add, sums, found), dx
+            return jax.tree.map(jnp.add, shared, d_shared), _added(sums, found), dx
 
         shared, sums, dx = when(due, compute, (state.shared, state.sums, self.message))
         gradients = write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
@@ -497,11 +564,27 @@ class _Device:
         def compute(shared: Any) -> Any:
             microbatch = both['embed_gradient']
             rows = self.rows(microbatch)
-            _, vjp = jax.vjp(lambda shared: self._embed(shared, rows, microbatch), self.shared)
-            (d_shared,) = vjp(self._on(0, dx))
+            (_, losses), vjp = jax.vjp(lambda shared: self._embed(shared, rows, microbatch)[:2], self.shared)
+            (d_shared,) = vjp((self._on(0, dx), jax.tree.map(lambda x: self._on(0, jnp.ones_like(x)), losses)))
             return jax.tree.map(jnp.add, shared, d_shared)
 
         return dataclasses.replace(state, shared=when(both['embed_gradient'] >= 0, compute, state.shared))
+
+
+def _zeros(struct: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(struct.shape, struct.dtype)
+
+
+def _joined(sums: Sums, layers: Any) -> Sums:
+    """The sums of a loss, and those of layers that no stage has."""
+    return {**sums, 'layers': {**sums.get('layers', {}), **layers}} if layers else sums
+
+
+def _added(total: Any, sums: Any) -> Any:
+    """`total`, with `sums` of some of its entries added."""
+    if not isinstance(sums, dict):
+        return total + sums
+    return {**total, **{name: _added(total[name], each) for name, each in sums.items()}}
 
 
 def _cast(x: jax.Array, placement: Placement) -> jax.Array:

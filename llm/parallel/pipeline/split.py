@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 # Calls that only name a part of the program; their equations are divided too. jax.checkpoint's are not: what is in
@@ -16,7 +17,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 _INLINED = ('jit', 'pjit', 'closed_call', 'core_call')
 
 Arrays = list[jax.Array]
-Function = Callable[[Any, jax.Array, Any], jax.Array]  # (parameters, x, context) -> y
+# (parameters, x, context) -> (y, losses, sums): what goes on, scalars that add to the loss as they are, and arrays that
+# only add up. Trees, which may be empty.
+Function = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class SplitBackward:
     """The parts; flat lists of arrays are what one part leaves for the next.
 
     Attributes:
-        forward: (parameters, x, context) -> (y, kept).
+        forward: (parameters, x, context) -> (y, sums, kept).
         whole: (parameters, kept, context, dy) -> (parameter gradients, dx).
         recompute: (parameters, kept, context) -> residuals.
         input_gradient: (parameters, residuals, context, dy) -> (dx, operands).
@@ -34,7 +37,7 @@ class SplitBackward:
             context alone: that is computed again. The first that is kept is x.
     """
 
-    forward: Callable[..., tuple[jax.Array, Arrays]]
+    forward: Callable[..., tuple[jax.Array, Any, Arrays]]
     whole: Callable[..., tuple[Any, jax.Array]]
     recompute: Callable[..., Arrays]
     input_gradient: Callable[..., tuple[jax.Array, Arrays]]
@@ -48,7 +51,9 @@ class SplitBackward:
 def split_backward(
     function: Function, parameters: Any, x: Any, context: Any, remat: Callable[[Function], Function] | None = None
 ) -> SplitBackward:
-    """Split the backward pass of `function(parameters, x, context) -> y`, y of the shape and type of x.
+    """Split the backward pass of `function(parameters, x, context) -> (y, losses, sums)`, y of the shape and type of x.
+
+    Gradients are those of y, given dy, and of the sum of the losses.
 
     Args:
         parameters, context: trees of arrays, x: an array; or of jax.ShapeDtypeStruct: values are not used.
@@ -62,20 +67,27 @@ def split_backward(
     def flat(*arguments: jax.Array) -> Arrays:
         leaves, (x, dy), c_leaves = _three(arguments, len(p_leaves), 2)
         p, c = jax.tree.unflatten(p_tree, leaves), jax.tree.unflatten(c_tree, c_leaves)
-        y, vjp = jax.vjp(lambda p, x: wrapped(p, x, c), p, x)
-        gradients, dx = vjp(dy)
-        return [y, *jax.tree.leaves(gradients), dx]
+
+        def apart(p: Any, x: jax.Array) -> tuple[Any, Any]:
+            y, losses, sums = wrapped(p, x, c)
+            return (y, losses), sums
+
+        (y, losses), vjp, sums = jax.vjp(apart, p, x, has_aux=True)
+        gradients, dx = vjp((dy, jax.tree.map(jnp.ones_like, losses)))
+        return [y, *jax.tree.leaves(sums), *jax.tree.leaves(gradients), dx]
 
     example = (*p_leaves, x, x, *c_leaves)
+    some_sums, sums_tree = jax.tree.flatten(jax.eval_shape(wrapped, parameters, x, context)[2])
+    count = len(some_sums)
     both_ways = _inline(jax.make_jaxpr(flat)(*example), example)
     jaxpr = both_ways.jaxpr
     p_vars, (x_var, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), 2)
-    y_var, *gradient_vars = jaxpr.outvars
+    (y_var, *sum_vars), gradient_vars = jaxpr.outvars[: 1 + count], jaxpr.outvars[1 + count :]
     after_x, after_dy = _dependents(jaxpr.eqns, [x_var]), _dependents(jaxpr.eqns, [dy_var])
     wanted = _reads([e for e in jaxpr.eqns if set(e.outvars) & after_dy], gradient_vars)
     made = [v for e in jaxpr.eqns for v in e.outvars if v in after_x and v not in after_dy]
     kept = [x_var, *(v for v in made if v in wanted)]
-    forward = _part(both_ways, jaxpr.eqns, [*p_vars, x_var, *c_vars], [y_var, *kept[1:]])
+    forward = _part(both_ways, jaxpr.eqns, [*p_vars, x_var, *c_vars], [y_var, *sum_vars, *kept[1:]])
 
     # The same for the backward pass alone, and what it computes again.
     inputs = [*p_vars, *kept, dy_var, *c_vars]
@@ -107,9 +119,9 @@ def split_backward(
     weight_gradient = _part(program, jaxpr.eqns, [*p_vars, *operands, *c_vars], weight_vars)
     leaves = jax.tree.leaves
 
-    def forward_and_kept(p: Any, x: jax.Array, c: Any) -> tuple[jax.Array, Arrays]:
+    def forward_and_kept(p: Any, x: jax.Array, c: Any) -> tuple[jax.Array, Any, Arrays]:
         y, *others = forward(*leaves(p), x, *leaves(c))
-        return y, [x, *others]
+        return y, jax.tree.unflatten(sums_tree, others[:count]), [x, *others[count:]]
 
     def gradients(p: Any, k: Arrays, c: Any, dy: jax.Array) -> tuple[Any, jax.Array]:
         *found, dx = whole(*leaves(p), *k, dy, *leaves(c))

@@ -10,10 +10,11 @@ from typing import Literal, cast
 import jax
 
 from llm.kernels.attention import choose
-from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
-from llm.models.layer import LayerConfig, MixerConfig
+from llm.models.latent_attention import LatentAttentionConfig
+from llm.models.layer import AttendingConfig, LayerConfig, MixerConfig
 from llm.models.mamba import MambaConfig
+from llm.models.moe import MoeConfig
 from llm.models.remat import LAYER_INPUT
 from llm.scaling.planner.abstract import Placement
 
@@ -141,7 +142,7 @@ class LayerCosts:
         return sum(each.flops for each in self.activations if each.name not in kept)
 
 
-def scores_of(mixer: AttentionConfig, platform: str) -> Scores:
+def scores_of(mixer: AttendingConfig, platform: str) -> Scores:
     """How attention treats its scores on a platform."""
     name = choose(mixer.implementation, cast(jax.Device, _DeviceOf(platform)), queries=_MANY)
     return ATTENTION_SCORES.get(name, OTHER_ATTENTION)
@@ -159,7 +160,7 @@ def _mixer_costs(
     mixer: MixerConfig, d: int, size: int, placement: Placement, sequence_length: int, platform: str
 ) -> tuple[list[Activation], float]:
     """What a mixer makes, its output last, and the factor of its backward pass."""
-    if isinstance(mixer, AttentionConfig):
+    if isinstance(mixer, AttendingConfig):
         return _attention_costs(mixer, d, size, placement, sequence_length, platform)
     if isinstance(mixer, MambaConfig):
         inner = mixer.d_inner / placement.ways('mlp')
@@ -185,7 +186,7 @@ def _mixer_costs(
 
 
 def _attention_costs(
-    mixer: AttentionConfig, d: int, size: int, placement: Placement, sequence_length: int, platform: str
+    mixer: AttendingConfig, d: int, size: int, placement: Placement, sequence_length: int, platform: str
 ) -> tuple[list[Activation], float]:
     k = mixer.head_dim
     heads = mixer.num_heads / placement.ways('heads')
@@ -195,15 +196,12 @@ def _attention_costs(
     computed = float(seen)
     if scores in ('blocks_skipped', 'blocks_twice'):
         computed = seen * (1 - (seen - 1) / (2 * sequence_length))  # causal: a row of S sees (S + 1) / 2 on average
-    product = 2 * d * k
     return [
-        Activation('query', heads * k, size, product * heads),
-        Activation('key', kv_heads * k, size, product * kv_heads),
-        Activation('value', kv_heads * k, size, product * kv_heads),
+        *_projections(mixer, d, k, heads, kv_heads, size),
         # Held scores are there as fp32 and as weights in the compute type.
         Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
         Activation('attention', heads * k, size, 2 * heads * k * computed),
-        Activation('attention_output', d, size, product * heads),
+        Activation('attention_output', d, size, 2 * d * mixer.value_dim * heads),
     ], {'held': 2.0, 'blocks_twice': 3.5}.get(scores, 2.5)
 
 
@@ -222,7 +220,10 @@ def layer_costs(
         *inner[::-1],
         dataclasses.replace(output, elements=residual, whole=d),
     ]
-    if feed_forward is not None:
+    if isinstance(feed_forward, MoeConfig):
+        activations.append(Activation('feed_forward_norm', residual, size, whole=d))
+        activations += _experts(feed_forward, d, residual, size, placement.ways('mlp'))
+    elif feed_forward is not None:
         f = feed_forward.d_ff / placement.ways('mlp')
         activations += [Activation('feed_forward_norm', residual, size, whole=d), Activation('up', f, size, 2 * d * f)]
         if feed_forward.gated:
@@ -232,3 +233,49 @@ def layer_costs(
             Activation('feed_forward_output', residual, size, 2 * d * f, whole=d),
         ]
     return LayerCosts(tuple(activations), residual * size, backward_factor, host_apart=platform != 'cpu')
+
+
+def _projections(
+    mixer: AttendingConfig, d: int, k: int, heads: float, kv_heads: float, size: int
+) -> tuple[Activation, ...]:
+    """Queries, keys and values of `heads` and `kv_heads` here."""
+    if not isinstance(mixer, LatentAttentionConfig):
+        of_token = 2 * d * k
+        return (
+            Activation('query', heads * k, size, of_token * heads),
+            Activation('key', kv_heads * k, size, of_token * kv_heads),
+            Activation('value', kv_heads * k, size, of_token * kv_heads),
+        )
+    shared, of_latent = mixer.latent + mixer.rotary_dim, 2 * mixer.latent * heads
+    source, first = (d, 0) if mixer.query_latent is None else (mixer.query_latent, mixer.query_latent)
+    return (
+        Activation('latent', shared + first, size, 2 * d * (shared + first)),
+        Activation('query', heads * k, size, 2 * source * k * heads),
+        Activation('key', heads * k, size, of_latent * mixer.plain_dim),
+        Activation('value', heads * k, size, of_latent * mixer.value_dim),  # as wide as keys, for the kernels
+    )
+
+
+def _experts(moe: MoeConfig, d: int, residual: float, size: int, ways: int) -> list[Activation]:
+    """Of balanced experts: what a token costs is on another device, but as much comes from others."""
+    many, f = moe.experts_per_token, moe.expert.d_ff / ways
+    product = 2 * d * f * many
+    rows = [
+        Activation('router', moe.num_experts, 4, 2 * d * moe.num_experts),
+        Activation('expert_input', many * d, size),
+        Activation('expert_up', many * f, size, product),
+    ]
+    if moe.expert.gated:
+        rows.append(Activation('expert_gate', many * f, size, product))
+    rows += [
+        Activation('feed_forward_hidden', many * f, size),
+        Activation('expert_output', many * d, size, product),
+    ]
+    if moe.shared is not None:
+        f = moe.shared.d_ff / ways
+        rows.append(Activation('up', f, size, 2 * d * f))
+        if moe.shared.gated:
+            rows.append(Activation('gate', f, size, 2 * d * f))
+        rows.append(Activation('feed_forward_hidden', f, size))
+    output = 0 if moe.shared is None else 2 * d * moe.shared.d_ff / ways
+    return [*rows, Activation('feed_forward_output', residual, size, output, whole=d)]

@@ -84,9 +84,12 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
     rows = step.batch_size / placement.ways('batch')
     tokens = rows * step.sequence_length / placement.ways('sequence') / step.gradient_accumulation
 
-    costs = [layer_costs(layer, model, placement, step.sequence_length, platform) for layer in model.pattern]
+    made = {
+        layer: layer_costs(layer, model, placement, step.sequence_length, platform)
+        for layer in {*model.leading, *model.pattern}
+    }
+    costs, layers = [made[layer] for layer in model.pattern], [made[layer] for layer in model.layers]
     stages = sizes['pipeline']
-    layers = [costs[i % len(costs)] for i in range(model.num_layers)]
     host = 0.0
     if stages > 1:
         saved = kept_bytes(run, costs, stages) * tokens
@@ -95,7 +98,7 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         host = sum(cost.offloaded(model) for cost in layers) * tokens
     if host:  # what is on its way to the host and back is here
         saved += OFFLOADED_LAYERS * host / len(layers)
-    at_work = LAYER_AT_ONCE * max(cost.all() for cost in costs) * tokens
+    at_work = LAYER_AT_ONCE * max(cost.all() for cost in layers) * tokens
     columns = model.vocab_size / placement.ways('vocab')
     logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
     # The loss takes its gradients along: the head's is whole until all chunks are added.
@@ -148,7 +151,8 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
         part, whole = float(size), float(size)
         for axis, length, here, there in zip(spec.axes, spec.shape, stored, used, strict=True):
             own = math.prod(placement.mesh.shape[name] for name in names(here))
-            kept = math.prod(placement.mesh.shape[name] for name in names(here) if name in names(there))
+            # Experts stay where they are: tokens go to them.
+            kept = math.prod(placement.mesh.shape[n] for n in names(here) if n in names(there) or axis == 'experts')
             part *= length / own
             whole *= 1 if axis in ('layers', 'remainder') else length / kept
         # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack);
@@ -158,7 +162,10 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             at_once = run.pipeline.chunks > 1
         at_once = at_once or spec.role is not Role.HIDDEN
         cast += part if size != 4 and at_once else 0.0
-        is_gathered = any(set(names(here)) - set(names(there)) for here, there in zip(stored, used, strict=True))
+        is_gathered = any(
+            set(names(here)) - set(names(there)) and axis != 'experts'
+            for axis, here, there in zip(spec.axes, stored, used, strict=True)
+        )
         if spec.role is Role.HIDDEN:
             layers += whole if is_gathered else 0.0
         else:

@@ -48,7 +48,7 @@ def idle_share(run: RunConfig, placement: Placement) -> float:
         return 0.0
     table, costs = schedule_of(run, stages), _costs(run.model, run.step.sequence_length)
     whole = costs.forward + costs.recompute + costs.input_gradient + costs.weight_gradient
-    repeats = run.model.num_layers / len(run.model.pattern)
+    repeats = run.model.num_layers / len(run.model.pattern)  # leading layers count as the others
     left = repeats - table.problem.staged_repeats
     rows = run.step.batch_size // microbatches // placement.ways('batch')
     shared = stages if rows % stages == 0 else 1

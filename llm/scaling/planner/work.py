@@ -8,7 +8,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from llm.models.attention import AttentionConfig
+from llm.models.layer import AttendingConfig
+from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.accounting import TokenFlops, flops_per_token
@@ -60,8 +61,9 @@ def tokens_per_device(run: RunConfig, placement: Placement) -> float:
 
 
 def _layers(run: RunConfig, placement: Placement, platform: str) -> list[LayerCosts]:
-    costs = [layer_costs(each, run.model, placement, run.step.sequence_length, platform) for each in run.model.pattern]
-    return [costs[index % len(costs)] for index in range(run.model.num_layers)]
+    kinds = {*run.model.leading, *run.model.pattern}
+    costs = {each: layer_costs(each, run.model, placement, run.step.sequence_length, platform) for each in kinds}
+    return [costs[each] for each in run.model.layers]
 
 
 def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
@@ -188,8 +190,8 @@ def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> lis
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
-    mixers = [run.model.layer(index).mixer for index in range(run.model.num_layers)]
-    layers = [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
+    mixers = [layer.mixer for layer in run.model.layers]
+    layers = [mixer for mixer in mixers if isinstance(mixer, AttendingConfig)]
     size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
     keys = sum(2 * each.num_kv_heads * each.head_dim for each in layers) / placement.ways('kv_heads')
     queries = sum(2 * each.num_heads * each.head_dim for each in layers) / placement.ways('heads')
@@ -209,6 +211,21 @@ def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> lis
     return [row('all-gather', (forward + 1) * keys * size), row('reduce-scatter', keys * size)]
 
 
+def _tokens_to_experts(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
+    """Tokens to the devices that have their experts and back: forward, once more where computed again, and backward."""
+    stored = placement.rules.partition(('experts',), placement.mesh, parameters=True)[0]
+    axes = tuple(name for name in names(stored) if name in placement.over('batch'))
+    networks = [layer.feed_forward for layer in run.model.layers if isinstance(layer.feed_forward, MoeConfig)]
+    if not axes or not networks:
+        return []
+    ways = math.prod(placement.mesh.shape[name] for name in axes)
+    tokens = tokens_per_device(run, placement) * _compute_bytes(run) / placement.mesh.shape['pipeline']
+    passes = 2 if run.model.remat == 'none' else 3
+    payload = sum(2 * passes * each.exchange_slack * each.experts_per_token for each in networks)
+    executions = 2 * passes * len(networks) * run.step.gradient_accumulation
+    return [_traffic('all-to-all', axes, ways, payload * tokens * run.model.d_model, executions, False)]
+
+
 def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
     """Activations from stage to stage, and their gradients back."""
     stages = placement.mesh.shape['pipeline']
@@ -224,6 +241,7 @@ MOVES: dict[str, Callable[[RunConfig, Placement, str], list[Traffic]]] = {
     'gradients of replicated weights': _replicated_gradients,
     'outputs of split products': _split_products,
     'keys and values of split sequences': _split_sequences,
+    'tokens to their experts': _tokens_to_experts,
     'activations between stages': _stages,
 }
 

@@ -17,7 +17,7 @@ def _norm(x, scale):
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5) * scale
 
 
-def _layer(parameters, x, context):
+def _plain(parameters, x, context):
     """A norm, einsums (which are jitted: calls within calls), a product of activations, a mask, and an unused one."""
     mask, angle = context
     normed = _norm(x, parameters['scale']) * jnp.cos(angle)
@@ -25,6 +25,11 @@ def _layer(parameters, x, context):
     mixed = jnp.einsum('BST,BTD->BSD', jax.nn.softmax(jnp.where(mask, scores, -1e9)), normed)
     hidden = jax.nn.silu(jnp.einsum('BSD,DF->BSF', mixed, parameters['up']) + parameters['bias'])
     return x + jnp.einsum('BSF,FD->BSD', hidden, parameters['down'])
+
+
+def _layer(parameters, x, context):
+    """What goes on, no losses and no sums."""
+    return _plain(parameters, x, context), {}, {}
 
 
 def _arguments():
@@ -48,10 +53,10 @@ REMATS = {'none': None, 'full': jax.checkpoint, 'dots': _dots}
 def test_parts_give_the_gradient(in_one, remat):
     with jax.enable_x64():
         parameters, x, context, dy = _arguments()
-        expected_y, vjp = jax.vjp(lambda parameters, x: _layer(parameters, x, context), parameters, x)
+        expected_y, vjp = jax.vjp(lambda parameters, x: _plain(parameters, x, context), parameters, x)
         expected, expected_dx = vjp(dy)
         split = split_backward(_layer, parameters, x, context, remat)
-        y, kept = jax.jit(split.forward)(parameters, x, context)
+        y, _, kept = jax.jit(split.forward)(parameters, x, context)
         assert [(k.shape, k.dtype) for k in kept] == [(k.shape, k.dtype) for k in split.kept]
         np.testing.assert_array_equal(kept[0], x)
         np.testing.assert_allclose(y, expected_y, rtol=1e-12)
@@ -65,6 +70,30 @@ def test_parts_give_the_gradient(in_one, remat):
         assert [(o.shape, o.dtype) for o in operands] == [(o.shape, o.dtype) for o in split.operands]
         gradients = jax.jit(split.weight_gradient)(parameters, operands, context)
         for found, found_dx in (whole, (gradients, dx)):
+            np.testing.assert_allclose(found_dx, expected_dx, rtol=1e-12)
+            jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), found, expected)
+
+
+@pytest.mark.parametrize('remat', REMATS.values(), ids=REMATS)
+def test_losses_of_the_layer_add_to_the_gradient(remat):
+    def layer(parameters, x, context):
+        y = _plain(parameters, x, context)
+        return y, {'loss': jnp.sum(jnp.sin(y) * x), 'other': jnp.sum(x**2)}, {'count': jnp.sum(y, (0, 1))}
+
+    with jax.enable_x64():
+        parameters, x, context, dy = _arguments()
+
+        def total(parameters, x):
+            y, losses, _ = layer(parameters, x, context)
+            return jnp.sum(y * dy) + losses['loss'] + losses['other']
+
+        expected, expected_dx = jax.grad(total, (0, 1))(parameters, x)
+        split = split_backward(layer, parameters, x, context, remat)
+        y, sums, kept = split.forward(parameters, x, context)
+        np.testing.assert_allclose(sums['count'], y.sum((0, 1)), rtol=1e-12)
+        dx, operands = split.recompute_input_gradient(parameters, kept, context, dy)
+        gradients = split.weight_gradient(parameters, operands, context)
+        for found, found_dx in (split.whole(parameters, kept, context, dy), (gradients, dx)):
             np.testing.assert_allclose(found_dx, expected_dx, rtol=1e-12)
             jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), found, expected)
 
@@ -109,7 +138,8 @@ def test_costs_are_those_of_the_compiled_program():
     """XLA counts elementwise operations too, one each; products are nearly everything once layers are wide."""
 
     def layer(parameters, x, context):
-        return x + jnp.einsum('BSF,FD->BSD', jax.nn.relu(jnp.einsum('BSD,DF->BSF', x, parameters[0])), parameters[1])
+        hidden = jax.nn.relu(jnp.einsum('BSD,DF->BSF', x, parameters[0]))
+        return x + jnp.einsum('BSF,FD->BSD', hidden, parameters[1]), {}, {}
 
     parameters = jnp.zeros((256, 1024)), jnp.zeros((1024, 256))
     x = jnp.zeros((2, 128, 256))
