@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.models.context import Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
-from llm.models.position import PositionKind, Rotary, alibi_slopes, rotate
+from llm.models.position import PositionKind, Rotary, RotaryScaling, alibi_slopes, rotate
 from llm.parallel.sharding import Axes, SequenceCut, constrain, map_shards, sequence_cut, target_device
 
 
@@ -32,10 +32,13 @@ class AttentionConfig:
         window: each token sees itself and the window - 1 before it; None for all.
         qkv_bias: biases on the query, key and value projections.
         output_bias: bias on the output projection.
-        qk_norm: normalises each head's query and key before the rotation (Dehghani et al. 2023, section 2).
+        qk_norm: normalises queries and keys before the rotation (Dehghani et al. 2023, section 2).
+        qk_norm_scope: 'head' each head by itself, with one scale for all heads (Qwen 3); 'each_head' the same with a
+            scale for each (StableLM 2); 'all_heads' the heads of a token together (OLMo 2).
         logit_soft_cap: scores become cap * tanh(scores / cap) (Gemma 2, section 2).
         rotary_base: see Rotary; read when the decoder's position is 'rope'.
         rotary_fraction: see Rotary; 0 leaves this layer without positions.
+        rotary_scaling: see RotaryScaling.
         scale: factor on the scores; None for 1 / sqrt(head_dim).
         base_head_dim: muP for heads that grow wider rather than more: K of the base model, where the factor is the
             usual one; elsewhere it is sqrt(base_head_dim) / K (Yang et al. 2022, definition 4.1).
@@ -50,9 +53,11 @@ class AttentionConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: NormConfig | None = None
+    qk_norm_scope: Literal['head', 'each_head', 'all_heads'] = 'head'
     logit_soft_cap: float | None = None
     rotary_base: float = 10_000.0
     rotary_fraction: float = 1.0
+    rotary_scaling: RotaryScaling = RotaryScaling()
     scale: float | None = None
     base_head_dim: int | None = None
     sinks: bool = False
@@ -77,6 +82,20 @@ class AttentionConfig:
                 where=where,
                 fix='Dimensions are rotated in pairs: change head_dim or rotary_fraction.',
             )
+        factors = (self.rotary_scaling.short_factors, self.rotary_scaling.long_factors)
+        if self.rotary_scaling.kind == 'longrope' and any(2 * len(each) != self.rotary.size for each in factors):
+            raise UserError(
+                f'{len(factors[0])} short_factors and {len(factors[1])} long_factors for {self.rotary.size} rotated '
+                'dimensions',
+                where='RotaryScaling',
+                fix=f'Give {self.rotary.size // 2} of each.',
+            )
+        if self.rotary_scaling.kind == 'dynamic' and self.rotary.size == 2:
+            raise UserError('two rotated dimensions have no base to change', where='RotaryScaling', fix='Use linear.')
+        if self.qk_norm_scope not in ('head', 'each_head', 'all_heads'):
+            raise UserError(
+                f'qk_norm_scope is {self.qk_norm_scope!r}', where=where, fix="Use 'head', 'each_head' or 'all_heads'."
+            )
         if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
             raise UserError(f'logit_soft_cap is {self.logit_soft_cap}', where=where, fix='Use a positive cap, or None.')
         if self.implementation not in get_args(Implementation):
@@ -88,7 +107,7 @@ class AttentionConfig:
     @property
     def rotary(self) -> Rotary:
         """The rotary embedding of this layer's queries and keys."""
-        return Rotary(self.head_dim, self.rotary_base, self.rotary_fraction)
+        return Rotary(self.head_dim, self.rotary_base, self.rotary_fraction, self.rotary_scaling)
 
     @property
     def score_scale(self) -> float:
@@ -127,8 +146,17 @@ class Attention(nnx.Module):
         self.value_bias = bias((g, k), kv_heads[1:]) if config.qkv_bias else None
         self.output_bias = bias((d_model,), ('embed',)) if config.output_bias else None
         self.sinks = bias((h,), ('heads',)) if config.sinks else None
-        self.query_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
-        self.key_norm = Norm(config.qk_norm, k, 'head_dim') if config.qk_norm else None
+        self.query_norm = self._norm(h, 'heads')
+        self.key_norm = self._norm(g, 'kv_heads')
+
+    def _norm(self, heads: int, axis: str) -> Norm | None:
+        config = self.config
+        if config.qk_norm is None:
+            return None
+        if config.qk_norm_scope == 'head':
+            return Norm(config.qk_norm, config.head_dim, 'head_dim')
+        over = 2 if config.qk_norm_scope == 'all_heads' else 1
+        return Norm(config.qk_norm, (heads, config.head_dim), (axis, 'head_dim'), over=over)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None, repeat: jax.Array | int = 0

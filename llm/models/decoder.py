@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
             else:
                 positions = segment_positions(segment_ids)
         context = Context(segment_ids, token_index=None if token_index is None else jnp.asarray(token_index))
-        return self._run(inputs, positions, context, dropout_key, {})[0]
+        return self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1])[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)
-        return self._run(inputs, positions, Context(offset=offset), None, cache)
+        return self._run(inputs, positions, Context(offset=offset), None, cache, room)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache: per pattern position, arrays with leading axes [repeats, batch, length].
@@ -310,11 +310,12 @@ class Decoder(nnx.Module):
         context: Context,
         dropout_key: jax.Array | None,
         cache: Cache,
+        length: int,
     ) -> tuple[jax.Array, Cache]:
         config = self.config
         self._check_length(inputs.shape[1])
         x = self.embed(inputs, positions, dropout_key, context.token_index)
-        context = dataclasses.replace(context, rotary=self.rotary(positions))
+        context = dataclasses.replace(context, rotary=self.rotary(positions, length))
         new_cache = {}
         for group, layers, repeats, first in (
             ('layers', self.layers, config.repeats, 0),
@@ -335,14 +336,14 @@ class Decoder(nnx.Module):
                 )
         return self.normalize(x), new_cache
 
-    def rotary(self, positions: jax.Array) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
-        """The rotary tables that the layers read at `positions`; see Context."""
+    def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""
         config = self.config
         if config.position != 'rope':
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
         kinds = {layer.mixer.rotary for layer in config.pattern if isinstance(layer.mixer, AttentionConfig)}
-        return {rotary: rotary_table(rotary, positions, dtype) for rotary in kinds}
+        return {rotary: rotary_table(rotary, positions, dtype, length) for rotary in kinds}
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """What comes out of the last layer, as the logits read it. [B, S, D] -> the same."""

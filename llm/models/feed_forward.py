@@ -23,10 +23,13 @@ def _relu_squared(x: jax.Array) -> jax.Array:
     return jnp.square(jax.nn.relu(x))
 
 
+Activation = Literal['swiglu', 'geglu', 'geglu_exact', 'gelu', 'gelu_tanh', 'relu', 'relu_squared']
+
 # Name -> (function, whether it gates a second projection). Gated: Shazeer 2020, eq. 6. Squared ReLU: So et al. 2021.
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     'swiglu': (jax.nn.silu, True),
     'geglu': (jax.nn.gelu, True),
+    'geglu_exact': (_gelu, True),
     'gelu': (_gelu, False),
     'gelu_tanh': (jax.nn.gelu, False),
     'relu': (jax.nn.relu, False),
@@ -40,12 +43,13 @@ class FeedForwardConfig:
 
     Attributes:
         d_ff: F, size of the hidden layer.
-        activation: 'swiglu' and 'geglu' (tanh approximation) gate a second projection; the others stand alone.
+        activation: 'swiglu', 'geglu' (tanh approximation) and 'geglu_exact' gate a second projection; the others stand
+            alone.
         bias: biases on all projections.
     """
 
     d_ff: int
-    activation: Literal['swiglu', 'geglu', 'gelu', 'gelu_tanh', 'relu', 'relu_squared'] = 'swiglu'
+    activation: Activation = 'swiglu'
     bias: bool = False
 
     def __post_init__(self) -> None:

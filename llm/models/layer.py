@@ -31,7 +31,8 @@ class LayerConfig:
         mixer: moves information between tokens.
         feed_forward: transforms each token; None for none.
         norm: kind of every normalisation in the layer; None for none (T-Fixup trains without).
-        norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2).
+        norm_position: 'pre' x + f(norm(x)); 'post' norm(x + f(x)); 'sandwich' x + norm(f(norm(x))) (Gemma 2);
+            'output' x + norm(f(x)) (OLMo 2).
         parallel: both branches read the same input, x + mixer(norm(x)) + feed_forward(norm(x)) (Wang and Komatsuzaki
             2021, GPT-J); with norm_position 'pre' only.
         shared_norm: whether parallel branches share one normalisation (GPT-J, PaLM) or have one each (GPT-NeoX).
@@ -41,17 +42,17 @@ class LayerConfig:
     mixer: MixerConfig
     feed_forward: TokenwiseConfig | None
     norm: NormConfig | None = NormConfig()
-    norm_position: Literal['pre', 'post', 'sandwich'] = 'pre'
+    norm_position: Literal['pre', 'post', 'sandwich', 'output'] = 'pre'
     parallel: bool = False
     shared_norm: bool = True
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm_position not in ('pre', 'post', 'sandwich'):
+        if self.norm_position not in ('pre', 'post', 'sandwich', 'output'):
             raise UserError(
                 f'norm_position {self.norm_position!r} does not exist',
                 where='LayerConfig',
-                fix="Use 'pre', 'post' or 'sandwich'.",
+                fix="Use 'pre', 'post', 'sandwich' or 'output'.",
             )
         if self.parallel and (self.norm_position != 'pre' or self.feed_forward is None):
             raise UserError(
@@ -73,17 +74,18 @@ class Layer(nnx.Module):
 
     def __init__(self, config: LayerConfig, d_model: int, position: PositionKind) -> None:
         self.config = config
-        sandwich = config.norm_position == 'sandwich'
+        before, after = config.norm_position != 'output', config.norm_position in ('sandwich', 'output')
 
         def norm(wanted: bool) -> Norm | None:
             return Norm(config.norm, d_model) if wanted and config.norm is not None else None
 
         self.mixer = config.mixer.build(d_model, position)
-        self.mixer_norm = norm(True)
-        self.mixer_output_norm = norm(sandwich)
+        self.mixer_norm = norm(before)
+        self.mixer_output_norm = norm(after)
         self.feed_forward = None if config.feed_forward is None else config.feed_forward.build(d_model)
-        self.feed_forward_norm = norm(config.feed_forward is not None and not (config.parallel and config.shared_norm))
-        self.feed_forward_output_norm = norm(config.feed_forward is not None and sandwich)
+        two = config.feed_forward is not None
+        self.feed_forward_norm = norm(two and before and not (config.parallel and config.shared_norm))
+        self.feed_forward_output_norm = norm(two and after)
 
     def __call__(
         self,

@@ -38,16 +38,27 @@ class NormConfig:
 
 
 class Norm(nnx.Module):
-    """Normalisation over the last axis, of `size`. Shapes: x [..., size] -> the same, in the dtype of x.
+    """Normalisation over the last axis, or the last few. Shapes: x [..., *size] -> the same, in the dtype of x.
 
     Args:
-        axis: logical axis of the parameters.
+        size: of the parameters, and of the last axes of x; `axis` names them.
+        over: how many of the last axes are normalised together.
     """
 
-    def __init__(self, config: NormConfig, size: int, axis: str = 'embed') -> None:
+    def __init__(
+        self,
+        config: NormConfig,
+        size: int | tuple[int, ...],
+        axis: str | tuple[str, ...] = 'embed',
+        *,
+        over: int = 1,
+    ) -> None:
         self.config = config
-        self.scale = parameter((size,), (axis,), Role.VECTOR, outputs=(0,), constant=0.0 if config.unit_offset else 1.0)
-        self.bias = bias((size,), (axis,)) if config.bias else None
+        self.over = over
+        shape, axes = (size,) if isinstance(size, int) else size, (axis,) if isinstance(axis, str) else axis
+        outputs = tuple(range(len(shape)))
+        self.scale = parameter(shape, axes, Role.VECTOR, outputs=outputs, constant=0.0 if config.unit_offset else 1.0)
+        self.bias = bias(shape, axes) if config.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # The backward pass keeps x and computes the statistics again.
@@ -56,10 +67,11 @@ class Norm(nnx.Module):
 
     def _normalize(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
         dtype = x.dtype
+        axes = tuple(range(-self.over, 0))
         x = x.astype(jnp.promote_types(dtype, jnp.float32))
         if self.config.kind == 'layer':
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.epsilon)
+            x = x - jnp.mean(x, axis=axes, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + self.config.epsilon)
         scale = scale.astype(x.dtype)
         x = x * (1 + scale if self.config.unit_offset else scale)
         if bias is not None:

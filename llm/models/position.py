@@ -2,12 +2,90 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from llm.errors import UserError
 
 PositionKind = Literal['rope', 'alibi', 'learned', 'sinusoidal', 'none']
+ScalingKind = Literal['none', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope']
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class RotaryScaling:
+    """How rotation is slowed down for rows that are longer than those of pretraining.
+
+    Attributes:
+        kind:
+            'linear': every frequency / factor (Chen et al. 2023, "Position Interpolation", eq. 4).
+            'dynamic': from rows of `original_length` on, a larger base, so that the slowest frequency falls with the
+            length of the row and the fastest stays (bloc97 and emozilla 2023, "dynamic NTK").
+            'llama3': slow frequencies / factor, fast ones as they are, those between in part (Llama 3.1).
+            'yarn': the same with a ramp over dimensions (Peng et al. 2023, YaRN, section 3.2).
+            'longrope': each frequency / its own factor, one set for rows of up to `original_length`, one for longer
+            ones (Ding et al. 2024, LongRoPE).
+        factor: how many times as long rows may be.
+        original_length: tokens of the rows of pretraining.
+        attention_factor: cosines and sines are multiplied by it, so scores by its square (YaRN, eq. 22; LongRoPE).
+        low_frequency_factor, high_frequency_factor: 'llama3': wavelengths over original_length / low are slow, those
+            under original_length / high fast.
+        beta_fast, beta_slow: 'yarn': the ramp runs between the dimensions that turn this often in original_length.
+        truncate: 'yarn': whether the ends of the ramp are whole dimensions.
+        short_factors, long_factors: 'longrope': a number for each pair of dimensions.
+    """
+
+    kind: ScalingKind = 'none'
+    factor: float = 1.0
+    original_length: int = 0
+    attention_factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = 'RotaryScaling'
+        if self.kind not in get_args(ScalingKind):
+            raise UserError(
+                f'kind is {self.kind!r}', where=where, fix=f'Use one of {", ".join(get_args(ScalingKind))}.'
+            )
+        if self.factor < 1 or self.attention_factor <= 0:
+            raise UserError(
+                f'factor is {self.factor}, attention_factor {self.attention_factor}',
+                where=where,
+                fix='Use a factor of at least 1 and a positive attention_factor.',
+            )
+        if self.kind in ('dynamic', 'llama3', 'yarn', 'longrope') and self.original_length < 1:
+            raise UserError(
+                f'original_length is {self.original_length}', where=where, fix='Set the length of pretraining.'
+            )
+        if self.kind == 'llama3' and not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            raise UserError(
+                f'low_frequency_factor {self.low_frequency_factor} is not below high_frequency_factor '
+                f'{self.high_frequency_factor}',
+                where=where,
+                fix='Let 0 < low < high.',
+            )
+        if self.kind == 'yarn' and not 0 < self.beta_slow < self.beta_fast:
+            raise UserError(
+                f'beta_slow {self.beta_slow} is not below beta_fast {self.beta_fast}',
+                where=where,
+                fix='Let 0 < beta_slow < beta_fast.',
+            )
+        factors = self.short_factors + self.long_factors
+        if (self.kind == 'longrope') != bool(factors) or any(not factor > 0 for factor in factors):
+            raise UserError(
+                f'kind {self.kind!r} with {len(self.short_factors)} short_factors and {len(self.long_factors)} '
+                'long_factors',
+                where=where,
+                fix="Give positive ones to 'longrope' and none to others.",
+            )
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -18,23 +96,68 @@ class Rotary:
         head_dim: K.
         base: the wavelengths run from 2 pi to about 2 pi base.
         fraction: part of the head that is rotated; the rest carries no position (GPT-J, GPT-NeoX).
+        scaling: for longer rows.
     """
 
     head_dim: int
     base: float
     fraction: float
+    scaling: RotaryScaling = RotaryScaling()
 
     @property
     def size(self) -> int:
         """Number of rotated dimensions."""
         return int(self.head_dim * self.fraction)
 
+    def slowing(self, length: int) -> np.ndarray:
+        """What each frequency is multiplied by in rows of `length` tokens, [size / 2]. See RotaryScaling."""
+        scaling, size = self.scaling, self.size
+        exponents = np.arange(0, size, 2) / size
+        match scaling.kind:
+            case 'none':
+                return np.ones(size // 2)
+            case 'linear':
+                return np.full(size // 2, 1 / scaling.factor)
+            case 'dynamic':
+                times = max(length, scaling.original_length) / scaling.original_length
+                return (scaling.factor * times - (scaling.factor - 1)) ** (-exponents * size / (size - 2))
+            case 'llama3':
+                turns = scaling.original_length * self.base**-exponents / (2 * math.pi)
+                low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+                kept = np.clip((turns - low) / (high - low), 0, 1)
+            case 'yarn':
+                # The dimension, counted in pairs, that turns so often in original_length.
+                ends = [
+                    size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+                    for turns in (scaling.beta_fast, scaling.beta_slow)
+                ]
+                if scaling.truncate:
+                    ends = [math.floor(ends[0]), math.ceil(ends[1])]
+                low, high = max(ends[0], 0), min(ends[1], size - 1)
+                # As the authors' code: a ramp of no length would divide by zero.
+                kept = 1 - np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
+            case 'longrope':
+                return 1 / np.array(scaling.long_factors if length > scaling.original_length else scaling.short_factors)
+        return kept + (1 - kept) / scaling.factor
 
-def rotary_table(rotary: Rotary, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., S, size / 2] of the rotation angles at `positions` [..., S]."""
+
+def rotary_table(
+    rotary: Rotary, positions: jax.Array, dtype: jnp.dtype, length: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., S, size / 2] of the rotation angles at `positions` [..., S].
+
+    Args:
+        length: of the rows, for scalings that depend on it; default S. When decoding it must be one number from the
+            first token to the last (the cache's length), or keys would be turned by other angles than queries.
+    """
     exponents = jnp.arange(0, rotary.size, 2, dtype=dtype) / rotary.size
-    angles = positions[..., None].astype(dtype) * rotary.base**-exponents
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies = rotary.base**-exponents
+    if rotary.scaling.kind != 'none':
+        frequencies *= jnp.asarray(rotary.slowing(positions.shape[-1] if length is None else length), dtype)
+    angles = positions[..., None].astype(dtype) * frequencies
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    factor = rotary.scaling.attention_factor
+    return (cosines, sines) if factor == 1 else (cosines * factor, sines * factor)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
