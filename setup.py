@@ -31,6 +31,8 @@ CORE = [
     'importlib_resources',
     'tokenizers',
     'tiktoken',
+    # Chat templates. Earlier releases have known ways out of the sandbox.
+    'jinja2>=3.1.6',
     'pyarrow',
     'zstandard',
 ]

@@ -3,6 +3,9 @@
 import importlib
 import importlib.util
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile many small programs and run each once: the compiler's optimisation of machine code does not pay.
@@ -19,3 +22,11 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # PyPI's build of torch brings triton (the CPU build does not). Loaded after TensorFlow its library crashes the process.
 if importlib.util.find_spec('triton') is not None:
     importlib.import_module('triton.knobs')
+
+
+@pytest.fixture(scope='session')
+def dev_data() -> Path:
+    """The folder of real data for development: the environment variable LLM_DEV_DATA, or ../shared/data of the repo."""
+    folder = Path(os.environ.get('LLM_DEV_DATA', Path(__file__).parents[2] / 'shared' / 'data'))
+    assert folder.is_dir(), f'{folder} is missing: set LLM_DEV_DATA to the folder of real data'
+    return folder

@@ -20,8 +20,8 @@ _KINDS: dict[str, type[Vocabulary]] = {
 
 def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary at a path, whatever its kind: a directory that `Vocabulary.save` wrote, a run directory that has
-    it as vocabulary/, a Hugging Face directory, a directory with GPT-2's or tiktoken's files; or one file of a tokenizer,
-    a tokenizer.json, a SentencePiece model or the ranks of tiktoken.
+    it as vocabulary/, a Hugging Face directory, a directory with GPT-2's or tiktoken's files; or one file of a
+    tokenizer: a tokenizer.json, a SentencePiece model or the ranks of tiktoken.
 
     Raises UserError where there is none, and where a file is damaged or does not fit the others.
     """

@@ -152,8 +152,13 @@ class SentencePieceVocabulary(Vocabulary):
     def _encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
         if self.lossless:
             return super()._encode_with_spans(text)
-        pieces = self._processor.encode(text, out_type='immutable_proto').pieces
-        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+        pieces = self._processor.encode(text, return_type='proto').pieces
+        character_of = [i for i, character in enumerate(text) for _ in character.encode()] + [len(text)]
+        spans: Spans = []
+        for piece in reversed(pieces):  # of the bytes of a character, only the last has its place
+            within = piece.begin == piece.end and spans and self._processor.is_byte(piece.id)
+            spans.append(spans[-1] if within else (character_of[piece.begin], character_of[piece.end]))
+        return [piece.id for piece in pieces], spans[::-1]
 
     def _piece_bytes(self, token: int) -> bytes:
         if self._processor.is_byte(token):

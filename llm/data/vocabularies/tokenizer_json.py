@@ -26,8 +26,8 @@ class TokenizerJson(Vocabulary):
 
     Args:
         content: of the file.
-        roles: names of the tokens that are pad, eos, bos and unk. They count as special, whatever the file says. Without
-            one for unk, the file's own.
+        roles: names of the tokens that are pad, eos, bos and unk. They count as special, whatever the file says.
+            Without one for unk, the file's own.
 
     Raises UserError where `tokenizers` cannot run the file, or it lacks a token of a role.
 
@@ -47,9 +47,9 @@ class TokenizerJson(Vocabulary):
         self._described = described
         named = {role: name for role, name in roles.items() if name is not None}
         plain = self._build(described)
-        if 'unk' not in named and (unknown := _unknown_token(described['model'])) is not None:
-            if plain.token_to_id(unknown) is not None:
-                named['unk'] = unknown
+        unknown = named.get('unk', _unknown_token(described['model']))
+        if unknown is not None and plain.token_to_id(unknown) is not None:
+            named['unk'] = unknown
         for role, name in named.items():
             if plain.token_to_id(name) is None:
                 raise UserError(f'has no token {name!r}, which is named as its {role}', fix=_REPAIR)

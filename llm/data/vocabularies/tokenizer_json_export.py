@@ -1,7 +1,8 @@
 """Vocabularies of every kind as a tokenizer.json, which `tokenizers` and transformers run, with the same ids.
 
-Two differences remain, both of how the file is used: in a text, `tokenizers` takes the names of special tokens for these
-unless told otherwise; and it cannot tell a true '▁' from a space, as SentencePiece itself cannot.
+What differs: in a text, `tokenizers` takes the names of special tokens for these unless told otherwise; it cannot tell
+a true '▁' from a space, as SentencePiece itself cannot; and where a model of SentencePiece adds a space before a text,
+it adds one behind every piece that its maker defined, too.
 """
 
 from collections.abc import Callable, Iterable, Mapping

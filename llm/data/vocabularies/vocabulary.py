@@ -88,7 +88,7 @@ class Vocabulary(abc.ABC):
         return [token for segment in self._segments(text) for token in self.encode_segment(segment).tolist()]
 
     def encode_marked(self, text: str) -> tuple[list[int], Spans]:
-        """The ids of a text in which the names of special tokens stand for these, as in a rendered chat, and their spans.
+        """The ids of a text in which names of special tokens stand for these, as in a rendered chat, and their spans.
 
         Only for text that a program wrote: whoever writes '<eos>' in such a text ends the document.
         """
