@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm.configuration import load_job
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import Role, count_parameters, named_specs, parameter_specs
 
@@ -13,6 +14,7 @@ FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
 PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
 AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
 AXES |= {'experts', 'routes', 'latent'}
+AXES |= {'convolution', 'dt_rank', 'state', 'groups'}
 
 # As published, or as the weights that the authors released add up to.
 PUBLISHED = {
@@ -26,6 +28,16 @@ PUBLISHED = {
     'qwen3_30b_a3b': 30_532_122_624,
     'olmoe_7b': 6_919_161_856,
     'deepseek_v2_lite': 15_706_484_224,
+    'mamba_130m': 129_135_360,
+    'mamba_370m': 371_516_416,
+    'mamba_790m': 793_204_224,
+    'mamba_1_4b': 1_372_178_432,
+    'mamba_2_8b': 2_768_345_600,
+    'mamba2_130m': 128_989_632,
+    'mamba2_370m': 368_346_624,
+    'mamba2_780m': 780_161_280,
+    'mamba2_1_3b': 1_343_757_312,
+    'mamba2_2_7b': 2_702_599_680,
 }
 
 
@@ -58,15 +70,19 @@ def test_every_parameter_is_fully_declared(presets, name):
         assert not set(spec.inputs) & set(spec.outputs), path
         batch = set(range(len(spec.shape))) - set(spec.inputs) - set(spec.outputs)
         assert {spec.axes[i] for i in batch} <= {'layers', 'remainder', 'experts'}, path
-        assert bool(spec.inputs) == (spec.role is not Role.VECTOR), path
-        assert (spec.constant is None) == (spec.role is not Role.VECTOR), path
+        vector = spec.role is Role.VECTOR
+        # The taps of a convolution are its fan-in, the same at every width.
+        assert bool(spec.inputs) == (not vector or 'convolution' in spec.axes), path
+        assert vector or spec.constant is None, path
+        assert not vector or spec.constant is not None or spec.start is not None, path
 
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_base_shapes_of_mup_have_the_same_parameters(presets, name):
     config = presets[name]
     specs = named_specs(parameter_specs(Decoder(config)))
-    ratio = min(4, *(layer.mixer.num_kv_heads for layer in config.pattern))  # small_cpu has two heads
+    heads = (layer.mixer.num_kv_heads for layer in config.pattern if isinstance(layer.mixer, AttentionConfig))
+    ratio = min(4, *heads, 4)  # small_cpu has two heads
     base = dict(named_specs(parameter_specs(Decoder(config.at_width(config.d_model // ratio)))))
     assert [path for path, _ in specs] == list(base)
     for path, spec in specs:
