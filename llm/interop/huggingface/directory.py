@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from llm.models.parameters import parameter_specs
 
 SETTINGS = 'config.json'
 StoredType = Literal['float32', 'bfloat16', 'float16']
+_MOST_NAMED = 5
 _NAMES: dict[StoredType, str] = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 
 # A piece of our array `path` at an index along its leading axes.
@@ -72,9 +73,9 @@ def open_directory(directory: str | Path, ignored_settings: tuple[str, ...] = ()
     content = read_json(file)
     family = _family(content, str(file))
     config, sequence_length = read_settings(content, family, str(file), ignored_settings)
-    tensors = _canonical(open_checkpoint(directory), family)
     specs = parameter_specs(Decoder(config))
     table = family_links(family, config, specs)
+    tensors = _canonical(open_checkpoint(directory), family, {link.name for link in table})
     ignored = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.ignored)]
     if config.tied_embeddings:
         # Some programs write the tied table twice; transformers does not look at the second.
@@ -131,11 +132,13 @@ def _family(content: Mapping[str, Any], where: str) -> Family:
     return family
 
 
-def _canonical(tensors: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+def _canonical(
+    tensors: Mapping[str, StoredTensor], family: Family, expected: Collection[str]
+) -> dict[str, StoredTensor]:
     """The tensors by full name: older checkpoints, and those of a model without a head, leave out the prefix."""
     if any(name.startswith(family.prefix) for name in tensors):
         return dict(tensors)
-    return {name if name.startswith('lm_head.') else family.prefix + name: x for name, x in tensors.items()}
+    return {family.prefix + name if family.prefix + name in expected else name: x for name, x in tensors.items()}
 
 
 def find_family(config: DecoderConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
@@ -151,34 +154,36 @@ def find_family(config: DecoderConfig, model_type: str | None = None) -> tuple[F
         raise UserError(
             f'there is no family {model_type!r}', where='model_type', fix=f'Use one of {", ".join(sorted(FAMILIES))}.'
         )
-    reasons: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
+    distances: dict[str, int] = {}
     for name, family in FAMILIES.items():
         if model_type in (None, name):
-            reason, settings = _describe(family, config)
-            if not reason:
+            differences, settings = _describe(family, config)
+            if not differences:
                 return family, settings
-            reasons[name] = reason
-    if model_type is not None:
-        why = f'a {model_type} model cannot be so: {reasons[model_type]}'
-    else:
-        closest = min(reasons, key=lambda name: len(reasons[name]))
-        why = f'no family can describe this model; {closest} comes closest, but cannot be so: {reasons[closest]}'
+            # Settings are empty for a model of another kind, which the family cannot even begin to describe.
+            reasons[name], distances[name] = differences, len(differences) if settings else 100
+    closest = model_type or min(distances, key=lambda name: distances[name])
+    differences = reasons[closest]
+    more = f'; and {len(differences) - _MOST_NAMED} more' if len(differences) > _MOST_NAMED else ''
+    why = f'the model is no {closest}' + ('' if model_type else ', which is the closest of all families')
+    why += f': {"; ".join(differences[:_MOST_NAMED])}{more}'
     raise UserError(
         why, where='DecoderConfig', fix="Keep it in llm's own format, or train a model that can be described."
     )
 
 
-def _describe(family: Family, config: DecoderConfig) -> tuple[str, dict[str, Any]]:
-    """Why the family cannot describe the model, '' if it can; and the settings that do."""
+def _describe(family: Family, config: DecoderConfig) -> tuple[list[str], dict[str, Any]]:
+    """How the model differs from any that the family can describe, nothing if it does not; and the settings."""
     try:
         settings = {'model_type': family.model_type, **family.write(config)}
         found, _ = read_settings(settings, family, family.model_type)
     except UserError as error:
-        return error.what, {}
+        return [error.what], {}
     except (AttributeError, TypeError) as error:
         # A layer without feed-forward, norm or heads: `write` assumes what `read` gives.
-        return f'its layers are of another kind ({error})', {}
-    return '; '.join(_differences(described(found), described(config))), settings
+        return [f'its layers are of another kind ({error})'], {}
+    return _differences(described(found), described(config)), settings
 
 
 def _differences(theirs: Any, ours: Any, path: str = '') -> list[str]:

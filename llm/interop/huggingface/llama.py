@@ -1,7 +1,4 @@
-"""Llama and those that keep its names: Mistral, Qwen 2 and 3, SmolLM (1 and 2 are Llama, 3 leaves out some rotations).
-
-`TABLE`, `read` and `write` serve other families that differ from Llama in a setting or a tensor.
-"""
+"""Llama (SmolLM 1 and 2 and many others are of this type), and what families share that keep its names."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +84,7 @@ def read(
         tied: whether embeddings are, if the file does not say.
         model: fields of DecoderConfig.
     """
-    settings.expect(is_encoder_decoder=False, add_cross_attention=False, is_decoder=False, head_bias=False)
+    settings.expect(is_encoder_decoder=False, add_cross_attention=False)
     width, num_layers = settings.take('hidden_size', int), settings.take('num_hidden_layers', int)
     heads = settings.take('num_attention_heads', int)
     if 'head_dim' not in mixer:
@@ -100,15 +97,12 @@ def read(
     feed_forward = feed_forward or FeedForwardConfig(
         settings.take('intermediate_size', int), settings.choose('hidden_act', GATES, 'silu')
     )
-    layers = [
-        LayerConfig(
-            AttentionConfig(**mixer | {'window': windows[i] if windows else None} | (change(i) if change else {})),
-            feed_forward,
-            norm,
-            **layer or {},
-        )
-        for i in range(num_layers)
-    ]
+
+    def mixer_of(index: int) -> AttentionConfig:
+        own = {} if windows is None else {'window': windows[index]}
+        return AttentionConfig(**mixer | own | (change(index) if change else {}))
+
+    layers = [LayerConfig(mixer_of(i), feed_forward, norm, **layer or {}) for i in range(num_layers)]
     return DecoderConfig(
         settings.take('vocab_size', int),
         width,
@@ -123,7 +117,7 @@ def read(
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The settings that all such models have; those of rotation from the first layer."""
     layer = config.pattern[0]
-    mixer: Any = layer.mixer
+    mixer = next((each.mixer for each in config.pattern if each.mixer.rotary.size), layer.mixer)
     feed_forward = all_equal(config, lambda layer: layer.feed_forward)
     gates = {ours: theirs for theirs, ours in reversed(GATES.items())}
     scaling = write_rope(mixer)
@@ -182,9 +176,9 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    mixer: Any = config.pattern[0].mixer
+    layer = config.pattern[0]
     feed_forward = all_equal(config, lambda layer: layer.feed_forward)
-    return write(config) | {'attention_bias': mixer.qkv_bias, 'mlp_bias': feed_forward.bias}
+    return write(config) | {'attention_bias': layer.mixer.qkv_bias, 'mlp_bias': feed_forward.bias}
 
 
 LLAMA = Family('llama', 'LlamaForCausalLM', TABLE, _read_llama, _write_llama)

@@ -17,7 +17,15 @@ HARMLESS = frozenset(
     (
         *('_name_or_path', 'architectures', 'model_type', 'transformers_version', 'auto_map', 'name_or_path'),
         *('dtype', 'torch_dtype', 'use_cache', 'cache_implementation', 'attn_implementation', '_attn_implementation'),
-        *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id', 'sep_token_id', 'decoder_start_token_id'),
+        *(
+            'bos_token_id',
+            'eos_token_id',
+            'pad_token_id',
+            'unk_token_id',
+            'sep_token_id',
+            'decoder_start_token_id',
+            'is_decoder',
+        ),
         *('initializer_range', 'attention_dropout', 'hidden_dropout', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop'),
         *(
             'residual_dropout',
@@ -92,10 +100,10 @@ class Settings:
             raise UserError(f'{name} is missing', where=self.where, fix='Use the config.json of the checkpoint.')
         return default
 
-    def optional(self, name: str, kind: type[T]) -> T | None:
-        """The value of a setting that may be missing or null."""
+    def optional(self, name: str, kind: type[T], missing: T | None = None) -> T | None:
+        """The value of a setting that may be null, or `missing`."""
         self._known.add(name)
-        value = self._content.get(name)
+        value = self._content.get(name, missing)
         if value is None:
             return None
         if kind is float and type(value) is int:
