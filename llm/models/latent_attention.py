@@ -135,7 +135,8 @@ class LatentAttention(nnx.Module):
         first = config.query_latent
         self.query_down = None if first is None else inward(d_model, ('embed', 'latent'), first)
         self.query_norm = None if first is None else Norm(config.norm, first, 'latent')
-        self.query = inward(first or d_model, ('embed' if first is None else 'latent', *heads), h, k)
+        self.query = inward(d_model, ('embed', *heads), h, k) if first is None else None
+        self.query_up = None if first is None else inward(first, ('latent', *heads), h, k)
         self.latent = inward(d_model, ('embed', 'latent'), r, branch=True)
         self.latent_norm = Norm(config.norm, r, 'latent')
         self.rotary_key = inward(d_model, ('embed', 'head_dim'), config.rotary_dim)
@@ -151,11 +152,7 @@ class LatentAttention(nnx.Module):
         """Attend to the row itself or, with `cache`, to the `repeat`-th entry of the cache after storing the row."""
         config, dtype = self.config, x.dtype
         table = context.rotary[config.rotary]
-        source = x
-        if self.query_down is not None and self.query_norm is not None:
-            source = self.query_norm(jnp.einsum('BSD,DR->BSR', x, self.query_down[...].astype(dtype)))
-        query = jnp.einsum('BSD,DHK->BSHK', source, self.query[...].astype(dtype))
-        query = constrain(query, ('batch', 'sequence', 'heads', 'head_dim'))
+        query = constrain(self._query(x), ('batch', 'sequence', 'heads', 'head_dim'))
         plain, rotated = query[..., : config.plain_dim], query[..., config.plain_dim :]
         rotated = self._rotate(rotated, table)
         latent = self.latent_norm(jnp.einsum('BSD,DR->BSR', x, self.latent[...].astype(dtype)))
@@ -174,6 +171,13 @@ class LatentAttention(nnx.Module):
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
         y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(dtype))
         return constrain(y, ('batch', 'residual', 'embed')), cache
+
+    def _query(self, x: jax.Array) -> jax.Array:
+        if self.query is not None:
+            return jnp.einsum('BSD,DHK->BSHK', x, self.query[...].astype(x.dtype))
+        assert self.query_down is not None and self.query_norm is not None and self.query_up is not None
+        latent = self.query_norm(jnp.einsum('BSD,DR->BSR', x, self.query_down[...].astype(x.dtype)))
+        return jnp.einsum('BSR,RHK->BSHK', latent, self.query_up[...].astype(x.dtype))
 
     def _absorbing(self, queries: int) -> bool:
         """Whether products with the latent itself are fewer than making all keys and values anew."""

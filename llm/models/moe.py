@@ -100,19 +100,54 @@ class MoeConfig:
         return dataclasses.replace(self, expert=self.expert.scaled(ratio), shared=shared)
 
 
+class Experts(nnx.Module):
+    """Feed-forward networks of one shape, side by side. See FeedForward."""
+
+    def __init__(self, config: FeedForwardConfig, num_experts: int, d_model: int) -> None:
+        self.config = config
+        inward, outward = (num_experts, d_model, config.d_ff), (num_experts, config.d_ff, d_model)
+        hidden = functools.partial(parameter, role=Role.HIDDEN, inputs=(1,), outputs=(2,))
+        self.gate = hidden(inward, self.axes['gate'], branch=True) if config.gated else None
+        self.up = hidden(inward, self.axes['up'], branch=True)
+        self.down = hidden(outward, self.axes['down'], residual=True)
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """Logical axes of the matrices by name."""
+        inward, outward = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
+        return {'gate': inward, 'up': inward, 'down': outward}
+
+    def matrices(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """[E, ...] by name, in the type of the products."""
+        named = {'gate': self.gate, 'up': self.up, 'down': self.down}
+        return {name: weight[...].astype(dtype) for name, weight in named.items() if weight is not None}
+
+    def __call__(self, matrices: dict[str, jax.Array], rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """What each expert makes of its rows, [R, D] -> the same; see grouped_matmul.
+
+        Args:
+            matrices: parts of `matrices()`, of some experts. sizes: rows of each of those.
+        """
+        product = functools.partial(grouped_matmul, sizes=sizes, device=target_device())
+        activation, gated = ACTIVATIONS[self.config.activation]
+
+        def activate(up: jax.Array, gate: jax.Array | None) -> jax.Array:
+            return activation(up) if gate is None else activation(gate) * up
+
+        # The backward pass computes the activation again, as in the feed-forward layer.
+        hidden = jax.checkpoint(activate, prevent_cse=False)(
+            product(rows, matrices['up']), product(rows, matrices['gate']) if gated else None
+        )
+        return product(checkpoint_name(hidden, 'feed_forward_hidden'), matrices['down'])
+
+
 class MixtureOfExperts(nnx.Module):
     """The weighted sum of the chosen experts, and the shared layer. Shapes: x [B, S, D] -> [B, S, D]."""
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:
         self.config = config
-        experts, d_ff = config.num_experts, config.expert.d_ff
-        inward = (experts, d_model, d_ff), ('experts', 'embed', 'mlp')
-        outward = (experts, d_ff, d_model), ('experts', 'mlp', 'embed')
-        self.router = Router(config.router, d_model, experts, config.experts_per_token)
-        hidden = functools.partial(parameter, role=Role.HIDDEN, inputs=(1,), outputs=(2,))
-        self.gate = hidden(*inward, branch=True) if config.expert.gated else None
-        self.up = hidden(*inward, branch=True)
-        self.down = hidden(*outward, residual=True)
+        self.router = Router(config.router, d_model, config.num_experts, config.experts_per_token)
+        self.experts = Experts(config.expert, config.num_experts, d_model)
         self.shared = None if config.shared is None else FeedForward(config.shared, d_model)
         gate = functools.partial(parameter, (d_model, 1), ('embed', 'one'), Role.ROUTER, inputs=(0,), outputs=(1,))
         self.shared_gate = gate() if config.shared_gate else None
@@ -125,15 +160,12 @@ class MixtureOfExperts(nnx.Module):
         if config.dispatch == 'capacity' and context.offset is None:
             capacity = Capacity(config.capacity_factor, config.group_size)
         choices, sums = self.router(x, context, capacity)
-        matrices = {'gate': self.gate, 'up': self.up, 'down': self.down}
-        used = {name: weight[...].astype(x.dtype) for name, weight in matrices.items() if weight is not None}
-        inward, outward = ('experts', 'embed', 'mlp'), ('experts', 'mlp', 'embed')
         y = dispatch(
-            self._experts,
+            self.experts,
             x,
             choices,
-            used,
-            {name: outward if name == 'down' else inward for name in used},
+            self.experts.matrices(x.dtype),
+            self.experts.axes,
             config.num_experts,
             most_rows=None
             if capacity is None
@@ -147,19 +179,6 @@ class MixtureOfExperts(nnx.Module):
                 other = other * jax.nn.sigmoid(jnp.einsum('BSD,DF->BSF', x, self.shared_gate[...].astype(x.dtype)))
             y = y + other
         return y, sums
-
-    def _experts(self, matrices: dict[str, jax.Array], rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        product = functools.partial(grouped_matmul, sizes=sizes, device=target_device())
-        activation, gated = ACTIVATIONS[self.config.expert.activation]
-
-        def activate(up: jax.Array, gate: jax.Array | None) -> jax.Array:
-            return activation(up) if gate is None else activation(gate) * up
-
-        # The backward pass computes the activation again, as in the feed-forward layer.
-        hidden = jax.checkpoint(activate, prevent_cse=False)(
-            product(rows, matrices['up']), product(rows, matrices['gate']) if gated else None
-        )
-        return product(checkpoint_name(hidden, 'feed_forward_hidden'), matrices['down'])
 
     def _most_rows(self, capacity: Capacity, row: int, zigzag: bool, length: int, rows: int) -> int:
         """Choices of one expert that are kept among `rows` pieces of `length` tokens of rows of length `row`.

@@ -10,7 +10,7 @@ balanced experts need one round. The rounds are a loop whose backward pass is th
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def dispatch(
     x: jax.Array,
     choices: Choices,
     matrices: dict[str, jax.Array],
-    axes: dict[str, Axes],
+    axes: Mapping[str, Axes],
     num_experts: int,
     *,
     most_rows: Callable[[int, int], int] | None = None,

@@ -29,7 +29,7 @@ def dense(layer: MixtureOfExperts, x: jax.Array, weights: jax.Array) -> jax.Arra
     """Every expert on every token, times weights [B, S, E]."""
     total = jnp.zeros_like(x)
     for e in range(layer.config.num_experts):
-        up = x @ layer.up[...][e]
-        hidden = up if layer.gate is None else jax.nn.silu(x @ layer.gate[...][e]) * up
-        total = total + weights[..., e : e + 1] * (hidden @ layer.down[...][e])
+        up = x @ layer.experts.up[...][e]
+        hidden = up if layer.experts.gate is None else jax.nn.silu(x @ layer.experts.gate[...][e]) * up
+        total = total + weights[..., e : e + 1] * (hidden @ layer.experts.down[...][e])
     return total

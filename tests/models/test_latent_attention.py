@@ -48,7 +48,7 @@ def test_formula(query_latent, neighbours):
         source = x
         if query_latent:
             source = norm(x @ p['query_down'], p['query_norm']['scale'])
-        query = np.einsum('bsd,dhk->bshk', source, p['query'])
+        query = np.einsum('bsd,dhk->bshk', source, p['query_up' if query_latent else 'query'])
         latent = norm(x @ p['latent'], p['latent_norm']['scale'])
         plain_key = np.einsum('bsr,rhk->bshk', latent, p['key'])
         value = np.einsum('bsr,rhk->bshk', latent, p['value'])

@@ -82,9 +82,9 @@ def test_layer_and_gradient_equal_every_expert_on_every_token(config):
             return jnp.sum(jnp.sin(y))
 
         def dense_of(layer, x, weights):
-            if layer.gate is None:
+            if layer.experts.gate is None:
                 y = sum(
-                    weights[..., e, None] * (jax.nn.relu(x @ layer.up[...][e]) @ layer.down[...][e])
+                    weights[..., e, None] * (jax.nn.relu(x @ layer.experts.up[...][e]) @ layer.experts.down[...][e])
                     for e in range(config.num_experts)
                 )
             else:

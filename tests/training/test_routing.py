@@ -132,5 +132,7 @@ def test_leading_layers_come_first():
         state, found = trainer.train_step(jax.tree.map(jnp.asarray, state), batch())
     for name, value in metrics.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
-    ours = after['layers']['0']['feed_forward']['down'][1]
-    np.testing.assert_allclose(state['parameters']['layers']['2']['feed_forward']['down'][0], ours, atol=1e-12)
+    ours = after['layers']['0']['feed_forward']['experts']['down'][1]
+    np.testing.assert_allclose(
+        state['parameters']['layers']['2']['feed_forward']['experts']['down'][0], ours, atol=1e-12
+    )

@@ -4,6 +4,8 @@ To add one: a file beside this one with its table, `read` and `write` (see `fami
 tests/interop/huggingface/models.py, which then holds it to transformers.
 """
 
+from llm.interop.huggingface.deepseek_v2 import DEEPSEEK_V2
+from llm.interop.huggingface.experts import MIXTRAL, OLMOE, QWEN3_MOE
 from llm.interop.huggingface.family import Family
 from llm.interop.huggingface.gemma import GEMMA2, GEMMA3
 from llm.interop.huggingface.gpt2 import GPT2
@@ -22,5 +24,6 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GPT2, GPT_NEOX, GEMMA2, GEMMA3, OLMO2, STABLELM, STARCODER2, PHI3),
+        *(MIXTRAL, OLMOE, QWEN3_MOE, DEEPSEEK_V2),
     )
 }

@@ -11,6 +11,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
+from llm.models.moe import MoeConfig
 from llm.models.position import RotaryScaling
 
 
@@ -60,8 +61,11 @@ def described(config: DecoderConfig) -> DecoderConfig:
 
     def layer(index: int) -> LayerConfig:
         found = dataclasses.replace(config.layer(index), dropout=0.0)
+        if isinstance(found.feed_forward, MoeConfig):
+            found = dataclasses.replace(found, feed_forward=_described_experts(found.feed_forward))
         if not isinstance(found.mixer, AttentionConfig):
-            return found  # type: ignore[unreachable]
+            mixer_like = dataclasses.replace(found.mixer, implementation='auto', scale=found.mixer.score_scale)
+            return dataclasses.replace(found, mixer=mixer_like)
         mixer = dataclasses.replace(
             found.mixer, implementation='auto', scale=found.mixer.score_scale, base_head_dim=None
         )
@@ -73,6 +77,7 @@ def described(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(
         config,
         pattern=pattern,
+        leading=(),
         embedding_dropout=0.0,
         compute_dtype='float32',
         scan_layers=True,
@@ -81,6 +86,11 @@ def described(config: DecoderConfig) -> DecoderConfig:
         initialization=Initialization(),
         max_positions=config.max_positions if config.position == 'learned' else None,
     )
+
+
+def _described_experts(moe: MoeConfig) -> MoeConfig:
+    router = dataclasses.replace(moe.router, balance_loss=0.0, z_loss=0.0)
+    return MoeConfig(moe.num_experts, moe.experts_per_token, moe.expert, moe.shared, moe.shared_gate, router)
 
 
 def all_equal(config: DecoderConfig, what: Callable[[LayerConfig], Any]) -> Any:

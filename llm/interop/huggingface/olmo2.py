@@ -10,12 +10,15 @@ from llm.interop.tables import Row
 from llm.models.decoder import DecoderConfig
 from llm.models.normalization import NormConfig
 
+QK_NORM_ALL_HEADS = (
+    Row('mixer/query_norm/scale', f'{llama.LAYER}.self_attn.q_norm.weight', '(H K) -> H K'),
+    Row('mixer/key_norm/scale', f'{llama.LAYER}.self_attn.k_norm.weight', '(G K) -> G K'),
+)
 _TABLE = (
     *llama.OUTSIDE,
     *llama.ATTENTION,
     *llama.FEED_FORWARD,
-    Row('mixer/query_norm/scale', f'{llama.LAYER}.self_attn.q_norm.weight', '(H K) -> H K'),
-    Row('mixer/key_norm/scale', f'{llama.LAYER}.self_attn.k_norm.weight', '(G K) -> G K'),
+    *QK_NORM_ALL_HEADS,
     *norm_rows(
         {
             'mixer_output_norm': f'{llama.LAYER}.post_attention_layernorm',

@@ -5,7 +5,7 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.interop.huggingface.settings import Settings
-from llm.models.attention import AttentionConfig
+from llm.models.layer import MixerConfig
 from llm.models.position import RotaryScaling
 
 _KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope')
@@ -84,7 +84,7 @@ def rope_fields(
             if attention is None:
                 # YaRN, eq. 22; DeepSeek's two are a quotient of such.
                 scale, over = numbers.get('mscale'), numbers.get('mscale_all_dim')
-                attention = _mscale(factor, scale) / _mscale(factor, over) if scale and over else _mscale(factor, 1.0)
+                attention = mscale(factor, scale) / mscale(factor, over) if scale and over else mscale(factor, 1.0)
             fast, slow = numbers.get('beta_fast') or 32.0, numbers.get('beta_slow') or 1.0
             scaling = RotaryScaling(
                 'yarn', factor, original, attention, beta_fast=fast, beta_slow=slow, truncate=bool(truncate)
@@ -99,7 +99,7 @@ def rope_fields(
     return {'rotary_base': base, 'rotary_fraction': fraction, 'rotary_scaling': scaling}
 
 
-def write_rope(mixer: AttentionConfig) -> dict[str, Any] | None:
+def write_rope(mixer: MixerConfig) -> dict[str, Any] | None:
     """The value of `rope_scaling`."""
     scaling = mixer.rotary_scaling
     original = {'original_max_position_embeddings': scaling.original_length}
@@ -121,7 +121,8 @@ def write_rope(mixer: AttentionConfig) -> dict[str, Any] | None:
     return {'rope_type': scaling.kind, **values, **original}
 
 
-def _mscale(factor: float, scale: float) -> float:
+def mscale(factor: float, scale: float) -> float:
+    """YaRN's temperature for rows `factor` times as long, times `scale` in its exponent (DeepSeek's)."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -13,6 +13,18 @@ import numpy as np
 V, D, H, G, F, L, S = 64, 32, 4, 2, 48, 3, 20
 SIZES = {'vocab_size': V, 'hidden_size': D, 'num_hidden_layers': L, 'num_attention_heads': H, 'intermediate_size': F}
 GROUPED = SIZES | {'num_key_value_heads': G}
+LATENT = {
+    'kv_lora_rank': 12,
+    'qk_nope_head_dim': 8,
+    'qk_rope_head_dim': 4,
+    'v_head_dim': 8,
+    'n_routed_experts': 8,
+    'num_experts_per_tok': 2,
+    'n_shared_experts': 2,
+    'moe_intermediate_size': 20,
+    'first_k_dense_replace': 1,
+    'max_position_embeddings': 128,
+}
 # No token that ends or fills anything: all ids are as good as another.
 TOKENS = {'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}
 
@@ -117,6 +129,24 @@ CASES: dict[str, Case] = {
         'StableLm',
         GROUPED | {'qk_layernorm': True, 'use_parallel_residual': True} | rope(partial_rotary_factor=0.5),
     ),
+    'mixtral': Case('Mixtral', GROUPED | {'num_local_experts': 5, 'num_experts_per_tok': 2} | rope()),
+    'olmoe': Case('Olmoe', GROUPED | {'num_experts': 6, 'num_experts_per_tok': 3} | rope()),
+    'qwen3_moe': Case(
+        'Qwen3Moe',
+        GROUPED
+        | {'head_dim': 6, 'num_experts': 6, 'num_experts_per_tok': 3, 'moe_intermediate_size': 20}
+        | {'norm_topk_prob': True, 'mlp_only_layers': [1]}
+        | rope(),
+    ),
+    'deepseek_v2': Case('DeepseekV2', SIZES | LATENT | {'q_lora_rank': None} | rope()),
+    'deepseek_v2 groups, query latent, yarn': Case(
+        'DeepseekV2',
+        SIZES
+        | LATENT
+        | {'q_lora_rank': 10, 'first_k_dense_replace': 0, 'routed_scaling_factor': 2.0}
+        | {'topk_method': 'group_limited_greedy', 'n_group': 4, 'topk_group': 2}
+        | rope('yarn', beta_fast=4.0, mscale=0.8, mscale_all_dim=0.7, **_slow(4.0, 32)),
+    ),
     'starcoder2': Case('Starcoder2', GROUPED | {'sliding_window': 6} | rope()),
     'starcoder2 untied': Case('Starcoder2', GROUPED | {'tie_word_embeddings': False, 'use_bias': False} | rope()),
 }
@@ -141,6 +171,23 @@ def make(name: str) -> tuple[Any, Path]:
     with quiet():
         model.save_pretrained(directory)
     return model, directory
+
+
+def by_file_names(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by the names of a model's parameters, by those of its files: transformers 5 stacks experts in memory."""
+    mixtral = model.config.model_type == 'mixtral'
+    gate, up, down = ('w1', 'w3', 'w2') if mixtral else ('gate_proj', 'up_proj', 'down_proj')
+    found = {}
+    for name, array in arrays.items():
+        block, _, matrix = name.partition('.experts.')
+        block = block.replace('.mlp', '.block_sparse_moe') if mixtral else block
+        if not matrix or 'shared' in matrix:
+            found[name.replace('.mlp', '.block_sparse_moe') if mixtral else name] = array
+            continue
+        for expert, each in enumerate(array):
+            parts = {down: each} if matrix == 'down_proj' else dict(zip((gate, up), np.split(each, 2), strict=True))
+            found |= {f'{block}.experts.{expert}.{part}.weight': x for part, x in parts.items()}
+    return found
 
 
 def load(directory: Path) -> Any:

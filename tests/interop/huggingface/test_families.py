@@ -72,10 +72,15 @@ def test_logits_loss_and_gradients(name):
     assert float(loss) == pytest.approx(theirs.loss.item(), rel=TOLERANCE)
 
     # Their gradients by the names of their files: transformers calls the head of GPT-NeoX otherwise in memory.
-    named = {
-        name.replace('lm_head', 'embed_out') if oracle.config.model_type == 'gpt_neox' else name: parameter.grad.numpy()
-        for name, parameter in oracle.named_parameters()
-    }
+    named = models.by_file_names(
+        oracle,
+        {
+            name.replace('lm_head', 'embed_out')
+            if oracle.config.model_type == 'gpt_neox'
+            else name: parameter.grad.numpy()
+            for name, parameter in oracle.named_parameters()
+        },
+    )
     ours = {name: np.zeros_like(array) for name, array in named.items()}
     for link in family_links(checkpoint.family, checkpoint.config, checkpoint.specs):
         link.write(ours[link.name], np.asarray(leaf(gradient, link.path)[link.index]))
