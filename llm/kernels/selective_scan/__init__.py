@@ -1,13 +1,15 @@
 """The selective scan of Mamba (Gu and Dao 2023): a linear recurrence of each channel, whose rates follow the input."""
 
-from typing import Any, Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.kernels.row_pieces import join, previous_state, segment_starts, split
-from llm.kernels.selective_scan import chunked, reference
+from llm.kernels.selective_scan import chunked, pallas_tpu, reference
 
 Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
 
@@ -21,6 +23,15 @@ def choose(implementation: Implementation, device: jax.Device, length: int) -> I
     if length == 1:  # decoding: nothing to cut up
         return 'reference'
     return 'pallas_tpu' if device.platform == 'tpu' else 'chunked'
+
+
+def _implementation(name: Implementation, device: jax.Device) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    if name == 'pallas_tpu':
+        # Without a TPU it is interpreted.
+        return functools.partial(
+            pallas_tpu.selective_scan, tpu=device.device_kind if device.platform == 'tpu' else None
+        )
+    return reference.selective_scan if name == 'reference' else chunked.selective_scan
 
 
 def selective_scan(
@@ -68,8 +79,9 @@ def selective_scan(
     else:
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     initial = jnp.zeros((rows, a.shape[0], channels), dtype) if initial_state is None else initial_state.astype(dtype)
-    scan: Any = reference if choose(implementation, device, length) == 'reference' else chunked
-    y, final = scan.selective_scan(x, dt.astype(dtype), a, b, c, starts, initial)
+    y, final = _implementation(choose(implementation, device, length), device)(
+        x, dt.astype(dtype), a, b, c, starts, initial
+    )
     if sequence_axis is not None:
         if initial_state is not None:
             raise ValueError('a row that is cut along a mesh axis has no initial state')

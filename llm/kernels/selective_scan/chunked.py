@@ -31,9 +31,7 @@ def _decay(a: jax.Array, dt: jax.Array, reset: jax.Array) -> jax.Array:
     return jnp.exp(dt[:, None] * a + reset[:, None, None])
 
 
-def _after(
-    state: jax.Array, a: jax.Array, x: jax.Array, dt: jax.Array, b: jax.Array, reset: jax.Array
-) -> jax.Array:
+def _after(state: jax.Array, a: jax.Array, x: jax.Array, dt: jax.Array, b: jax.Array, reset: jax.Array) -> jax.Array:
     """The next state, [B, N, F]."""
     return _decay(a, dt, reset) * state + (dt * x)[:, None] * b[:, :, None]
 

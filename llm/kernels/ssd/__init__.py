@@ -1,13 +1,15 @@
 """State space duality, the recurrence of Mamba-2 (Dao and Gu 2024): one decay per head, so chunks are products."""
 
-from typing import Any, Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.kernels.row_pieces import join, previous_state, segment_starts, split
-from llm.kernels.ssd import chunked, reference
+from llm.kernels.ssd import chunked, pallas_tpu, reference
 
 Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
 
@@ -21,6 +23,13 @@ def choose(implementation: Implementation, device: jax.Device, length: int) -> I
     if length == 1:  # decoding: nothing to cut up
         return 'reference'
     return 'pallas_tpu' if device.platform == 'tpu' else 'chunked'
+
+
+def _implementation(name: Implementation, device: jax.Device) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    if name == 'pallas_tpu':
+        # Without a TPU it is interpreted.
+        return functools.partial(pallas_tpu.ssd, tpu=device.device_kind if device.platform == 'tpu' else None)
+    return reference.ssd if name == 'reference' else chunked.ssd
 
 
 def ssd(
@@ -69,8 +78,7 @@ def ssd(
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     shape = (rows, heads, size, b.shape[-1])
     initial = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    run: Any = reference if choose(implementation, device, length) == 'reference' else chunked
-    y, final = run.ssd(x, dt, a, b, c, starts, initial)
+    y, final = _implementation(choose(implementation, device, length), device)(x, dt, a, b, c, starts, initial)
     if sequence_axis is not None:
         if initial_state is not None:
             raise ValueError('a row that is cut along a mesh axis has no initial state')
