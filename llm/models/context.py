@@ -22,12 +22,20 @@ class Context:
         offset: row index of the first token, [] or [B], when decoding with a cache. Otherwise None, for 0: a number
             would be traced by scans and recomputation, and kernels could not rely on it.
         token_index: [S], index in the row of each token where they do not lie in order; None if they do.
+        bias: [1 or B, H, S, T] added to the scores of self-attention, for position 'relative'; see RelativeBias.
+        global_keys: [B, T] bool or None; tokens that all of their segment see, whatever causal and window say.
+        memory: [B, T, D], what cross-attention reads: the output of the encoder; memory_segment_ids: [B, T] or None,
+            a segment reads the one of its own number. Not needed where a cache holds the keys and values.
     """
 
     segment_ids: jax.Array | None = None
     rotary: dict[Rotary, tuple[jax.Array, jax.Array]] = dataclasses.field(default_factory=dict)
     offset: jax.Array | int | None = None
     token_index: jax.Array | None = None
+    bias: jax.Array | None = None
+    global_keys: jax.Array | None = None
+    memory: jax.Array | None = None
+    memory_segment_ids: jax.Array | None = None
 
 
 def write_cache(cache: jax.Array, new: jax.Array, repeat: jax.Array | int, offset: jax.Array | int | None) -> jax.Array:

@@ -33,19 +33,21 @@ class Head(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """From width to vocabulary: logits are cap(multiplier * hidden @ kernel).
+    """From width to vocabulary: logits are cap(multiplier * hidden @ kernel + bias).
 
     Attributes:
         kernel: [D, V].
         axes: logical axes of the parameter that it is: ('embed', 'vocab'), or of the tied table ('vocab', 'embed').
         multiplier: factor on the logits before the cap.
         soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, section 2); None for no cap.
+        bias: [V], or None.
     """
 
     kernel: jax.Array
     axes: Axes
     multiplier: float
     soft_cap: float | None
+    bias: jax.Array | None = None
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]."""
@@ -55,4 +57,6 @@ class Projection:
         logits = constrain(logits, ('batch', 'sequence', 'vocab'))
         if self.multiplier != 1:
             logits = logits * self.multiplier
+        if self.bias is not None:
+            logits = logits + self.bias.astype(dtype)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

@@ -23,6 +23,7 @@ def run_layers(
     scan: bool = True,
     remat: RematKind = 'none',
     remat_names: tuple[str, ...] = (),
+    shared: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Run the layers of the pattern in turn, `repeats` times.
 
@@ -35,6 +36,8 @@ def run_layers(
         cache: by position, stacked like the layers; see Attention.init_cache.
         scan: one compiled repeat in a loop, rather than all of them one after the other.
         remat, remat_names: see llm.models.remat; one layer is recomputed at a time.
+        shared: all repeats have the same parameters, stored once: their leading axis is 1 (ALBERT, Lan et al. 2020,
+            section 3.1).
 
     Returns:
         x after the last layer, and the cache with the new tokens (None if there was none).
@@ -58,7 +61,17 @@ def run_layers(
 
     if not scan:
         for repeat in range(repeats):
-            x, cache = run_repeat(x, cache, jax.tree.map(operator.itemgetter(repeat), layers), repeat)
+            entry = operator.itemgetter(0 if shared else repeat)
+            x, cache = run_repeat(x, cache, jax.tree.map(entry, layers), repeat)
+        return x, cache
+
+    if shared:
+        only = jax.tree.map(operator.itemgetter(0), layers)
+
+        def again(carry: tuple[jax.Array, Cache | None], repeat: jax.Array) -> tuple[Any, None]:
+            return run_repeat(*carry, only, repeat), None
+
+        (x, cache), _ = jax.lax.scan(again, (x, cache), jnp.arange(repeats))
         return x, cache
 
     def body(carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Any, None]:

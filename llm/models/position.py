@@ -1,4 +1,4 @@
-"""How a model knows the order of its tokens: rotary, ALiBi, sinusoidal (learned positions are an embedding)."""
+"""How a model knows the order of its tokens: rotary, ALiBi, sinusoidal (learned and relative have parameters)."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-PositionKind = Literal['rope', 'alibi', 'learned', 'sinusoidal', 'none']
+PositionKind = Literal['rope', 'alibi', 'learned', 'sinusoidal', 'relative', 'none']
 
 
 @dataclasses.dataclass(frozen=True, order=True)

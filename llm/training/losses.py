@@ -55,6 +55,7 @@ def token_negative_log_likelihood(
         targets,
         multiplier=projection.multiplier,
         soft_cap=projection.soft_cap,
+        bias=projection.bias,
         placement=_placement(projection, targets),
     )
 
@@ -79,6 +80,7 @@ def summed_loss(
         weights,
         multiplier=projection.multiplier,
         soft_cap=projection.soft_cap,
+        bias=projection.bias,
         z_loss=z_loss,
         placement=_placement(projection, targets),
     )
