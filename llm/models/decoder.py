@@ -15,7 +15,7 @@ too, one deep. Whatever runs the layers (scan, loop, pipeline) only indexes thes
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,9 @@ class DecoderConfig:
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
             are set where those are.
     """
+
+    # What its `hidden` reads: the kind of objective that it trains on.
+    batch_kind: ClassVar[Literal['decoder']] = 'decoder'
 
     vocab_size: int
     d_model: int
@@ -123,6 +126,15 @@ class DecoderConfig:
         repeat, position = divmod(index, len(self.pattern))
         return ('layers', str(position), repeat) if repeat < self.repeats else ('remainder', str(position), 0)
 
+    @property
+    def longest(self) -> int | None:
+        """The longest row of tokens; None for any."""
+        return self.max_positions if self.position == 'learned' else None
+
+    def build(self) -> 'Decoder':
+        """The module, of shapes without values."""
+        return Decoder(self)
+
     def at_width(self, d_model: int) -> 'DecoderConfig':
         """The same model at another width: heads and d_ff in proportion (rounded), head size and depth as they are."""
         ratio = Fraction(d_model, self.d_model)
@@ -157,10 +169,16 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
         hidden = self.hidden(
-            inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key, token_index=token_index
+            inputs,
+            positions=positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
+            token_index=token_index,
+            prefix=prefix,
         )
         return self.logits(hidden)
 
@@ -172,6 +190,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """What the logits are computed from: [B, S] -> [B, S, D].
 
@@ -182,6 +201,8 @@ class Decoder(nnx.Module):
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
                 llm.parallel.sharding.SequenceCut.zigzag.
+            prefix: [B, S], not 0 on tokens that all of their segment see, also those before them: the prefix of a
+                prefix language model (Raffel et al. 2020, section 3.2.1).
 
         Raises:
             UserError: S is more than max_positions.
@@ -191,7 +212,11 @@ class Decoder(nnx.Module):
                 positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
             else:
                 positions = segment_positions(segment_ids)
-        context = Context(segment_ids, token_index=None if token_index is None else jnp.asarray(token_index))
+        context = Context(
+            segment_ids,
+            token_index=None if token_index is None else jnp.asarray(token_index),
+            global_keys=None if prefix is None else prefix != 0,
+        )
         return self._run(inputs, positions, context, dropout_key, {})[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

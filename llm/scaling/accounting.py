@@ -15,7 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import Role, named_specs
 from llm.scaling.chips import device_peak_flops
 
@@ -36,12 +40,18 @@ class ParameterCount:
     matmul: int
 
 
-def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
+def count(config: ModelConfig, specs: dict[str, Any]) -> ParameterCount:
     """Parameters of the model; `specs` is its nested dict of ParameterSpec."""
     sizes = dict.fromkeys(Role, 0)
     for _, spec in named_specs(specs):
         sizes[spec.role] += math.prod(spec.shape)
-    tied = config.vocab_size * config.d_model if config.tied_embeddings else 0
+    if isinstance(config, EncoderConfig):
+        tied = config.vocab_size * (config.embedding_size or config.d_model)
+        if config.layers.shared_layers:  # each is multiplied with so many times
+            shared = sum(math.prod(s.shape) for _, s in named_specs(specs['encoder']) if s.role is Role.HIDDEN)
+            tied += (config.layers.repeats - 1) * shared
+    else:
+        tied = config.vocab_size * config.d_model if config.tied_embeddings else 0
     return ParameterCount(
         total=sum(sizes.values()),
         non_embedding=sizes[Role.HIDDEN] + sizes[Role.VECTOR],
@@ -73,15 +83,31 @@ class TokenFlops:
         return 3 * self.forward(causal=causal)
 
 
-def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
-    """FLOPs of the model on rows of `sequence_length` tokens, each row one document."""
+def _attention_layers(config: ModelConfig) -> list[AttentionConfig]:
+    """Every attention of the model, cross-attention too."""
+    if isinstance(config, DecoderConfig):
+        layers = [config.layer(index) for index in range(config.num_layers)]
+    else:
+        stacks = (config.encoder, config.decoder) if isinstance(config, EncoderDecoderConfig) else (config.layers,)
+        layers = [stack.layer(index) for stack in stacks for index in range(stack.num_layers)]
+    cross = [dataclasses.replace(layer.cross, causal=False) for layer in layers if layer.cross is not None]
+    return [layer.mixer for layer in layers] + cross
+
+
+def flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
+    """FLOPs of the model on rows of `sequence_length` tokens, each row one document.
+
+    Of an encoder-decoder: for a token of each side, as if both had rows of this length.
+    """
     attention, causal_attention = 0, 0.0
-    for index in range(config.num_layers):
-        mixer = config.layer(index).mixer
+    for mixer in _attention_layers(config):
         window = sequence_length if mixer.window is None else min(mixer.window, sequence_length)
         # Query t of 1..S sees min(t, window) keys.
         seen = window * (window + 1) // 2 + (sequence_length - window) * window
         per_key = 4 * mixer.num_heads * mixer.head_dim  # two products, two FLOPs a multiply-add
+        if not mixer.causal:
+            window = sequence_length if mixer.window is None else min(2 * mixer.window - 1, sequence_length)
+            seen = window * sequence_length
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
     return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention)

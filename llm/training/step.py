@@ -15,7 +15,9 @@ from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
-Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
+# targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
+# Arrays of the encoder's side of an encoder-decoder have another length.
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -53,15 +55,13 @@ class StepConfig:
 def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
-    decoder = nnx.merge(model, parameters)
-    hidden = decoder.hidden(
-        batch['inputs'],
-        positions=batch['positions'],
-        segment_ids=batch['segment_ids'],
-        dropout_key=dropout_key,
-        token_index=token_order(batch['inputs'].shape[1]),
-    )
-    return summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    module = nnx.merge(model, parameters)
+    arrays = {name: x for name, x in batch.items() if name not in ('targets', 'loss_weights')}
+    orders = {'token_index': token_order(batch['inputs'].shape[1])}
+    if 'encoder_inputs' in batch:
+        orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
+    hidden = module.hidden(**arrays, **orders, dropout_key=dropout_key)
+    return summed_loss(module.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
 
 
 def make_train_step(
