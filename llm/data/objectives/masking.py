@@ -168,7 +168,7 @@ class _Masking:
         return chosen
 
     def _words(self, tokens: npt.NDArray[np.int32], candidates: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """The candidates by word: one begins after a gap, at a token that begins with a space, or after one's end."""
+        """The candidates by word: one begins after a gap, with white space, or after a token that ends with it."""
         assert self.opens is not None and self.closes is not None
         before = candidates[1:] - 1
         begins = (np.diff(candidates) > 1) | self.opens[tokens[candidates[1:]]] | self.closes[tokens[before]]
