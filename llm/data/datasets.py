@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm.data import tasks
-from llm.data.examples import MixedExamples, ShuffledExamples
+from llm.data.examples import FixedExamples, MixedExamples, ShuffledExamples
 from llm.data.index_maps import MixtureSchedule, temperature_rates
+from llm.data.objectives import BatchKind, IndexArray, Objective
 from llm.data.packing import PackedRows, PackingMode, evaluation_plan, training_plan
 from llm.data.sources import ReadCounts, Source, Split
 from llm.data.token_cache import TokenCache, Tokenizer
@@ -31,12 +34,15 @@ class Component:
         source: where the documents come from.
         rate: relative number of rows taken from it; None takes the number that it has (see `DataConfig.temperature`).
         max_epochs: the source is left out once each of its rows was read so many times; None repeats without end.
+        objective: what is made of its rows; None takes that of DataConfig. So one source can be in a mixture under
+            several objectives.
     """
 
     name: str
     source: Source
     rate: float | None = None
     max_epochs: float | None = None
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         if self.rate is not None and not (self.rate > 0 and math.isfinite(self.rate)):
@@ -69,11 +75,13 @@ class EvaluationSet:
     Attributes:
         examples: its rows, for `llm.data.loader.Loader`; rows from `num_rows` on are padding.
         num_rows: how many rows hold it.
-        num_tokens: targets that carry loss, one end of document for each document among them.
-        num_bytes: UTF-8 bytes of its text: bits per byte is the summed loss / ln 2 / num_bytes.
+        num_tokens: of its text, one end of document for each document among them: targets that carry loss, unless an
+            objective says which do.
+        num_bytes: UTF-8 bytes of its text: bits per byte is the summed loss / ln 2 / num_bytes. 0 under an objective,
+            where the loss is not of all the text.
     """
 
-    examples: PackedRows
+    examples: PackedRows | FixedExamples
     num_rows: int
     num_tokens: int
     num_bytes: int
@@ -94,6 +102,8 @@ class DataConfig:
         maximum_rows: see temperature.
         packing: 'best_fit' cuts only documents longer than a row; 'concatenate' cuts the stream anywhere.
         attend_across_documents: let attention and positions run through the documents of a row.
+        objective: what is made of rows of tokens, anew in every epoch; None is causal language modelling. With one, a
+            row's length is the encoder's, and noise in evaluation is always the same.
         seed: of all orders. Another seed is another order of the same rows, and other rows.
         evaluation: sources whose validation split is evaluated; None takes those of `components`.
         evaluation_stride: by how much the window moves over documents longer than a row, None by a whole row without
@@ -108,6 +118,7 @@ class DataConfig:
     maximum_rows: int | None = None
     packing: PackingMode = 'best_fit'
     attend_across_documents: bool = False
+    objective: Objective | None = None
     seed: int = 0
     evaluation: tuple[Component, ...] | None = None
     evaluation_stride: int | None = None
@@ -147,9 +158,13 @@ class DataConfig:
         examples = []
         for component in components:
             cache = self._cache(component, 'train', vocabulary, progress)
-            plan = training_plan(cache, sequence_length, self.packing, self.seed)
-            rows = PackedRows(cache, plan, sequence_length, attend_across_documents=self.attend_across_documents)
-            examples.append(ShuffledExamples(rows, self.seed, component.name))
+            objective = self._objective(component)
+            length, width, room = _row(objective, sequence_length, self.attend_across_documents)
+            plan = training_plan(cache, length, self.packing, self.seed, room)
+            rows = PackedRows(cache, plan, width, attend_across_documents=self.attend_across_documents)
+            functions = [] if objective is None else [objective.bind(vocabulary, sequence_length)]
+            examples.append(ShuffledExamples(rows, self.seed, component.name, functions))
+        _check_same(examples, [component.name for component in components])
         sizes = [example.records.num_rows for example in examples]
         limits = [
             None if component.max_epochs is None else max(1, math.floor(component.max_epochs * size))
@@ -169,12 +184,58 @@ class DataConfig:
         sets = {}
         for component in self.evaluation_components():
             cache = self._cache(component, 'validation', vocabulary, progress)
-            plan, num_bytes = evaluation_plan(cache, sequence_length, self.evaluation_stride, self.evaluation_documents)
+            objective = self._objective(component)
+            length, width, room = _row(objective, sequence_length, False)
+            stride, documents = self.evaluation_stride, self.evaluation_documents
+            plan, num_bytes = evaluation_plan(cache, length, stride, documents, room)
             spans = plan.spans
             num_tokens = int(spans['length'].sum(dtype=int) - spans['context'].sum(dtype=int))
-            rows = PackedRows(cache, plan, sequence_length)
+            packed = PackedRows(cache, plan, width)
+            rows: PackedRows | FixedExamples = packed
+            if objective is not None:
+                rows, num_bytes = FixedExamples(packed, [objective.bind(vocabulary, sequence_length)]), 0
             sets[component.name] = EvaluationSet(rows, plan.num_rows, num_tokens, num_bytes)
         return sets
+
+    def objectives(self) -> list[Objective | None]:
+        """Those of all components; None is causal language modelling."""
+        components = () if isinstance(self.components, SeqioMixture) else self.components
+        found = [self._objective(each) for each in (*components, *(self.evaluation or ()))]
+        return found or [self.objective]
+
+    def kind(self) -> BatchKind:
+        """What the batches are for: a decoder unless an objective says otherwise.
+
+        Raises:
+            UserError: components are for different models, or what is set besides does not go with the objectives.
+        """
+        objectives = self.objectives()
+        kinds: set[BatchKind] = {'decoder' if each is None else each.kind for each in objectives}
+        if len(kinds) > 1:
+            raise UserError(
+                f'objectives are for different models: {", ".join(sorted(kinds))}', where='DataConfig.components'
+            )
+        if any(objectives) and self.evaluation_stride is not None:
+            raise UserError(
+                'a stride gives context to causal language modelling alone',
+                where='DataConfig.evaluation_stride',
+                fix='Leave it out.',
+            )
+        kind = kinds.pop()
+        if kind == 'encoder_decoder' and self.packing == 'concatenate' and not self.attend_across_documents:
+            raise UserError(
+                "packing is 'concatenate', which knows nothing of the room that two sides of a document take",
+                where='DataConfig.packing',
+                fix="Use 'best_fit', or attend_across_documents = True.",
+            )
+        return kind
+
+    def extra_ids(self, vocabulary: Tokenizer) -> int:
+        """How many ids after the vocabulary's the objectives use."""
+        return max(0 if each is None else each.extra_ids(vocabulary) for each in self.objectives())
+
+    def _objective(self, component: Component) -> Objective | None:
+        return self.objective if component.objective is None else component.objective
 
     def training_components(self) -> tuple[Component, ...]:
         """The sources of the training mixture. Imports SeqIO if it is one of SeqIO's."""
@@ -205,6 +266,38 @@ class DataConfig:
         if self.temperature != 1 or self.maximum_rows is not None:
             raise UserError(
                 'temperature and maximum_rows are for components without rates', fix='Leave them out, or the rates.'
+            )
+
+
+def _row(
+    objective: Objective | None, sequence_length: int, attend_across_documents: bool
+) -> tuple[int, int, IndexArray | None]:
+    """How a row of the batch is planned: (what it has room for, tokens of text at most, what pieces take of the room).
+
+    The last is None where every token takes one.
+    """
+    if objective is None:
+        return sequence_length, sequence_length, None
+    longest = objective.window(sequence_length)
+    lengths = np.arange(1, longest + 1)
+    room = objective.room(lengths, sequence_length)
+    if attend_across_documents or np.array_equal(room, lengths):
+        return longest, longest, None
+    most = math.floor(sequence_length * float(np.max(lengths / room)))
+    return sequence_length, most, np.concatenate([[0], room])
+
+
+def _check_same(examples: list[ShuffledExamples], names: list[str]) -> None:
+    """Raises UserError where the rows of a mixture do not have the same arrays."""
+    if all(not each.post_cache for each in examples):
+        return
+    shapes = [{name: row.shape for name, row in each[0].items()} for each in examples]
+    for shape, name in zip(shapes, names, strict=True):
+        if shape != shapes[0]:
+            raise UserError(
+                f'rows of {names[0]} have {shapes[0]} and those of {name} {shape}',
+                where='DataConfig.components',
+                fix='Give their objectives the same target_length.',
             )
 
 

@@ -60,23 +60,31 @@ class ShuffledExamples(Examples):
         self.records, self.post_cache = records, tuple(post_cache)
         self._shuffle = EpochShuffle(records.num_rows, derive_key(seed, 'shuffle', name))
         self._record_seed = derive_key(seed, 'record', name)
-        functions = [getattr(function, '__qualname__', repr(function)) for function in post_cache]
-        self.digest = _digest(records.digest, self._shuffle.key, functions)
+        self.digest = _digest(records.digest, self._shuffle.key, _names(post_cache))
 
     def rows(self, indices: npt.ArrayLike) -> Example:
         epochs, records = self._shuffle.locate(indices)
-        batch = self.records.rows(records)
-        if not self.post_cache:
-            return batch
-        examples = [
-            apply_post_cache(
-                self.post_cache,
-                {name: array[i] for name, array in batch.items()},
-                record_generator(self._record_seed, epoch, record),
-            )
-            for i, (epoch, record) in enumerate(zip(epochs.tolist(), records.tolist(), strict=True))
-        ]
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        return _processed(self.records.rows(records), self.post_cache, self._record_seed, epochs, records)
+
+
+class FixedExamples(Examples):
+    """The records in their order, with post-cache functions that draw the same for each every time: for evaluation.
+
+    As of the records, rows from their number on are padding.
+    """
+
+    num_examples = None
+
+    def __init__(self, records: Records, post_cache: Sequence[PostCache] = ()):
+        self.records, self.post_cache = records, tuple(post_cache)
+        self._record_seed = derive_key(0, 'evaluation record')
+        self.digest = _digest(records.digest, _names(post_cache))
+
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        records = np.minimum(np.asarray(indices, np.int64), self.records.num_rows)
+        return _processed(
+            self.records.rows(records), self.post_cache, self._record_seed, np.zeros_like(records), records
+        )
 
 
 class MixedExamples(Examples):
@@ -97,6 +105,26 @@ class MixedExamples(Examples):
                     batch[name] = np.empty((len(sources), *array.shape[1:]), array.dtype)
                 batch[name][here] = array
         return batch
+
+
+def _processed(
+    batch: Example, functions: Sequence[PostCache], seed: int, epochs: npt.ArrayLike, records: npt.ArrayLike
+) -> Example:
+    """Rows after post-cache functions, each with the randomness of its epoch and record."""
+    if not functions:
+        return batch
+    examples = [
+        apply_post_cache(
+            functions, {name: array[i] for name, array in batch.items()}, record_generator(seed, epoch, record)
+        )
+        for i, (epoch, record) in enumerate(zip(np.asarray(epochs).tolist(), np.asarray(records).tolist(), strict=True))
+    ]
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _names(functions: Sequence[PostCache]) -> list[str]:
+    """What stands for functions in a digest: the repr of a config, the name of a plain function."""
+    return [getattr(function, '__qualname__', repr(function)) for function in functions]
 
 
 def _digest(*parts: object) -> str:

@@ -57,14 +57,18 @@ class Plan:
         return len(self.row_starts) - 1
 
 
-def training_plan(cache: TokenCache, sequence_length: int, mode: PackingMode, seed: int) -> Plan:
+def training_plan(
+    cache: TokenCache, sequence_length: int, mode: PackingMode, seed: int, room: IndexArray | None = None
+) -> Plan:
     """The plan of one epoch; computed at first use and kept beside the cache.
 
     Args:
         sequence_length: S, targets in a row.
         seed: of the order of documents, which decides who shares a row with whom.
+        room: what a piece of so many tokens, from 0 on, takes of a row's S, where that is not its length; the last is
+            the longest piece. For 'best_fit' alone.
     """
-    settings = {'mode': mode, 'sequence_length': sequence_length, 'seed': seed}
+    settings = {'mode': mode, 'sequence_length': sequence_length, 'seed': seed, **_identity(room)}
 
     def compute() -> tuple[npt.NDArray[Any], IndexArray]:
         ends = cache.document_ends()
@@ -72,13 +76,23 @@ def training_plan(cache: TokenCache, sequence_length: int, mode: PackingMode, se
         order = Permutation(len(ends), derive_key(seed, 'document order'))(np.arange(len(ends)))
         if mode == 'concatenate':
             return _concatenate((ends - lengths)[order], lengths[order], sequence_length)
-        return _best_fit(_windows((ends - lengths)[order], lengths[order], sequence_length, 0), sequence_length)
+        longest = sequence_length if room is None else len(room) - 1
+        return _best_fit(_windows((ends - lengths)[order], lengths[order], longest, 0), sequence_length, room)
 
     return _stored(cache, settings, compute)
 
 
+def _identity(room: IndexArray | None) -> dict[str, str]:
+    """What a plan's digest holds of it."""
+    return {} if room is None else {'room': hashlib.sha256(room.astype('<i8').tobytes()).hexdigest()}
+
+
 def evaluation_plan(
-    cache: TokenCache, sequence_length: int, stride: int | None = None, max_documents: int | None = None
+    cache: TokenCache,
+    sequence_length: int,
+    stride: int | None = None,
+    max_documents: int | None = None,
+    room: IndexArray | None = None,
 ) -> tuple[Plan, int]:
     """(plan, bytes of text in it): every token of every document carries loss exactly once, documents apart.
 
@@ -87,6 +101,7 @@ def evaluation_plan(
         stride: how far the window moves over a document longer than S: every window after the first repeats
             S - stride tokens as context. None is S: no repetition.
         max_documents: evaluate only a fixed random choice of so many documents; None for all.
+        room: see `training_plan`; without a stride alone.
     """
     if stride is not None and not 1 <= stride <= sequence_length:
         raise UserError(
@@ -98,13 +113,14 @@ def evaluation_plan(
     if max_documents is not None and max_documents < cache.num_documents:
         chosen = Permutation(cache.num_documents, derive_key('evaluation documents'))(np.arange(max_documents))
         documents = np.sort(chosen)
-    settings = {'evaluation': len(documents), 'sequence_length': sequence_length, 'context': context}
+    settings = {'evaluation': len(documents), 'sequence_length': sequence_length, 'context': context, **_identity(room)}
 
     def compute() -> tuple[npt.NDArray[Any], IndexArray]:
         ends = cache.document_ends()
         lengths = np.diff(ends, prepend=0)
-        windows = _windows((ends - lengths)[documents], lengths[documents], sequence_length, context)
-        return _best_fit(windows, sequence_length)
+        longest = sequence_length if room is None else len(room) - 1
+        windows = _windows((ends - lengths)[documents], lengths[documents], longest, context)
+        return _best_fit(windows, sequence_length, room)
 
     return _stored(cache, settings, compute), int(cache.document_bytes()[documents].sum())
 
@@ -141,15 +157,18 @@ def _windows(starts: IndexArray, lengths: IndexArray, size: int, context: int) -
     return spans
 
 
-def _best_fit(spans: npt.NDArray[Any], size: int) -> tuple[npt.NDArray[Any], IndexArray]:
+def _best_fit(
+    spans: npt.NDArray[Any], size: int, room_of: IndexArray | None = None
+) -> tuple[npt.NDArray[Any], IndexArray]:
     """Put spans into rows of `size`, longest first, each into the row with the least room that is enough.
 
     Rows with equal room are interchangeable, and so are spans of equal length. So all spans of one length are placed
     together: the fullest rows that fit take as many as they can, then the next fullest. Rows become as full as when
     spans are placed one by one, at a cost of a few array operations for each length.
     """
-    order = np.argsort(-spans['length'], kind='stable')
-    lengths = spans['length'][order]
+    sizes = spans['length'] if room_of is None else room_of[spans['length']]
+    order = np.argsort(-sizes, kind='stable')
+    lengths = sizes[order]
     row_of_span = np.empty(len(order), np.int64)
     rows_by_room: list[list[IndexArray]] = [[] for _ in range(size + 1)]
     num_by_room = np.zeros(size + 1, np.int64)

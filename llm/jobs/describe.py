@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
@@ -24,9 +25,9 @@ def _show(spec: PartitionSpec) -> str:
     return ', '.join('-' if axes is None else axes if isinstance(axes, str) else '*'.join(axes) for axes in spec)
 
 
-def _schedule(pipeline: PipelineConfig, model: DecoderConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
+def _schedule(pipeline: PipelineConfig, model: ModelConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
     """What a pipeline costs, if there is one: how many times the work of one stage a step takes."""
-    if stages == 1:
+    if stages == 1 or not isinstance(model, DecoderConfig):
         return []
     microbatches = step.gradient_accumulation
     shape = (step.batch_size // microbatches, step.sequence_length)
@@ -52,7 +53,7 @@ def _bytes(size: float) -> str:
 
 
 def describe(
-    model: DecoderConfig,
+    model: ModelConfig,
     optimizer: OptimizerConfig,
     step: StepConfig,
     total_steps: int,
@@ -71,7 +72,7 @@ def describe(
     fixed = math.prod(size for size in sizes if size != -1)
     shape = mesh_config.sizes(max(jax.device_count(), fixed) if -1 in sizes else fixed)
     mesh = AbstractMesh(shape, MESH_AXES)
-    specs = parameter_specs(Decoder(model))
+    specs = parameter_specs(model.build())
     schedule = _schedule(pipeline, model, specs, mesh.shape[PIPELINE_AXIS], step)
     rows, parameters = [('parameter', 'axes', 'shape', 'count', 'sharding over the mesh')], {}
     for name, spec in named_specs(specs):

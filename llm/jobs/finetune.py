@@ -193,6 +193,7 @@ class Finetune:
         state = trainer.fresh_state()
         base = base or open_trained_model(self.base)
         found = base.restore(trainer.mesh, trainer.rules).state
+        assert isinstance(trainer.model_config, DecoderConfig)
         state['parameters'] = _started_from(found, state['parameters'], trainer.model_config, base.config)
         return state, []
 

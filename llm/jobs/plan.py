@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 from llm.configuration import Invocation
+from llm.errors import UserError
 from llm.jobs.describe import describe
 from llm.jobs.pretrain import Pretrain
+from llm.models.decoder import DecoderConfig
 from llm.scaling.planner.advice import cheapest_change
 from llm.scaling.planner.page import render
 from llm.scaling.planner.planning import estimate, plan
@@ -45,6 +47,12 @@ class Plan:
     def run_config(self) -> RunConfig:
         """The part of the run that is planned."""
         run = self.run
+        if not isinstance(run.model, DecoderConfig):
+            raise UserError(
+                f'the planner knows decoders, and the model is an {type(run.model).__name__}',
+                where='Plan.run',
+                fix='Use --dry_run of the run itself, which shows parameters, shardings and the memory of the state.',
+            )
         return RunConfig(run.model, run.optimizer, run.step, run.mesh, run.rules, run.pipeline)
 
     def __call__(self, invocation: Invocation) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llm.configuration import Invocation
 from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
-from llm.data.examples import MixedExamples
+from llm.data.examples import FixedExamples, MixedExamples
 from llm.data.loader import Loader
 from llm.data.packing import PackedRows
 from llm.data.sources import ReadCounts, read_documents
@@ -24,6 +24,7 @@ from llm.jobs.compilation_cache import enable_compilation_cache
 from llm.jobs.describe import describe
 from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
 from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -54,19 +55,19 @@ def _say(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Train a decoder from scratch, or from the parameters of another run, on tokenized text.
+    """Train a model from scratch, or from the parameters of another run, on tokenized text.
 
     Attributes:
         run_directory: where everything about the run is kept; run again, it resumes.
         vocabulary: what to train on the training text, of the model's size if it has none of its own; or the directory
             of a saved vocabulary.
-        samples: what to draw from the model on the way; None for nothing.
+        samples: what to draw from the model on the way, a decoder; None for nothing.
         initial_parameters: a run directory or checkpoint whose parameters to start from; None to initialise.
         xz_baselines: whether to report what xz makes of the evaluation sets (reads all text into memory).
     """
 
     run_directory: str
-    model: DecoderConfig
+    model: ModelConfig
     data: DataConfig
     vocabulary: VocabularyConfig | str
     optimizer: OptimizerConfig
@@ -82,6 +83,7 @@ class Pretrain:
 
     def __call__(self, invocation: Invocation) -> int:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""
+        self._check_kinds()
         if invocation.dry_run:
             total_steps = self.loop.total_steps
             print(describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline))
@@ -156,7 +158,8 @@ class Pretrain:
                 sample=sample,
                 flops_per_token=flops.training(causal=False),
                 causal_flops_per_token=flops.training(causal=True),
-                peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
+                # FLOPs are per token of text, and objectives count other ones.
+                peak_flops=peak_flops(list(trainer.mesh.devices.flat)) if not any(self.data.objectives()) else 0.0,
             )
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
             ran = loop.run(state)
@@ -175,6 +178,26 @@ class Pretrain:
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
         return code
 
+    def _check_kinds(self) -> None:
+        """Whether model, objective and what else is asked for go together."""
+        kind = self.data.kind()
+        if kind != self.model.batch_kind:
+            raise UserError(
+                f'the data is for an {kind.replace("_", "-")} and the model is an {type(self.model).__name__}'.replace(
+                    'an decoder', 'a decoder'
+                ),
+                where='DataConfig.objective',
+                fix='Use another objective, or another model.',
+            )
+        if self.samples is not None and not isinstance(self.model, DecoderConfig):
+            raise UserError(
+                f'an {type(self.model).__name__} cannot continue a prompt', where='Pretrain.samples', fix='Use None.'
+            )
+        if self.mesh.pipeline != 1 and any(self.data.objectives()):
+            raise UserError(
+                'a pipeline does causal language modelling alone', where='MeshConfig.pipeline', fix='Use 1.'
+            )
+
     def _claim(self, directory: Path, invocation: Invocation, stack: contextlib.ExitStack) -> str:
         """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""
         stack.enter_context(RunLock(directory))
@@ -188,11 +211,13 @@ class Pretrain:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
         kept = directory / 'vocabulary'
         vocabulary = load_vocabulary(kept) if kept.exists() else self._new_vocabulary()
-        if vocabulary.size > self.model.vocab_size:
+        extra = self.data.extra_ids(vocabulary)
+        if vocabulary.size + extra > self.model.vocab_size:
+            own = f', the objective {extra} of its own,' if extra else ''
             raise UserError(
-                f'the vocabulary has {vocabulary.size} tokens and the model {self.model.vocab_size}',
-                where='DecoderConfig.vocab_size',
-                fix=f'Set it to {vocabulary.size} or more, or use a smaller vocabulary.',
+                f'the vocabulary has {vocabulary.size} tokens{own} and the model {self.model.vocab_size}',
+                where=f'{type(self.model).__name__}.vocab_size',
+                fix=f'Set it to {vocabulary.size + extra} or more, or use a smaller vocabulary.',
             )
         if not kept.exists():
             partial = kept.with_name('vocabulary.partial')
@@ -212,7 +237,11 @@ class Pretrain:
             return load_vocabulary(Path(self.vocabulary))
         config = self.vocabulary
         if config.size is None and config.kind != 'bytes':
-            config = dataclasses.replace(config, size=self.model.vocab_size)
+            # What the objectives add does not depend on the size.
+            extra = self.data.extra_ids(
+                train_on_sample(VocabularyConfig('bytes', special_tokens=config.special_tokens), [])
+            )
+            config = dataclasses.replace(config, size=self.model.vocab_size - extra)
         if config.kind == 'bytes':  # needs no text
             return train_on_sample(config, [])
         _say(f'training a {config.kind} vocabulary')
@@ -272,7 +301,9 @@ class Pretrain:
         """Write what is known before the first step: environment.json and summary.json."""
         here = environment(dict(trainer.mesh.shape))
         write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
-        records = [source.records for source in examples.sources] + [each.examples for each in evaluation_sets.values()]
+        records = [source.records for source in examples.sources]
+        sets = [each.examples for each in evaluation_sets.values()]
+        records += [each.records if isinstance(each, FixedExamples) else each for each in sets]
         caches = [rows.cache for rows in records if isinstance(rows, PackedRows)]
         update_summary(
             directory,

@@ -13,6 +13,7 @@ from llm.inference.generation import Decoding, Generator, Prompt
 from llm.inference.sampling import SamplingConfig, check_seed
 from llm.inference.streaming import stream_text
 from llm.jobs.prompts import prompt_tokens
+from llm.models.decoder import DecoderConfig
 from llm.training.metrics import JsonLines
 from llm.training.trainer import Trainer
 
@@ -64,6 +65,7 @@ class SampleWriter:
         self, config: SamplesConfig, trainer: Trainer, vocabulary: Vocabulary, path: Path, start_step: int
     ) -> None:
         self._config = config
+        assert isinstance(trainer.model_config, DecoderConfig)  # Pretrain sees to it
         self._generator = Generator(
             trainer.model_config,
             config.sampling,

@@ -17,6 +17,7 @@ from llm.inference.generation import Generator, Prompt
 from llm.inference.sampling import SamplingConfig
 from llm.inference.streaming import stream_text
 from llm.jobs.prompts import prompt_tokens
+from llm.models.decoder import DecoderConfig
 from llm.training.trainer import Trainer
 
 
@@ -115,6 +116,7 @@ class Scorer:
     def _answered(self, parameters: Any, examples: list[LabelledExample]) -> list[str]:
         trainer, answers = self._trainer, self._answers
         if self._generator is None:
+            assert isinstance(trainer.model_config, DecoderConfig)
             self._generator = Generator(
                 trainer.model_config,
                 answers.sampling,

@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head, grouped-query (Ainslie et al. 2023) and multi-query, one module for all."""
+"""Self-attention: multi-head, grouped-query (Ainslie et al. 2023) and multi-query, one module for all."""
 
 import dataclasses
 import functools
@@ -44,6 +44,7 @@ class AttentionConfig:
         base_head_dim: muP for heads that grow wider rather than more: K of the base model, where the factor is the
             usual one; elsewhere it is sqrt(base_head_dim) / K (Yang et al. 2022, definition 4.1).
         sinks: a learned score per head that takes part in the softmax and stands for no token (gpt-oss).
+        causal: whether a token sees only those up to itself. Without, `window` reaches to both sides.
         implementation: which kernel of llm.kernels.attention runs; 'auto' picks by device and shape.
     """
 
@@ -62,6 +63,7 @@ class AttentionConfig:
     scale: float | None = None
     base_head_dim: int | None = None
     sinks: bool = False
+    causal: bool = True
     implementation: Implementation = 'auto'
 
     def __post_init__(self) -> None:
@@ -182,30 +184,58 @@ class Attention(nnx.Module):
             }
             key, value = (cache[name][repeat].astype(x.dtype) for name in ('key', 'value'))
         cut = sequence_cut() if cache is None else None
-        config = self.config
+        return self._output(self._attend(query, key, value, context, cut)), cache
+
+    def _output(self, mixed: jax.Array) -> jax.Array:
+        """What is added to the residual stream: [B, S, H, K] -> [B, S, D]."""
+        mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
+        y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(mixed.dtype))
+        if self.output_bias is not None:
+            y = y + self.output_bias[...].astype(mixed.dtype)
+        return constrain(y, ('batch', 'residual', 'embed'))
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        context: Context,
+        cut: SequenceCut | None,
+        **sides: Any,
+    ) -> jax.Array:
+        """`attend` with what this layer is configured to do."""
+        config, causal = self.config, self.config.causal
         extra: dict[str, jax.Array] = {}
+        if self.position == 'relative':
+            if context.bias is None:
+                raise ValueError("position 'relative' needs a bias in the context")
+            extra['bias'] = context.bias
+            if cut is not None:  # every device sees all keys, and its part of the queries and of the bias
+                sides['whole_keys'] = True
+                if causal:  # by index in the row, which a device's part does not tell
+                    index = jnp.arange(key.shape[1]) if context.token_index is None else context.token_index
+                    hidden = jnp.where(index[:, None] < index, jnp.finfo(context.bias.dtype).min / 2, 0)
+                    extra['bias'] = context.bias + hidden.astype(context.bias.dtype)
+                    causal = False
         if self.position == 'alibi':
             dtype = jnp.promote_types(query.dtype, jnp.float32)
             extra['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
         if self.sinks is not None:
             extra['sinks'] = self.sinks[...]
-        mixed = attend(
+        return attend(
             query,
             key,
             value,
             context,
             cut,
             extra,
+            causal=causal,
             scale=config.score_scale,
             window=config.window,
             soft_cap=config.logit_soft_cap,
             implementation=config.implementation,
+            **sides,
         )
-        mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
-        y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(x.dtype))
-        if self.output_bias is not None:
-            y = y + self.output_bias[...].astype(x.dtype)
-        return constrain(y, ('batch', 'residual', 'embed')), cache
 
     def init_cache(self, repeats: int, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """Zeros of keys and values, [repeats, B, T, G, K] each."""
@@ -233,22 +263,29 @@ def attend(
     context: Context,
     cut: SequenceCut | None,
     extra: Mapping[str, jax.Array] | None = None,
+    *,
+    memory_segment_ids: jax.Array | None = None,
+    whole_keys: bool = False,
     **options: Any,
 ) -> jax.Array:
-    """Causal softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention.
+    """Softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention.
 
     Args:
-        cut: how rows are cut up, if they are. extra: 'alibi_slopes' and 'sinks', of dot_product_attention, as are
-            options.
+        cut: how rows are cut up, if they are. extra: 'alibi_slopes', 'sinks' and 'bias', of dot_product_attention, as
+            are options.
+        memory_segment_ids: [B, T], of the keys where they are not those of the queries.
+        whole_keys: where rows are cut along a mesh axis, whether each device gets all keys.
     """
     arrays = {'query': query, 'key': key, 'value': value, **(extra or {})}
     if context.segment_ids is not None:
-        arrays |= {'query_segment_ids': context.segment_ids, 'key_segment_ids': context.segment_ids}
+        key_ids = context.segment_ids if memory_segment_ids is None else memory_segment_ids
+        arrays |= {'query_segment_ids': context.segment_ids, 'key_segment_ids': key_ids}
+    if context.global_keys is not None:
+        arrays['global_keys'] = context.global_keys
     device = target_device()
-    run = functools.partial(dot_product_attention, causal=True, device=device, **options)
-    sequence = None
-    if cut is not None:
-        sequence = 'sequence'
+    run = functools.partial(dot_product_attention, device=device, **options)
+    sequence = None if cut is None else 'sequence'
+    if cut is not None and not whole_keys:
         zigzag = context.token_index is not None
         run = functools.partial(
             run,
@@ -258,14 +295,18 @@ def attend(
         )
     if context.offset is not None:
         arrays['query_offset'] = jnp.asarray(context.offset)
+    keys = None if whole_keys else sequence
     # A key that all heads share is whole on every device.
     kv_heads = 'kv_heads' if key.shape[2] > 1 else None
+    bias = arrays.get('bias')
     axes: dict[str, Axes] = {
         'query': ('batch', sequence, 'heads', 'head_dim'),
-        'key': ('batch', sequence, kv_heads, 'head_dim'),
-        'value': ('batch', sequence, kv_heads, 'head_dim'),
+        'key': ('batch', keys, kv_heads, 'head_dim'),
+        'value': ('batch', keys, kv_heads, 'head_dim'),
         'query_segment_ids': ('batch', sequence),
-        'key_segment_ids': ('batch', sequence),
+        'key_segment_ids': ('batch', keys),
+        'global_keys': ('batch', keys),
+        'bias': ('batch' if bias is not None and bias.shape[0] > 1 else None, 'heads', sequence, None),
         'alibi_slopes': ('heads',),
         'sinks': ('heads',),
         'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),

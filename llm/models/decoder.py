@@ -17,7 +17,7 @@ only indexes these.
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,9 @@ class DecoderConfig:
             are set where those are.
         leading: layers before those of the pattern, which num_layers counts too.
     """
+
+    # What its `hidden` reads: the kind of objective that it trains on.
+    batch_kind: ClassVar[Literal['decoder']] = 'decoder'
 
     vocab_size: int
     d_model: int
@@ -158,6 +161,15 @@ class DecoderConfig:
         repeat, position = divmod(index - len(self.leading), len(self.pattern))
         return ('layers', str(position), repeat) if repeat < self.repeats else ('remainder', str(position), 0)
 
+    @property
+    def longest(self) -> int | None:
+        """The longest row of tokens; None for any."""
+        return self.max_positions if self.position == 'learned' else None
+
+    def build(self) -> 'Decoder':
+        """The module, of shapes without values."""
+        return Decoder(self)
+
     def at_width(self, d_model: int) -> 'DecoderConfig':
         """The same model at another width: heads and d_ff in proportion (rounded), head size and depth as they are."""
         ratio = Fraction(d_model, self.d_model)
@@ -199,10 +211,16 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
         hidden = self.hidden(
-            inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key, token_index=token_index
+            inputs,
+            positions=positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
+            token_index=token_index,
+            prefix=prefix,
         )
         return self.logits(hidden)
 
@@ -214,10 +232,16 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
+        prefix: jax.Array | None = None,
     ) -> jax.Array:
         """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums`."""
         return self.hidden_and_sums(
-            inputs, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key, token_index=token_index
+            inputs,
+            positions=positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
+            token_index=token_index,
+            prefix=prefix,
         )[0]
 
     def hidden_and_sums(
@@ -229,6 +253,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
         token_weights: jax.Array | None = None,
+        prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, Auxiliaries]:
         """What the logits are computed from, [B, S] -> [B, S, D], and the sums of the layers' routers.
 
@@ -242,6 +267,8 @@ class Decoder(nnx.Module):
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
                 llm.parallel.sharding.SequenceCut.zigzag.
             token_weights: [B, S], for layers of experts; see Context.
+            prefix: [B, S], not 0 on tokens that all of their segment see, also those before them: the prefix of a
+                prefix language model (Raffel et al. 2020, section 3.2.1).
 
         Raises:
             UserError: S is more than max_positions.
@@ -252,7 +279,12 @@ class Decoder(nnx.Module):
             else:
                 positions = segment_positions(segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
-        context = Context(segment_ids, token_index=token_index, token_weights=token_weights)
+        context = Context(
+            segment_ids,
+            token_index=token_index,
+            token_weights=token_weights,
+            global_keys=None if prefix is None else prefix != 0,
+        )
         hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1])
         return hidden, sums
 

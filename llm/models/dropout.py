@@ -14,6 +14,7 @@ class Purpose(enum.IntEnum):
     EMBEDDING = 0
     MIXER = 1
     FEED_FORWARD = 2
+    CROSS_ATTENTION = 3
 
 
 def dropout(

@@ -33,7 +33,7 @@ class Head(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """From width to vocabulary: logits are cap(multiplier * hidden @ kernel).
+    """From width to vocabulary: logits are cap(multiplier * hidden @ kernel + bias).
 
     Attributes:
         kernel: [D, V].
@@ -41,12 +41,14 @@ class Projection:
             'outputs' instead of 'vocab' for other outputs.
         multiplier: factor on the logits before the cap.
         soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, section 2); None for no cap.
+        bias: [V], or None.
     """
 
     kernel: jax.Array
     axes: Axes
     multiplier: float
     soft_cap: float | None
+    bias: jax.Array | None = None
 
     @property
     def output_axis(self) -> str:
@@ -61,4 +63,6 @@ class Projection:
         logits = constrain(logits, ('batch', 'sequence', self.output_axis))
         if self.multiplier != 1:
             logits = logits * self.multiplier
+        if self.bias is not None:
+            logits = logits + self.bias.astype(dtype)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

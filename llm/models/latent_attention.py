@@ -13,11 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 from llm.errors import UserError
 from llm.kernels.attention import Implementation
 from llm.models.attention import attend
-from llm.models.context import Cache, Context, write_cache
+from llm.models.context import CACHED_TOKENS, Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, parameter
 from llm.models.position import PositionKind, Rotary, RotaryScaling, rotate
-from llm.parallel.sharding import constrain, sequence_cut
+from llm.parallel.sharding import Axes, constrain, sequence_cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +211,7 @@ class LatentAttention(nnx.Module):
             value,
             context,
             cut,
+            causal=True,
             scale=config.score_scale,
             implementation=config.implementation,
         )
@@ -225,7 +226,16 @@ class LatentAttention(nnx.Module):
         query = jnp.concatenate([query, rotated], -1)
         key = jnp.concatenate([latent, rotary_key], -1)[:, :, None]
         value = _wide(latent, key.shape[-1])[:, :, None]
-        mixed = attend(query, key, value, context, None, scale=config.score_scale, implementation=config.implementation)
+        mixed = attend(
+            query,
+            key,
+            value,
+            context,
+            None,
+            causal=True,
+            scale=config.score_scale,
+            implementation=config.implementation,
+        )
         return jnp.einsum('BSHR,RHK->BSHK', mixed[..., : config.latent], self.value[...].astype(dtype))
 
     def _rotate(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -237,6 +247,10 @@ class LatentAttention(nnx.Module):
         """Zeros of latents [repeats, B, T, R] and rotary keys."""
         sizes = {'latent': self.config.latent, 'rotary_key': self.config.rotary_dim}
         return {name: jnp.zeros((repeats, batch, length, size), dtype) for name, size in sizes.items()}
+
+    def cache_axes(self) -> dict[str, Axes]:
+        """Logical axes of the arrays of `init_cache`."""
+        return dict.fromkeys(('latent', 'rotary_key'), (None, 'batch', CACHED_TOKENS, None))
 
 
 def _wide(x: jax.Array, size: int) -> jax.Array:

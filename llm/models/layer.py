@@ -1,4 +1,4 @@
-"""One layer: a mixer across tokens and a feed-forward layer, each a residual branch."""
+"""One layer: a mixer across tokens, attention to an encoder's output perhaps, and a feed-forward layer: branches."""
 
 import dataclasses
 from fractions import Fraction
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
+from llm.models.cross_attention import CrossAttention
 from llm.models.dropout import Purpose, dropout
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.latent_attention import LatentAttentionConfig
@@ -43,6 +44,7 @@ class LayerConfig:
             2021, GPT-J); with norm_position 'pre' only.
         shared_norm: whether parallel branches share one normalisation (GPT-J, PaLM) or have one each (GPT-NeoX).
         dropout: rate on the output of each branch.
+        cross: attention to the output of an encoder, between the other two branches; None for none.
     """
 
     mixer: MixerConfig
@@ -52,6 +54,7 @@ class LayerConfig:
     parallel: bool = False
     shared_norm: bool = True
     dropout: float = 0.0
+    cross: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.norm_position not in ('pre', 'post', 'sandwich', 'output'):
@@ -68,6 +71,12 @@ class LayerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f'dropout is {self.dropout}', where='LayerConfig', fix='Use a rate in [0, 1).')
+        if self.cross is not None and (self.parallel or self.norm_position == 'sandwich'):
+            raise UserError(
+                "cross-attention stands in layers of norm_position 'pre' or 'post' that are not parallel",
+                where='LayerConfig.cross',
+                fix='Use such a layer, or cross = None.',
+            )
 
     @property
     def attention(self) -> AttentionConfig:
@@ -83,7 +92,8 @@ class LayerConfig:
     def scaled(self, ratio: Fraction) -> 'LayerConfig':
         """The same layer in a model `ratio` times as wide."""
         feed_forward = None if self.feed_forward is None else self.feed_forward.scaled(ratio)
-        return dataclasses.replace(self, mixer=self.mixer.scaled(ratio), feed_forward=feed_forward)
+        cross = None if self.cross is None else self.cross.scaled(ratio)
+        return dataclasses.replace(self, mixer=self.mixer.scaled(ratio), feed_forward=feed_forward, cross=cross)
 
 
 class Layer(nnx.Module):
@@ -99,6 +109,8 @@ class Layer(nnx.Module):
         self.mixer = config.mixer.build(d_model, position)
         self.mixer_norm = norm(before)
         self.mixer_output_norm = norm(after)
+        self.cross = None if config.cross is None else CrossAttention(config.cross, d_model)
+        self.cross_norm = norm(config.cross is not None)
         self.feed_forward = None if config.feed_forward is None else config.feed_forward.build(d_model)
         two = config.feed_forward is not None
         self.feed_forward_norm = norm(two and before and not (config.parallel and config.shared_norm))
@@ -114,9 +126,13 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         """Run the layer; `dropout_key` is this layer's own, `cache` and `repeat` are the mixer's.
 
-        The last of what it returns are sums over the tokens that a router makes, for losses and metrics; see Router.
+        With cross-attention the cache is {'mixer': the mixer's, 'cross': keys and values of the encoder's output}. The
+        last of what it returns are sums over the tokens that a router makes, for losses and metrics; see Router.
         """
         config = self.config
+        memory = None
+        if self.cross is not None and cache is not None:
+            cache, memory = cache['mixer'], cache['cross']
         post = config.norm_position == 'post'
 
         x = checkpoint_name(x, LAYER_INPUT)
@@ -127,6 +143,12 @@ class Layer(nnx.Module):
         x = x + dropout(y, config.dropout, dropout_key, Purpose.MIXER, context.token_index)
         if post:
             x = _apply(self.mixer_norm, x)
+        if self.cross is not None:
+            y = self.cross(x if post else _apply(self.cross_norm, x), context, memory, repeat)
+            x = x + dropout(y, config.dropout, dropout_key, Purpose.CROSS_ATTENTION, context.token_index)
+            if post:
+                x = _apply(self.cross_norm, x)
+            cache = None if cache is None else {'mixer': cache, 'cross': memory}
         if self.feed_forward is None:
             return x, cache, {}
 

@@ -26,6 +26,7 @@ def run_layers(
     scan: bool = True,
     remat: RematKind = 'none',
     remat_names: tuple[str, ...] = (),
+    shared: bool = False,
 ) -> tuple[jax.Array, Cache | None, Auxiliary]:
     """Run the layers of the pattern in turn, `repeats` times.
 
@@ -38,6 +39,8 @@ def run_layers(
         cache: by position, stacked like the layers; see Attention.init_cache.
         scan: one compiled repeat in a loop, rather than all of them one after the other.
         remat, remat_names: see llm.models.remat; one layer is recomputed at a time.
+        shared: all repeats have the same parameters, stored once: their leading axis is 1 (ALBERT, Lan et al. 2020,
+            section 3.1).
 
     Returns:
         x after the last layer, the cache with the new tokens (None if there was none), and the sums of the layers that
@@ -66,9 +69,20 @@ def run_layers(
     if not scan:
         found = []
         for repeat in range(repeats):
-            x, cache, auxiliary = run_repeat(x, cache, jax.tree.map(operator.itemgetter(repeat), layers), repeat)
+            entry = operator.itemgetter(0 if shared else repeat)
+            x, cache, auxiliary = run_repeat(x, cache, jax.tree.map(entry, layers), repeat)
             found.append(auxiliary)
         return x, cache, jax.tree.map(lambda *each: jnp.stack(each), *found)
+
+    if shared:
+        only = jax.tree.map(operator.itemgetter(0), layers)
+
+        def again(carry: tuple[jax.Array, Cache | None], repeat: jax.Array) -> tuple[Any, Auxiliary]:
+            x, cache, auxiliary = run_repeat(*carry, only, repeat)
+            return (x, cache), auxiliary
+
+        (x, cache), auxiliary = jax.lax.scan(again, (x, cache), jnp.arange(repeats))
+        return x, cache, auxiliary
 
     def body(
         carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]

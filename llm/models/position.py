@@ -1,4 +1,4 @@
-"""How a model knows the order of its tokens: rotary, ALiBi, sinusoidal (learned positions are an embedding)."""
+"""How a model knows the order of its tokens: rotary, ALiBi, sinusoidal (learned and relative have parameters)."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from llm.errors import UserError
 
-PositionKind = Literal['rope', 'alibi', 'learned', 'sinusoidal', 'none']
+PositionKind = Literal['rope', 'alibi', 'learned', 'sinusoidal', 'relative', 'none']
 ScalingKind = Literal['none', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope']
 
 

@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
 from llm.models.layer import AttendingConfig
+from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
 from llm.scaling.chips import device_peak_flops
@@ -40,13 +43,20 @@ class ParameterCount:
     active: int
 
 
-def count(config: DecoderConfig, specs: dict[str, Any]) -> ParameterCount:
+def count(config: ModelConfig, specs: dict[str, Any]) -> ParameterCount:
     """Parameters of the model; `specs` is its nested dict of ParameterSpec."""
     sizes = dict.fromkeys(Role, 0)
     for _, spec in named_specs(specs):
         sizes[spec.role] += math.prod(spec.shape)
-    tied = config.vocab_size * config.d_model if config.tied_embeddings and config.num_outputs is None else 0
-    networks = [layer.feed_forward for layer in config.layers]
+    if isinstance(config, EncoderConfig):
+        tied = config.vocab_size * (config.embedding_size or config.d_model)
+        if config.layers.shared_layers:  # each is multiplied with so many times
+            shared = sum(math.prod(s.shape) for _, s in named_specs(specs['encoder']) if s.role is Role.HIDDEN)
+            tied += (config.layers.repeats - 1) * shared
+    else:
+        has_own = isinstance(config, DecoderConfig) and config.num_outputs is not None
+        tied = config.vocab_size * config.d_model if config.tied_embeddings and not has_own else 0
+    networks = [layer.feed_forward for layer in layers_of(config)]
     idle = sum(each.idle_parameters(config.d_model) for each in networks if isinstance(each, MoeConfig))
     hidden = sizes[Role.HIDDEN] + sizes[Role.ROUTER]
     total = sum(sizes.values())
@@ -85,11 +95,15 @@ class TokenFlops:
         return 3 * self.forward(causal=causal)
 
 
-def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
-    """FLOPs of the model on rows of `sequence_length` tokens, each row one document."""
+def flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
+    """FLOPs of the model on rows of `sequence_length` tokens, each row one document.
+
+    Of an encoder-decoder: for a token of each side, as if both had rows of this length.
+    """
     attention, causal_attention, recurrence = 0, 0.0, 0
-    for layer in config.layers:
-        mixer = layer.mixer
+    layers = layers_of(config)
+    cross = [dataclasses.replace(layer.cross, causal=False) for layer in layers if layer.cross is not None]
+    for mixer in [*(layer.mixer for layer in layers), *cross]:
         if not isinstance(mixer, AttendingConfig):
             recurrence += 6 * mixer.state_elements
             continue
@@ -97,6 +111,9 @@ def flops_per_token(config: DecoderConfig, specs: dict[str, Any], sequence_lengt
         # Query t of 1..S sees min(t, window) keys.
         seen = window * (window + 1) // 2 + (sequence_length - window) * window
         per_key = 2 * mixer.num_heads * (mixer.head_dim + mixer.value_dim)  # two FLOPs a multiply-add
+        if isinstance(mixer, AttentionConfig) and not mixer.causal:
+            window = sequence_length if mixer.window is None else min(2 * mixer.window - 1, sequence_length)
+            seen = window * sequence_length
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
     return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)

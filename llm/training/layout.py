@@ -14,6 +14,9 @@ def token_order(length: int) -> np.ndarray | None:
 
 
 def placed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch of arrays [B, S] on the mesh, its tokens in `token_order`."""
-    order = token_order(batch['inputs'].shape[1])
-    return {name: constrain(x if order is None else x[:, order], ('batch', 'sequence')) for name, x in batch.items()}
+    """A batch of arrays [B, S] on the mesh, its tokens in `token_order`, which each array's length S decides."""
+    orders = {name: token_order(x.shape[1]) for name, x in batch.items()}
+    return {
+        name: constrain(x if orders[name] is None else x[:, orders[name]], ('batch', 'sequence'))
+        for name, x in batch.items()
+    }

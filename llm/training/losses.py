@@ -56,6 +56,7 @@ def token_negative_log_likelihood(
         targets,
         multiplier=projection.multiplier,
         soft_cap=projection.soft_cap,
+        bias=projection.bias,
         placement=_placement(projection, targets),
     )
 
@@ -88,6 +89,7 @@ def summed_loss(
         weights,
         multiplier=projection.multiplier,
         soft_cap=projection.soft_cap,
+        bias=projection.bias,
         z_loss=z_loss,
         placement=_placement(projection, targets),
     )

@@ -19,7 +19,9 @@ from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
-Batch = dict[str, jax.Array]  # inputs, targets, loss_weights, segment_ids, positions: each [B, S]
+# targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
+# Arrays of the encoder's side of an encoder-decoder have another length.
+Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]  # sums or means by name; sums of routers are a tree under 'routing'
 
 
@@ -57,16 +59,16 @@ class StepConfig:
 def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
-    decoder = nnx.merge(model, parameters)
-    hidden, routing = decoder.hidden_and_sums(
-        batch['inputs'],
-        positions=batch['positions'],
-        segment_ids=batch['segment_ids'],
-        dropout_key=dropout_key,
-        token_index=token_order(batch['inputs'].shape[1]),
-        token_weights=batch.get('routing_weights'),
+    module = nnx.merge(model, parameters)
+    own = ('targets', 'loss_weights', 'routing_weights')
+    arrays = {name: x for name, x in batch.items() if name not in own}
+    orders = {'token_index': token_order(batch['inputs'].shape[1])}
+    if 'encoder_inputs' in batch:
+        orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
+    hidden, routing = module.hidden_and_sums(
+        **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
     )
-    loss, sums = summed_loss(decoder.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    loss, sums = summed_loss(module.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
-from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
+from llm.models.model import ModelConfig, layers_of
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
@@ -42,7 +43,7 @@ class Trainer:
     """Everything about a run that is fixed before its first step.
 
     Attributes:
-        mesh, rules: where things live. specs: nested dict of ParameterSpec. model: the decoder's graph definition.
+        mesh, rules: where things live. specs: nested dict of ParameterSpec. model: the graph definition.
         optimizer: the optax transformation.
         abstract_state, state_shardings: ShapeDtypeStruct and NamedSharding of every array of the train state.
         batch_sharding: NamedSharding of each array of a batch, [B, S].
@@ -51,7 +52,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: DecoderConfig,
+        model: ModelConfig,
         optimizer: OptimizerConfig,
         step: StepConfig,
         total_steps: int,
@@ -65,12 +66,12 @@ class Trainer:
         self._check_batch()
         self._check_length()
         self._check_sequence()
-        decoder = Decoder(model)
-        self.specs = parameter_specs(decoder)
+        module = model.build()
+        self.specs = parameter_specs(module)
         self.pipeline_table = self._pipeline_table(pipeline)
-        self.model: nnx.GraphDef = nnx.split(decoder)[0]
+        self.model: nnx.GraphDef = nnx.split(module)[0]
         base = model if model.mup_base_width is None else model.at_width(model.mup_base_width)
-        base_specs = parameter_specs(Decoder(base))
+        base_specs = parameter_specs(base.build())
         self.optimizer = make_optimizer(optimizer, self.specs, base_specs, total_steps)
         self.schedule = learning_rate_schedule(optimizer, total_steps)
 
@@ -112,18 +113,24 @@ class Trainer:
         stages, step = self.mesh.shape[PIPELINE_AXIS], self.step_config
         if stages == 1:
             return None
+        if not isinstance(self.model_config, DecoderConfig):
+            raise UserError(
+                f'a pipeline runs decoders, and the model is an {type(self.model_config).__name__}',
+                where='MeshConfig.pipeline',
+                fix='Use 1, and other axes of the mesh.',
+            )
         microbatches = step.gradient_accumulation
         shape = (step.batch_size // microbatches, step.sequence_length)
         return make_pipeline_table(pipeline, self.model_config, self.specs, stages, microbatches, shape)
 
     def _check_length(self) -> None:
-        # The decoder would say so too, but only when it is first run, after hours of tokenising perhaps.
-        model, length = self.model_config, self.step_config.sequence_length
-        if model.position == 'learned' and model.max_positions is not None and length > model.max_positions:
+        # The model would say so too, but only when it is first run, after hours of tokenising perhaps.
+        longest, length = self.model_config.longest, self.step_config.sequence_length
+        if longest is not None and length > longest:
             raise UserError(
-                f'sequences of {length} tokens are longer than the {model.max_positions} learned positions',
+                f'sequences of {length} tokens are longer than the {longest} learned positions',
                 where='StepConfig.sequence_length',
-                fix=f'Use at most {model.max_positions}, or raise DecoderConfig.max_positions.',
+                fix=f'Use at most {longest}, or raise {type(self.model_config).__name__}.max_positions.',
             )
 
     def _check_sequence(self) -> None:
@@ -137,7 +144,7 @@ class Trainer:
                 fix=f'Make it a multiple of {cut.pieces}, or of {2 * cut.pieces} to share causal work evenly.',
             )
         if cut is not None and cut.method == 'ulysses':
-            for layer in (*self.model_config.leading, *self.model_config.pattern):
+            for layer in layers_of(self.model_config):
                 ways = cut.pieces * self._ways('heads')
                 if isinstance(layer.mixer, AttentionConfig) and layer.mixer.num_heads % ways:
                     raise UserError(
@@ -183,6 +190,7 @@ class Trainer:
         return jax.jit(self._under_rules(make_prediction_step(self.model)), out_shardings=self.replicated)
 
     def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
+        assert isinstance(self.model_config, DecoderConfig)
         return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:

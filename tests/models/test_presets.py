@@ -11,7 +11,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import Role, count_parameters, named_specs, parameter_specs
 
 FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
-PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin'))
+PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin') if 'decoder.DecoderConfig' in path.read_text())
 AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
 AXES |= {'experts', 'routes', 'latent'}
 AXES |= {'convolution', 'dt_rank', 'state', 'groups'}

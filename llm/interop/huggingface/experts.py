@@ -95,7 +95,7 @@ def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
         'num_local_experts': moe.num_experts,
         'num_experts_per_tok': moe.experts_per_token,
         'router_aux_loss_coef': moe.router.balance_loss,
-        'sliding_window': config.pattern[0].mixer.window,
+        'sliding_window': config.pattern[0].attention.window,
     }
 
 
@@ -117,14 +117,14 @@ def _read_olmoe(settings: Settings) -> DecoderConfig:
 def _write_olmoe(config: DecoderConfig) -> dict[str, Any]:
     moe, dense = written(config)
     settings = llama.write(dense)
-    if settings.pop('head_dim') * config.pattern[0].mixer.num_heads != config.d_model:
+    if settings.pop('head_dim') * config.pattern[0].attention.num_heads != config.d_model:
         raise UserError('heads that are not d_model / num_heads wide', where='AttentionConfig.head_dim')
     return settings | {
         'num_experts': moe.num_experts,
         'num_experts_per_tok': moe.experts_per_token,
         'norm_topk_prob': moe.router.normalize,
         'router_aux_loss_coef': moe.router.balance_loss,
-        'attention_bias': config.pattern[0].mixer.qkv_bias,
+        'attention_bias': config.pattern[0].attention.qkv_bias,
     }
 
 
@@ -152,7 +152,7 @@ def _write_qwen3_moe(config: DecoderConfig) -> dict[str, Any]:
     moe, dense = written(config)
     networks = [layer.feed_forward for layer in config.layers]
     sizes = [each.d_ff for each in networks if isinstance(each, FeedForwardConfig)]
-    mixer = config.pattern[0].mixer
+    mixer = config.pattern[0].attention
     return llama.write(dense) | {
         'num_experts': moe.num_experts,
         'num_experts_per_tok': moe.experts_per_token,

@@ -96,8 +96,8 @@ def _read_gemma3(settings: Settings) -> DecoderConfig:
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     settings = llama.write(config)
-    mixer = config.pattern[0].mixer
-    scale = all_equal(config, lambda layer: layer.mixer.score_scale)
+    mixer = config.pattern[0].attention
+    scale = all_equal(config, lambda layer: layer.attention.score_scale)
     return {
         **settings,
         **llama.layer_types(config),
@@ -114,12 +114,12 @@ def _whole(value: float) -> float:
 
 
 def _write_gemma2(config: DecoderConfig) -> dict[str, Any]:
-    return _write(config) | {'attn_logit_softcapping': all_equal(config, lambda layer: layer.mixer.logit_soft_cap)}
+    return _write(config) | {'attn_logit_softcapping': all_equal(config, lambda layer: layer.attention.logit_soft_cap)}
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     settings = _write(config)
-    mixers = {config.layer(i).mixer.window is None: config.layer(i).mixer for i in range(config.num_layers)}
+    mixers = {config.layer(i).attention.window is None: config.layer(i).attention for i in range(config.num_layers)}
     settings.pop('rope_scaling', None)
     if True in mixers:
         settings |= {'rope_theta': mixers[True].rotary_base, 'rope_scaling': write_rope(mixers[True])}

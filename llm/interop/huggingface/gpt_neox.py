@@ -50,9 +50,9 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         **settings,
         'hidden_act': activations.get(feed_forward.activation),
         'layer_norm_eps': layer.norm.epsilon if layer.norm else None,
-        'attention_bias': layer.mixer.qkv_bias,
-        'rotary_emb_base': layer.mixer.rotary_base,
-        'rotary_pct': layer.mixer.rotary_fraction,
+        'attention_bias': layer.attention.qkv_bias,
+        'rotary_emb_base': layer.attention.rotary_base,
+        'rotary_pct': layer.attention.rotary_fraction,
         'use_parallel_residual': layer.parallel,
     }
 

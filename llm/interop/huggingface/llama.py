@@ -178,7 +178,7 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
     layer = config.pattern[0]
     feed_forward = all_equal(config, lambda layer: layer.feed_forward)
-    return write(config) | {'attention_bias': layer.mixer.qkv_bias, 'mlp_bias': feed_forward.bias}
+    return write(config) | {'attention_bias': layer.attention.qkv_bias, 'mlp_bias': feed_forward.bias}
 
 
 LLAMA = Family('llama', 'LlamaForCausalLM', TABLE, _read_llama, _write_llama)

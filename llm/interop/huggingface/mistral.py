@@ -15,7 +15,7 @@ def _read(settings: Settings) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    return llama.write(config) | {'sliding_window': all_equal(config, lambda layer: layer.mixer.window)}
+    return llama.write(config) | {'sliding_window': all_equal(config, lambda layer: layer.attention.window)}
 
 
 MISTRAL = Family('mistral', 'MistralForCausalLM', llama.TABLE, _read, _write)

@@ -36,7 +36,7 @@ def _read(settings: Settings) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    return llama.write(config) | {'attention_bias': config.pattern[0].mixer.qkv_bias}
+    return llama.write(config) | {'attention_bias': config.pattern[0].attention.qkv_bias}
 
 
 OLMO2 = Family('olmo2', 'Olmo2ForCausalLM', _TABLE, _read, _write)

@@ -34,7 +34,7 @@ def _read(settings: Settings) -> DecoderConfig:
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     settings = llama.write(config)
-    mixer = config.pattern[0].mixer
+    mixer = config.pattern[0].attention
     scaling = settings.get('rope_scaling')
     if scaling is not None:
         # Its own form of LongRoPE: what follows from the two lengths is left out, and one of them stands outside.
@@ -44,7 +44,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
             scaling['type'] = scaling.pop('rope_type')
     return settings | {
         'partial_rotary_factor': mixer.rotary_fraction,
-        'sliding_window': all_equal(config, lambda layer: layer.mixer.window),
+        'sliding_window': all_equal(config, lambda layer: layer.attention.window),
     }
 
 

@@ -43,7 +43,7 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    return _write_qwen2(config) | {'attention_bias': config.pattern[0].mixer.qkv_bias}
+    return _write_qwen2(config) | {'attention_bias': config.pattern[0].attention.qkv_bias}
 
 
 QWEN2 = Family('qwen2', 'Qwen2ForCausalLM', llama.TABLE, _read_qwen2, _write_qwen2)

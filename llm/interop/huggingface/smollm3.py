@@ -46,8 +46,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         **llama.write(config),
         **types,
         'use_sliding_window': types['sliding_window'] is not None,
-        'no_rope_layers': [int(layer.mixer.rotary.size > 0) for layer in layers],
-        'attention_bias': layers[0].mixer.qkv_bias,
+        'no_rope_layers': [int(layer.attention.rotary.size > 0) for layer in layers],
+        'attention_bias': layers[0].attention.qkv_bias,
         'mlp_bias': feed_forward.bias,
     }
 

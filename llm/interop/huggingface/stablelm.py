@@ -35,9 +35,9 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     settings['layer_norm_eps'] = settings.pop('rms_norm_eps')
     settings.pop('head_dim')
     return settings | {
-        'partial_rotary_factor': layer.mixer.rotary_fraction,
-        'use_qkv_bias': layer.mixer.qkv_bias,
-        'qk_layernorm': layer.mixer.qk_norm is not None,
+        'partial_rotary_factor': layer.attention.rotary_fraction,
+        'use_qkv_bias': layer.attention.qkv_bias,
+        'qk_layernorm': layer.attention.qk_norm is not None,
         'use_parallel_residual': layer.parallel,
     }
 

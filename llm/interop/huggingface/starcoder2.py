@@ -46,7 +46,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return settings | {
         'hidden_act': activations.get(feed_forward.activation),
         'use_bias': feed_forward.bias,
-        'sliding_window': all_equal(config, lambda layer: layer.mixer.window),
+        'sliding_window': all_equal(config, lambda layer: layer.attention.window),
     }
 
 

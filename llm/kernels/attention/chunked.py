@@ -45,13 +45,14 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """Positions of one row of the batch: query_ids [S], key_ids [T], offset [], key_length [], slopes [G, R]."""
+    """Positions of one row: query_ids [S], key_ids [T], offset [], key_length [], slopes [G, R], global_keys [T]."""
 
     query_ids: jax.Array | None
     key_ids: jax.Array | None
     offset: jax.Array
     key_length: jax.Array | None
     slopes: jax.Array | None
+    global_keys: jax.Array | None
 
     def shown(self, queries: tuple[int | jax.Array, int], keys: tuple[int | jax.Array, int]) -> jax.Array | None:
         """Which pairs segments and length leave, of (first, how many) queries and keys; None if all of them."""
@@ -72,6 +73,7 @@ def _row(positions: Positions, index: jax.Array, options: Options, groups: int) 
         offset if offset.ndim == 0 else offset[index],
         None if positions.key_lengths is None else positions.key_lengths[index],
         None if positions.slopes is None else positions.slopes.reshape(groups, -1),
+        None if positions.global_keys is None else positions.global_keys[index],
     )
 
 
@@ -101,7 +103,8 @@ def _row_forward(
         distance = (positions.offset + start + jnp.arange(size))[:, None] - (low + jnp.arange(high - low))
         slopes = None if positions.slopes is None else positions.slopes[:, :, None, None]
         scores = options.scores(products, distance, slopes)
-        mask = options.allowed(distance, positions.shown((start, size), (low, high - low)))
+        exempt = None if positions.global_keys is None else positions.global_keys[low:high]
+        mask = options.allowed(distance, positions.shown((start, size), (low, high - low)), exempt=exempt)
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -165,7 +168,10 @@ def _row_backward(
         slopes = None if positions.slopes is None else positions.slopes[:, None, :, None]
         scores = options.scores(products, distance, slopes)
         shown = positions.shown((low, high - low), (start, size))
-        mask = options.allowed(distance, None if shown is None else shown.T[:, None])
+        exempt = None
+        if positions.global_keys is not None:
+            exempt = _slice(positions.global_keys, start, size, 0)[:, None, None]
+        mask = options.allowed(distance, None if shown is None else shown.T[:, None], exempt=exempt)
         # No score exceeds the log-sum-exp, but of scores near 1e9 a rounding more or less is e**64.
         weights = jnp.exp(jnp.minimum(scores - sums[:, None, :, low:high], 0))
         if mask is not None:

@@ -14,6 +14,7 @@ class Options:
 
     Attributes:
         offset: index of the first query; None if it is known at run time only.
+        exempt: whether some keys are seen whatever `causal` and `window` say: Positions.global_keys.
     """
 
     scale: float
@@ -21,11 +22,12 @@ class Options:
     window: int | None
     soft_cap: float | None
     offset: int | None
+    exempt: bool = False
 
     def keys_of(self, first: int, last: int, keys: int) -> tuple[int, int]:
         """A range of keys that holds all that the queries first..last-1 may attend to."""
         low, high = 0, keys
-        if self.offset is not None:
+        if self.offset is not None and not self.exempt:
             if self.window is not None:
                 low = self.offset + first - self.window + 1
             if self.causal:
@@ -38,7 +40,7 @@ class Options:
     def queries_of(self, first: int, last: int, queries: int) -> tuple[int, int]:
         """A range of queries that holds all that may attend to the keys first..last-1."""
         low, high = 0, queries
-        if self.offset is not None:
+        if self.offset is not None and not self.exempt:
             if self.causal:
                 low = first - self.offset
             elif self.window is not None:
@@ -67,13 +69,18 @@ class Options:
             return scores_gradient
         return scores_gradient * (1 - jnp.square(jnp.tanh(products / self.soft_cap)))
 
-    def allowed(self, distance: jax.Array, *more: jax.Array | None) -> jax.Array | None:
-        """Which pairs count, by their distance and by `more` conditions; None if all do."""
-        conditions = [condition for condition in more if condition is not None]
+    def allowed(
+        self, distance: jax.Array, *more: jax.Array | None, exempt: jax.Array | None = None
+    ) -> jax.Array | None:
+        """Which pairs count, by their distance, unless they are `exempt`, and by `more` conditions; None if all do."""
+        conditions = []
         if self.causal:
             conditions.append(distance >= 0)
         if self.window is not None:
             conditions.append((distance if self.causal else jnp.abs(distance)) < self.window)
+        if exempt is not None and conditions:
+            conditions = [functools.reduce(jnp.logical_and, conditions) | exempt]
+        conditions += [condition for condition in more if condition is not None]
         return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
@@ -87,6 +94,7 @@ class Positions:
         offset: [] or [B]; None if Options has it.
         key_lengths: [B], or None if all keys count.
         slopes: [H] of ALiBi, or None.
+        global_keys: [B, T] bool, the keys that Options.exempt speaks of, or None; read by `chunked` alone.
     """
 
     query_ids: jax.Array | None = None
@@ -94,6 +102,7 @@ class Positions:
     offset: jax.Array | None = None
     key_lengths: jax.Array | None = None
     slopes: jax.Array | None = None
+    global_keys: jax.Array | None = None
 
     def row_scalars(self, options: Options, batch: int, keys: int) -> jax.Array:
         """Index of each row's first query, and how many of its `keys` keys count: [B, 2] int32."""

@@ -1,5 +1,7 @@
 """The definition of attention in plain jnp: the whole score matrix at once, [B, H, S, T] in memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,8 @@ def check_arguments(
     key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
+    bias: jax.Array | None,
+    global_keys: jax.Array | None,
 ) -> None:
     """Raises ValueError where shapes do not fit together as `llm.kernels.attention` says."""
     batch, queries, heads, head_size = query.shape
@@ -36,6 +40,10 @@ def check_arguments(
         raise ValueError(f'query_offset must have shape () or ({batch},), not {jnp.shape(query_offset)}')
     if key_lengths is not None and key_lengths.shape != (batch,):
         raise ValueError(f'key_lengths must have shape ({batch},), not {key_lengths.shape}')
+    if global_keys is not None and global_keys.shape != (batch, keys):
+        raise ValueError(f'global_keys must have shape ({batch}, {keys}), not {global_keys.shape}')
+    if bias is not None and bias.shape not in ((1, heads, queries, keys), (batch, heads, queries, keys)):
+        raise ValueError(f'bias must have shape (1 or {batch}, {heads}, {queries}, {keys}), not {bias.shape}')
     for name, per_head in (('alibi_slopes', alibi_slopes), ('sinks', sinks)):
         if per_head is not None and per_head.shape != (heads,):
             raise ValueError(f'{name} must have shape ({heads},), not {per_head.shape}')
@@ -55,6 +63,7 @@ def attention_mask(
     query_segment_ids: jax.Array | None,
     key_segment_ids: jax.Array | None,
     key_lengths: jax.Array | None,
+    global_keys: jax.Array | None = None,
 ) -> jax.Array | None:
     """Which query may attend to which key: bool [B or 1, S, T], or None if all may.
 
@@ -67,6 +76,8 @@ def attention_mask(
         conditions.append(distance >= 0)
     if window is not None:
         conditions.append((distance if causal else jnp.abs(distance)) < window)
+    if global_keys is not None and conditions:
+        conditions = [functools.reduce(jnp.logical_and, conditions) | global_keys[:, None, :]]
     if query_segment_ids is not None and key_segment_ids is not None:
         conditions.append(query_segment_ids[:, :, None] == key_segment_ids[:, None, :])
     if key_lengths is not None:
@@ -92,6 +103,8 @@ def dot_product_attention(
     key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
+    bias: jax.Array | None = None,
+    global_keys: jax.Array | None = None,
 ) -> jax.Array:
     """See `llm.kernels.attention.dot_product_attention`, of which this is the meaning."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -105,6 +118,8 @@ def dot_product_attention(
     if alibi_slopes is not None:
         distance = jnp.abs(query_index[:, :, None] - key_index)[:, None]
         scores = scores - alibi_slopes.astype(dtype)[:, None, None] * distance
+    if bias is not None:
+        scores = scores + bias.astype(dtype)
     mask = attention_mask(
         query_index,
         key_index,
@@ -113,6 +128,7 @@ def dot_product_attention(
         query_segment_ids=query_segment_ids,
         key_segment_ids=key_segment_ids,
         key_lengths=key_lengths,
+        global_keys=global_keys,
     )
     # The lowest finite number and not -inf: a row without a key would be 0 / 0, in the gradient too.
     shown = scores if mask is None else jnp.where(mask[:, None], scores, jnp.finfo(dtype).min)

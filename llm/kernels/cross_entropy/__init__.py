@@ -101,10 +101,11 @@ class _Options:
         )
         return mapped
 
-    def specs(self) -> tuple[P, P, P]:
-        """Of hidden, kernel and [B, S] arrays."""
+    def specs(self) -> tuple[P, P, P, P]:
+        """Of hidden, kernel, bias and [B, S] arrays."""
         place = self.placement
-        return P(place.batch, place.sequence, None), P(place.embed, place.open_vocab), P(place.batch, place.sequence)
+        vocab = place.open_vocab
+        return P(place.batch, place.sequence, None), P(place.embed, vocab), P(vocab), P(place.batch, place.sequence)
 
 
 def _gathered(place: Placement, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -125,11 +126,13 @@ def _scattered(place: Placement, d_kernel: jax.Array) -> jax.Array:
     return jax.lax.psum(d_kernel, rest) if rest else d_kernel
 
 
-def _losses(options: _Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _losses(
+    options: _Options, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(nll, log_z), [B, S] each, of one device's part."""
     whole = _gathered(options.placement, kernel, hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    nll, log_z = chunked.token_losses(options.chunked(kernel.shape[1]), flat, whole, targets.reshape(-1))
+    nll, log_z = chunked.token_losses(options.chunked(kernel.shape[1]), flat, whole, targets.reshape(-1), bias)
     return nll.reshape(targets.shape), log_z.reshape(targets.shape)
 
 
@@ -137,25 +140,29 @@ def _losses_and_gradients(
     options: _Options,
     hidden: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array | None,
     targets: jax.Array,
     cotangents: chunked.Cotangents,
     *given: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(nll, log_z, d_hidden, d_kernel) of one device's part."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """(nll, log_z, d_hidden, d_kernel, d_bias) of one device's part."""
     place = options.placement
-    nll, log_z, d_hidden, d_kernel = chunked.token_losses_and_gradients(
+    nll, log_z, d_hidden, d_kernel, d_bias = chunked.token_losses_and_gradients(
         options.chunked(kernel.shape[1]),
         hidden.reshape(-1, hidden.shape[-1]),
         _gathered(place, kernel, hidden.dtype),
         targets.reshape(-1),
         cotangents,
         tuple(x.reshape(-1) for x in given),
+        bias,
     )
     d_hidden = d_hidden.reshape(hidden.shape)
     if place.open_vocab:
         d_hidden = jax.lax.psum(d_hidden, place.open_vocab)
-    shape = targets.shape
-    return nll.reshape(shape), log_z.reshape(shape), d_hidden, _scattered(place, d_kernel).astype(kernel.dtype)
+    if bias is not None and d_bias is not None:
+        d_bias = (jax.lax.psum(d_bias, place.tokens) if place.tokens else d_bias).astype(bias.dtype)
+    d_kernel = _scattered(place, d_kernel).astype(kernel.dtype)
+    return nll.reshape(targets.shape), log_z.reshape(targets.shape), d_hidden, d_kernel, d_bias
 
 
 def _summed(place: Placement, *arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -171,25 +178,25 @@ def _over_manual(place: Placement, cotangents: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_cross_entropy(
-    options: _Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array
+    options: _Options, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_spec, kernel_spec, spec = options.specs()
-    run = options.map(functools.partial(_losses, options), (hidden_spec, kernel_spec, spec), (spec, spec))
-    losses: tuple[jax.Array, jax.Array] = run(hidden, kernel, targets)
+    spec = options.specs()[-1]
+    run = options.map(functools.partial(_losses, options), options.specs(), (spec, spec))
+    losses: tuple[jax.Array, jax.Array] = run(hidden, kernel, bias, targets)
     return losses
 
 
-def _token_forward(options: _Options, *arrays: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _token_forward(options: _Options, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     return _token_cross_entropy(options, *arrays), arrays
 
 
 def _token_backward(options: _Options, residuals: Any, gradients: tuple[jax.Array, jax.Array]) -> Any:
-    def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *given: jax.Array) -> tuple[jax.Array, ...]:
-        return _losses_and_gradients(options, hidden, kernel, targets, lambda log_z, given: given, *given)[2:]
+    def run(hidden: jax.Array, kernel: jax.Array, bias: Any, targets: jax.Array, *given: jax.Array) -> tuple[Any, ...]:
+        return _losses_and_gradients(options, hidden, kernel, bias, targets, lambda log_z, given: given, *given)[2:]
 
-    hidden, kernel, spec = options.specs()
+    *places, spec = options.specs()
     gradients = _over_manual(options.placement, gradients)
-    return *options.map(run, (hidden, kernel, spec, spec, spec), (hidden, kernel))(*residuals, *gradients), None
+    return *options.map(run, (*places, spec, spec, spec), tuple(places))(*residuals, *gradients), None
 
 
 _token_cross_entropy.defvjp(_token_forward, _token_backward)
@@ -202,62 +209,69 @@ def token_cross_entropy(
     *,
     multiplier: float = 1.0,
     soft_cap: float | None = None,
+    bias: jax.Array | None = None,
     chunk: int | None = None,
     placement: Placement = Placement(),
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of each target, and the log-partition function.
 
-    Logits are `multiplier * hidden @ kernel`, then `soft_cap * tanh(logits / soft_cap)` (Gemma 2, section 2), in at
-    least fp32; products take operands in the type of `hidden`. The backward pass computes them again, chunk by chunk;
-    for the gradient of a weighted sum `summed_cross_entropy` does without.
+    Logits are `multiplier * hidden @ kernel + bias`, then `soft_cap * tanh(logits / soft_cap)` (Gemma 2, section 2),
+    in at least fp32; products take operands in the type of `hidden`. The backward pass computes them again, chunk by
+    chunk; for the gradient of a weighted sum `summed_cross_entropy` does without.
 
     Args:
         hidden: [B, S, D].
         kernel: [D, V], of any floating type.
         targets: [B, S] integers. One outside the vocabulary makes its nll NaN.
+        bias: [V], split over the mesh as the V of the kernel.
         chunk: most tokens whose logits a device holds at a time; None chooses by size and platform.
         placement: how the arrays are spread over a mesh.
 
     Returns:
         (nll [B, S], log_z [B, S]) in nats, in at least fp32.
     """
-    return _token_cross_entropy(_Options(multiplier, soft_cap, 0.0, chunk, placement), hidden, kernel, targets)
+    return _token_cross_entropy(_Options(multiplier, soft_cap, 0.0, chunk, placement), hidden, kernel, bias, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_cross_entropy(
-    options: _Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+    options: _Options,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-        losses = _losses(options, hidden, kernel, targets)
+    def run(hidden: jax.Array, kernel: jax.Array, bias: Any, targets: jax.Array, weights: jax.Array) -> Any:
+        losses = _losses(options, hidden, kernel, bias, targets)
         return _summed(options.placement, *losses, weights, options.z_loss)
 
-    hidden_spec, kernel_spec, spec = options.specs()
-    sums: tuple[jax.Array, dict[str, jax.Array]] = options.map(run, (hidden_spec, kernel_spec, spec, spec), P())(
-        hidden, kernel, targets, weights
+    specs = options.specs()
+    sums: tuple[jax.Array, dict[str, jax.Array]] = options.map(run, (*specs, specs[-1]), P())(
+        hidden, kernel, bias, targets, weights
     )
     return sums
 
 
-def _summed_forward(options: _Options, *arrays: jax.Array) -> tuple[Any, Any]:
+def _summed_forward(options: _Options, *arrays: Any) -> tuple[Any, Any]:
     def cotangents(log_z: jax.Array, given: Any) -> tuple[jax.Array, jax.Array]:
         weights = given[0].astype(log_z.dtype)
         return weights, 2 * options.z_loss * weights * log_z
 
-    def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-        nll, log_z, *gradients = _losses_and_gradients(options, hidden, kernel, targets, cotangents, weights)
+    def run(hidden: jax.Array, kernel: jax.Array, bias: Any, targets: jax.Array, weights: jax.Array) -> Any:
+        nll, log_z, *gradients = _losses_and_gradients(options, hidden, kernel, bias, targets, cotangents, weights)
         # Else the compiler scatters the kernel's gradient when it is used, and keeps all of it until then.
         gradients = jax.lax.optimization_barrier(gradients)
         return _summed(options.placement, nll, log_z, weights, options.z_loss), gradients
 
-    hidden, kernel, spec = options.specs()
-    sums, gradients = options.map(run, (hidden, kernel, spec, spec), (P(), [hidden, kernel]))(*arrays)
+    *places, spec = options.specs()
+    sums, gradients = options.map(run, (*places, spec, spec), (P(), places))(*arrays)
     return sums, gradients
 
 
 def _summed_backward(options: _Options, gradients: Any, cotangents: Any) -> Any:
     cotangent = _over_manual(options.placement, cotangents[0])
-    scaled = tuple((cotangent * x).astype(x.dtype) for x in gradients)
+    scaled = jax.tree.map(lambda x: (cotangent * x).astype(x.dtype), tuple(gradients))
     if options.placement.manual:
         # Else the TPU compiler multiplies after a sum over devices, and fails where a loop adds up what comes out.
         scaled = jax.lax.optimization_barrier(scaled)
@@ -276,16 +290,17 @@ def summed_cross_entropy(
     multiplier: float = 1.0,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
+    bias: jax.Array | None = None,
     chunk: int | None = None,
     placement: Placement = Placement(),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of the losses of all tokens, over all devices.
 
     Differentiated, it computes the gradients with the loss; they are scaled in the backward pass. The gradient reaches
-    `hidden` and `kernel` through the first result alone: not `weights`, and not through the parts.
+    `hidden`, `kernel` and `bias` through the first result alone: not `weights`, and not through the parts.
 
     Args:
-        hidden, kernel, targets, multiplier, soft_cap, chunk, placement: see `token_cross_entropy`.
+        hidden, kernel, targets, multiplier, soft_cap, bias, chunk, placement: see `token_cross_entropy`.
         weights: [B, S]. Where they are 0 nothing is added, whatever the target.
         z_loss: coefficient of log_z ** 2 (Chowdhery et al. 2022, "PaLM", section 5).
 
@@ -293,5 +308,5 @@ def summed_cross_entropy(
         (sum of weights * (nll + z_loss * log_z ** 2), {'nll': sum of its first term, 'z_loss': of its second}).
     """
     options = _Options(multiplier, soft_cap, z_loss, chunk, placement)
-    loss, parts = _summed_cross_entropy(options, hidden, kernel, targets, weights)
+    loss, parts = _summed_cross_entropy(options, hidden, kernel, bias, targets, weights)
     return loss, jax.lax.stop_gradient(parts)

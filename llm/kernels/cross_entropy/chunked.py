@@ -68,7 +68,7 @@ def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays
 
 
 def _chunk_losses(
-    options: Options, kernel: jax.Array, hidden: jax.Array, targets: jax.Array
+    options: Options, kernel: jax.Array, bias: jax.Array | None, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(nll [S], log_z [S], logits [S, V], whether a logit is its token's target [S, V])."""
     axes = options.vocab_axes
@@ -76,6 +76,8 @@ def _chunk_losses(
     logits = jnp.einsum('SD,DV->SV', hidden, kernel, preferred_element_type=dtype)
     if options.multiplier != 1:
         logits = logits * options.multiplier
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
     if options.soft_cap is not None:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
 
@@ -104,15 +106,15 @@ def _chunk_losses(
 
 
 def token_losses(
-    options: Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array
+    options: Options, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, bias: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Losses without a gradient.
 
-    Shapes: hidden [S, D], kernel [D, V] of one type, targets [S] -> nll [S], log_z [S].
+    Shapes: hidden [S, D], kernel [D, V] of one type, targets [S], bias [V] -> nll [S], log_z [S].
     """
 
     def body(carry: None, arrays: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        return carry, _chunk_losses(options, kernel, *arrays)[:2]
+        return carry, _chunk_losses(options, kernel, bias, *arrays)[:2]
 
     losses: tuple[jax.Array, jax.Array] = _over_chunks(body, None, (hidden, targets), options.chunk)[1]
     return losses
@@ -129,16 +131,17 @@ def token_losses_and_gradients(
     targets: jax.Array,
     cotangents: Cotangents,
     given: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Losses, and the gradients of a scalar that depends on them token by token.
 
     Args:
-        hidden: [S, D]; kernel: [D, V] of the same type; targets: [S].
+        hidden: [S, D]; kernel: [D, V] of the same type; targets: [S]; bias: [V].
         cotangents: see Cotangents. given: arrays [S], handed to `cotangents` chunk by chunk; zeros must give zeros.
 
     Returns:
-        (nll [S], log_z [S], d_hidden [S, D] in the type of `hidden`, d_kernel [D, V] in at least fp32). With
-        `vocab_axes` d_hidden is this device's term of a sum over them, not yet taken.
+        (nll [S], log_z [S], d_hidden [S, D] in the type of `hidden`, d_kernel [D, V] and d_bias [V] in at
+        least fp32). With `vocab_axes` d_hidden is this device's term of a sum over them, not yet taken.
     """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     # float16 cannot hold probabilities of a large vocabulary; bfloat16 has the exponents of float32.
@@ -146,22 +149,25 @@ def token_losses_and_gradients(
     operand = dtype if narrow else hidden.dtype
     transposed_kernel = kernel.astype(operand)
 
-    def body(d_kernel: jax.Array, arrays: Any) -> tuple[jax.Array, Any]:
+    def body(summed: Any, arrays: Any) -> tuple[Any, Any]:
+        d_kernel, d_bias = summed
         hidden_chunk, targets_chunk, given_chunk = arrays
-        nll, log_z, logits, is_target = _chunk_losses(options, kernel, hidden_chunk, targets_chunk)
+        nll, log_z, logits, is_target = _chunk_losses(options, kernel, bias, hidden_chunk, targets_chunk)
         d_nll, d_log_z = cotangents(log_z, given_chunk)
         d_logits = (d_nll + d_log_z)[:, None] * jnp.exp(logits - log_z[:, None])
         d_logits = d_logits - jnp.where(is_target, d_nll[:, None], 0)
         if options.soft_cap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / options.soft_cap))
+        if d_bias is not None:
+            d_bias = d_bias + jnp.sum(d_logits, axis=0)
         if options.multiplier != 1:
             d_logits = d_logits * options.multiplier
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
         d_logits = d_logits.astype(operand)
         d_hidden = product('SV,DV->SD', d_logits, transposed_kernel).astype(hidden.dtype)
         d_kernel = d_kernel + product('SD,SV->DV', hidden_chunk.astype(operand), d_logits)
-        return d_kernel, (nll, log_z, d_hidden)
+        return (d_kernel, d_bias), (nll, log_z, d_hidden)
 
-    zeros = jnp.zeros(kernel.shape, dtype)
-    d_kernel, (nll, log_z, d_hidden) = _over_chunks(body, zeros, (hidden, targets, given), options.chunk)
-    return nll, log_z, d_hidden, d_kernel
+    zeros = jnp.zeros(kernel.shape, dtype), None if bias is None else jnp.zeros(bias.shape, dtype)
+    summed, (nll, log_z, d_hidden) = _over_chunks(body, zeros, (hidden, targets, given), options.chunk)
+    return nll, log_z, d_hidden, *summed

@@ -5,11 +5,19 @@ import jax.numpy as jnp
 
 
 def token_cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, multiplier: float, soft_cap: float | None
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    *,
+    multiplier: float,
+    soft_cap: float | None,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `llm.kernels.cross_entropy.token_cross_entropy`, of which this is the meaning."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum('BSD,DV->BSV', hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype) * multiplier
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -27,9 +35,10 @@ def summed_cross_entropy(
     multiplier: float,
     soft_cap: float | None,
     z_loss: float,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """See `llm.kernels.cross_entropy.summed_cross_entropy`, of which this is the meaning."""
-    nll, log_z = token_cross_entropy(hidden, kernel, targets, multiplier=multiplier, soft_cap=soft_cap)
+    nll, log_z = token_cross_entropy(hidden, kernel, targets, multiplier=multiplier, soft_cap=soft_cap, bias=bias)
     return weighted_sums(nll, log_z, weights, z_loss)
 
 

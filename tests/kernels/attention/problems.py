@@ -90,11 +90,12 @@ def by_blocks(forward, backward):
         key_lengths,
         alibi_slopes,
         sinks,
+        global_keys=None,
     ):
         static = isinstance(query_offset, int)
-        options = Options(scale, causal, window, soft_cap, query_offset if static else None)
+        options = Options(scale, causal, window, soft_cap, query_offset if static else None, global_keys is not None)
         offset = None if static else query_offset
-        positions = Positions(query_segment_ids, key_segment_ids, offset, key_lengths, alibi_slopes)
+        positions = Positions(query_segment_ids, key_segment_ids, offset, key_lengths, alibi_slopes, global_keys)
         return flash.attention(implementation, options, flash.Inputs(query, key, value, positions, sinks))
 
     return attend

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm.errors import UserError
 from llm.kernels.attention import dot_product_attention
 
 B, S, H, G, K = 2, 7, 4, 2, 8
@@ -186,6 +187,8 @@ def test_bfloat16_inputs_keep_an_fp32_softmax(attend):
         {'alibi_slopes': jnp.zeros(3)},
         {'sinks': jnp.zeros(3)},
         {'key_lengths': jnp.zeros(3, int)},
+        {'bias': jnp.zeros((1, H, S, S + 1))},
+        {'global_keys': jnp.zeros((B, S + 1), bool)},
         {'implementation': 'nothing'},
     ],
 )
@@ -215,3 +218,50 @@ def test_what_overflows_for_a_hidden_pair_reaches_no_gradient(attend):
     v = v.at[:, -1].set(1e30)
     gradients = jax.vjp(lambda q, k, v: attend(q, k, v, scale=SCALE), q, k, v)[1](jnp.asarray(d))
     assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'reference', 'chunked'])
+def test_global_keys_are_exempt_from_mask_and_window_but_not_from_segments(implementation):
+    q, k, v = qkv()
+    ids = np.array([[1, 1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2, 3]], np.int32)
+    seen = np.array([[0, 0, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0]], bool)
+    ours = dot_product_attention(
+        *(q, k, v),
+        scale=SCALE,
+        window=2,
+        query_segment_ids=ids,
+        key_segment_ids=ids,
+        global_keys=jnp.asarray(seen),
+        implementation=implementation,
+    )
+    close(ours, by_hand(q, k, v, lambda b, s, t: ids[b, s] == ids[b, t] and (0 <= s - t < 2 or seen[b, t])))
+
+
+@pytest.mark.parametrize('rows', [1, B])
+def test_a_bias_is_added_to_the_scores_and_has_a_gradient(rows):
+    q, k, v = qkv()
+    bias = draw(rows, H, S, S, seed=7)
+    attend = functools.partial(dot_product_attention, scale=SCALE, causal=False)
+    full = np.broadcast_to(bias, (B, H, S, S))
+    one = [attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], bias=jnp.asarray(full[b : b + 1])) for b in range(B)]
+    for b in range(B):
+        expected = by_hand(
+            q[b : b + 1], k[b : b + 1], v[b : b + 1], lambda *_: True, bias=lambda h, s, t, b=b: full[b][h, s, t]
+        )
+        close(one[b], expected)
+    close(attend(q, k, v, bias=jnp.asarray(bias)), np.concatenate(one))
+    gradient = jax.grad(lambda bias: jnp.sum(attend(q, k, v, bias=bias) ** 2))(jnp.asarray(bias))
+    step = 1e-2 * draw(rows, H, S, S, seed=8)
+    change = [jnp.sum(attend(q, k, v, bias=jnp.asarray(bias + sign * step)) ** 2) for sign in (1, -1)]
+    assert float(jnp.sum(gradient * step)) == pytest.approx(float(change[0] - change[1]) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ('implementation', 'array'),
+    [('chunked', 'bias'), ('pallas_tpu', 'bias'), ('pallas_tpu', 'global_keys'), ('pallas_gpu', 'global_keys')],
+)
+def test_what_an_implementation_cannot_do_is_named(implementation, array):
+    q, k, v = qkv()
+    value = jnp.zeros((1, H, S, S)) if array == 'bias' else jnp.ones((B, S), bool)
+    with pytest.raises(UserError, match=f'cannot do {array}'):
+        dot_product_attention(q, k, v, scale=SCALE, implementation=implementation, **{array: value})

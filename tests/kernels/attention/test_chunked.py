@@ -21,9 +21,11 @@ def attend(size=64, max_runs=8):
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)
-@given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3))
-def test_equals_reference_in_value_and_gradients(problem, size, max_runs):
+@given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3), exempt=st.booleans())
+def test_equals_reference_in_value_and_gradients(problem, size, max_runs, exempt):
     arrays, options = problem
+    if exempt:
+        options = options | {'global_keys': np.random.default_rng(size).random(arrays[1].shape[:2]) < 0.3}
     ours = attend(size, max_runs)
     with jax.enable_x64():
         expected = value_and_gradients(reference.dot_product_attention, arrays, options, jnp.float64)

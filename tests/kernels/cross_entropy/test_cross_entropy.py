@@ -238,6 +238,42 @@ def test_a_mesh_gives_what_one_device_gives(name, chunk):
         )
 
 
+@pytest.mark.parametrize('name', ['one device', 'all', 'sequence'])
+def test_a_bias_of_the_vocabulary(name):
+    placement = Placement()
+    if name in PLACEMENTS:
+        sizes, axes = PLACEMENTS[name]
+        kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+        placement = Placement(jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds), **axes)
+    with jax.enable_x64():
+        hidden, kernel, targets, weights = map(jnp.asarray, draw(9, 8, 4, 8, 24))
+        bias = jnp.asarray(np.random.default_rng(1).standard_normal(24))
+        options = {'multiplier': 0.7, 'soft_cap': 4.0}
+
+        def summed(function, **more):
+            def loss(*three):
+                hidden, kernel, bias = three
+                return function(hidden, kernel, targets, weights, z_loss=0.1, bias=bias, **options, **more)[0]
+
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(hidden, kernel, bias)
+            return [np.asarray(x) for x in (value, *gradients)]
+
+        def token(function, **more):
+            inside = jnp.where(weights > 0, targets, 0)
+
+            def loss(*three):
+                hidden, kernel, bias = three
+                nll, log_z = function(hidden, kernel, inside, bias=bias, **options, **more)
+                return jnp.sum(nll * weights + jnp.cos(log_z))
+
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(hidden, kernel, bias)
+            return [np.asarray(x) for x in (value, *gradients)]
+
+        ours = summed(summed_cross_entropy, placement=placement, chunk=3)
+        close(ours, summed(reference.summed_cross_entropy), 1e-12)
+        close(token(token_cross_entropy, placement=placement, chunk=3), token(reference.token_cross_entropy), 1e-12)
+
+
 # Mesh, manual axes, and what they and the others split.
 MANUAL = {
     'vocabulary': ({'p': 4}, ('p',), {'vocab': ('p',)}),

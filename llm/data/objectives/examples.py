@@ -1,4 +1,4 @@
-"""Objectives and other steps after the token cache: pure NumPy functions of one example and its own randomness.
+"""Steps after the token cache: pure NumPy functions of one example and its own randomness.
 
 A post-cache function turns an example, a dict of arrays, into another one. It is called record by record with a
 generator seeded by (seed, epoch, index), so the result does not depend on what was read before, on the host or on

@@ -1,0 +1,212 @@
+"""A stack of layers with what surrounds it: the part that encoders and encoder-decoders are made of.
+
+Parameters are laid out as in `llm.models.decoder`: `layers/<position>/...`, stacked, and `remainder/<position>/...`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm.errors import UserError
+from llm.models.attention import AttentionConfig
+from llm.models.context import Cache, Context
+from llm.models.layer import Layer, LayerConfig
+from llm.models.layer_stack import run_layers
+from llm.models.moe import MoeConfig
+from llm.models.normalization import Norm, NormConfig
+from llm.models.parameters import stack
+from llm.models.position import PositionKind, Rotary, rotary_table
+from llm.models.relative_bias import RelativeBias, RelativeBiasConfig
+from llm.models.remat import RematKind, check_remat
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """Layers that repeat in a pattern.
+
+    Attributes:
+        num_layers: L.
+        pattern: the layers that repeat.
+        final_norm: normalisation after the last layer; None for none.
+        relative_bias: added to the scores of self-attention in all layers alike, with position 'relative'.
+        shared_layers: whether all repeats of the pattern have the same parameters (ALBERT, Lan et al. 2020).
+        scan_layers, remat, remat_names: see DecoderConfig.
+    """
+
+    num_layers: int
+    pattern: tuple[LayerConfig, ...]
+    final_norm: NormConfig | None = None
+    relative_bias: RelativeBiasConfig | None = None
+    shared_layers: bool = False
+    scan_layers: bool = True
+    remat: RematKind = 'none'
+    remat_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = 'StackConfig'
+        if self.num_layers < 1:
+            raise UserError(f'num_layers is {self.num_layers}', where=where, fix='Use at least 1.')
+        if not self.pattern:
+            raise UserError('pattern is empty', where=where, fix='Give at least one LayerConfig.')
+        if any(
+            not isinstance(layer.mixer, AttentionConfig) or isinstance(layer.feed_forward, MoeConfig)
+            for layer in self.pattern
+        ):
+            raise UserError(
+                'encoders and encoder-decoders have layers of attention and plain feed-forward layers',
+                where='StackConfig.pattern',
+                fix='Use AttentionConfig and FeedForwardConfig, or a DecoderConfig.',
+            )
+        if self.shared_layers and self.remainder:
+            raise UserError(
+                f'{self.num_layers} layers that share parameters are no whole number of patterns',
+                where='StackConfig.shared_layers',
+                fix=f'Make num_layers a multiple of {len(self.pattern)}.',
+            )
+        check_remat(self.remat, self.remat_names, where)
+
+    @property
+    def repeats(self) -> int:
+        """How often the whole pattern occurs."""
+        return self.num_layers // len(self.pattern)
+
+    @property
+    def remainder(self) -> tuple[LayerConfig, ...]:
+        """The layers left after the last whole pattern."""
+        return self.pattern[: self.num_layers % len(self.pattern)]
+
+    def layer(self, index: int) -> LayerConfig:
+        """The configuration of layer `index` of num_layers."""
+        return self.pattern[index % len(self.pattern)]
+
+    def location(self, index: int) -> tuple[str, str, int]:
+        """Where layer `index` is stored: (group, position, entry along the leading axis of the stacked parameters)."""
+        repeat, position = divmod(index, len(self.pattern))
+        if repeat >= self.repeats:
+            return 'remainder', str(position), 0
+        return 'layers', str(position), 0 if self.shared_layers else repeat
+
+
+class Stack(nnx.Module):
+    """The layers. Shapes: x [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: StackConfig, d_model: int, position: PositionKind) -> None:
+        if (position == 'relative') != (config.relative_bias is not None):
+            raise UserError(
+                f'position is {position!r} and relative_bias {config.relative_bias}',
+                where='StackConfig.relative_bias',
+                fix="Give one with position 'relative', and only then.",
+            )
+        self.config, self.position = config, position
+        self.layers: nnx.Dict[Layer] = nnx.Dict()
+        if config.repeats:
+            entries = 1 if config.shared_layers else config.repeats
+            for p, layer in enumerate(config.pattern):
+                self.layers[str(p)] = stack(Layer(layer, d_model, position), entries)
+        self.remainder: nnx.Dict[Layer] = nnx.Dict()
+        for p, layer in enumerate(config.remainder):
+            self.remainder[str(p)] = stack(Layer(layer, d_model, position), 1, axis='remainder')
+        self.final_norm = Norm(config.final_norm, d_model) if config.final_norm else None
+        heads = {layer.attention.num_heads for layer in config.pattern} if config.relative_bias else {1}
+        if len(heads) > 1:
+            raise UserError(
+                f'layers have {sorted(heads)} heads and share one relative bias',
+                where='StackConfig.pattern',
+                fix='Give all layers the same number of heads.',
+            )
+        self.relative_bias = RelativeBias(config.relative_bias, heads.pop()) if config.relative_bias else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        context: Context,
+        dropout_key: jax.Array | None = None,
+        cache: Cache | None = None,
+        first: int = 0,
+    ) -> tuple[jax.Array, Cache]:
+        """What comes out of the last layer, normalised; and the cache, {} without one.
+
+        Args:
+            positions: [B or 1, S], for rotary embeddings.
+            context: without rotary tables and bias, which are made here.
+            dropout_key: of this step. first: index in the whole model of the first layer, for dropout.
+            cache: by group ('layers', 'remainder') and position in the pattern.
+        """
+        config = self.config
+        keys = x.shape[1] if cache is None else _room(cache)
+        context = dataclasses.replace(
+            context, rotary=self._rotary(positions, x.dtype), bias=self._bias(context, x.shape[1], keys)
+        )
+        new_cache: Cache = {}
+        for group, layers, repeats, start in (
+            ('layers', self.layers, config.repeats, 0),
+            ('remainder', self.remainder, 1, config.repeats * len(config.pattern)),
+        ):
+            if layers:
+                x, new, _ = run_layers(
+                    dict(layers.items()),
+                    x,
+                    context,
+                    repeats=repeats,
+                    first=first + start,
+                    dropout_key=dropout_key,
+                    cache=None if cache is None else cache[group],
+                    scan=config.scan_layers,
+                    remat=config.remat,
+                    remat_names=config.remat_names,
+                    shared=config.shared_layers,
+                )
+                if new is not None:
+                    new_cache[group] = new
+        return x if self.final_norm is None else self.final_norm(x), new_cache
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype, memory: jax.Array | None = None) -> Cache:
+        """An empty cache of self-attention and, given `memory` [B, T, D], the keys and values of cross-attention."""
+        repeats = {'layers': self.config.repeats, 'remainder': 1}
+        cache: Cache = {}
+        for group, layers in (('layers', self.layers), ('remainder', self.remainder)):
+            if layers:
+                cache[group] = {
+                    p: _layer_cache(e, repeats[group], batch, length, dtype, memory) for p, e in layers.items()
+                }
+        return cache
+
+    def _rotary(self, positions: jax.Array, dtype: jnp.dtype) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        if self.position != 'rope':
+            return {}
+        kinds = {layer.attention.rotary for layer in self.config.pattern}
+        return {rotary: rotary_table(rotary, positions, jnp.promote_types(dtype, jnp.float32)) for rotary in kinds}
+
+    def _bias(self, context: Context, queries: int, keys: int) -> jax.Array | None:
+        if self.relative_bias is None:
+            return None
+        if context.token_index is not None:
+            return self.relative_bias(context.token_index[None], context.token_index)
+        offset = jnp.reshape(jnp.asarray(0 if context.offset is None else context.offset, jnp.int32), (-1, 1))
+        return self.relative_bias(offset + jnp.arange(queries), jnp.arange(keys))
+
+
+def _room(cache: Cache) -> int:
+    """How many tokens the keys of self-attention are for."""
+    entry = next(iter(next(iter(cache.values())).values()))
+    length: int = entry.get('mixer', entry)['key'].shape[2]
+    return length
+
+
+def _layer_cache(
+    layer: Layer, repeats: int, batch: int, length: int, dtype: jnp.dtype, memory: jax.Array | None
+) -> Cache:
+    own = layer.init_cache(repeats, batch, length, dtype)
+    if memory is None or layer.cross is None:
+        return own
+
+    def cross(one: Layer) -> Cache:
+        assert one.cross is not None
+        return jax.tree.map(lambda x: x.astype(dtype), one.cross.keys_and_values(memory))
+
+    entries = nnx.state(layer, nnx.Param)
+    graph = nnx.split(layer)[0]
+    return {'mixer': own, 'cross': jax.lax.map(lambda state: cross(nnx.merge(graph, state)), entries)}
