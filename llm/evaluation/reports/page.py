@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,26 @@ def _charts(run: RunRecord) -> str:
         chart('Gradient norm', [Line('before clipping', run.series('gradient_norm'))], from_zero=True),
         chart('Tokens per second', [Line('by step', run.series('tokens_per_second'))], from_zero=True),
         chart('Model FLOPs utilization, %', utilization, from_zero=True),
+        *_routing_charts(run, chart),
     ]
     if not any(drawn):
         return '<p class="soft">No step has been logged yet.</p>'
     return f'<section class="grid charts">{"".join(drawn)}</section>'
+
+
+def _routing_charts(run: RunRecord, chart: Callable[..., str]) -> list[str]:
+    """Of layers of experts; nothing is drawn of runs without them."""
+    loads = (('expert_load', 'mean over layers'), ('worst_expert_load', 'worst layer'))
+    dropped = [(step, 100 * share) for step, share in run.series('drop_rate')]
+    return [
+        chart(
+            'Load of the busiest expert over the mean',
+            [Line(words, run.series(name), colour) for colour, (name, words) in enumerate(loads)],
+            from_zero=True,
+        ),
+        chart('Entropy of routing, nats', [Line('mean over layers', run.series('routing_entropy'))], from_zero=True),
+        chart('Choices dropped, %', [Line('mean over layers', dropped)], from_zero=True),
+    ]
 
 
 def _level_name(baseline: str, evaluation_set: str, num_sets: int) -> str:
