@@ -175,7 +175,7 @@ def make_evaluation_step(
 
 
 def make_prediction_step(model: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
-    """A pure function of (parameters, batch) to what the model says of each token: [B, S, outputs], at least float32."""
+    """A pure function of (parameters, batch) to what the model says of each token: [B, S, outputs]."""
 
     def prediction_step(parameters: Any, batch: Batch) -> jax.Array:
         batch = placed(batch)
