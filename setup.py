@@ -45,6 +45,7 @@ ORACLE = [
     # Exactly this release: a later one brings several GB of CUDA packages where a CPU build of this one is at hand.
     'torch==2.13.0',
     'transformers>=5.23',
+    'gguf>=0.19',
 ]
 
 # Metrics of fine-tuned models.

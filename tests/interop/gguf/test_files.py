@@ -1,0 +1,188 @@
+"""Models as GGUF files, against llama.cpp (whose logits tools/gguf_reference.py keeps) and the `gguf` package."""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm.data.vocabularies import SpecialTokens, TokenizerJson, train_vocabulary
+from llm.errors import UserError
+from llm.interop.gguf.files import open_gguf, write_gguf
+from llm.interop.huggingface.family import described
+from llm.interop.loading import load_parameters
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.sharding import AxisRules
+from tests.data.vocabularies.small_vocabularies import config as vocabulary_config
+from tests.interop.gguf import small_models
+
+NAMES = list(small_models.configs())
+REFERENCE = Path(__file__).with_name('llama_cpp.npz')
+# Largest mean KL divergence between our logits, of exact parameters, and those of llama.cpp.
+KL = {'F32': 1e-6, 'F16': 1e-5, 'BF16': 1e-3, 'Q8_0': 1e-3}
+
+
+@functools.cache
+def reference() -> dict[str, np.ndarray]:
+    with np.load(REFERENCE) as stored:
+        return dict(stored)
+
+
+@functools.cache
+def logits(path: Path) -> np.ndarray:
+    """Of the model in a file, at the positions that are kept."""
+    model = open_gguf(path)
+    parameters = load_parameters(model.pieces, model.specs, make_mesh(MeshConfig(data=1)), AxisRules())
+    return forward(model.config, parameters)
+
+
+def forward(config: DecoderConfig, parameters: Any) -> np.ndarray:
+    inputs = np.array([small_models.token_ids()])
+    return np.asarray(_forward(config)(parameters, inputs))[0][small_models.KEPT]
+
+
+@functools.cache
+def _forward(config: DecoderConfig) -> Any:
+    graph, _ = nnx.split(Decoder(config))
+    return jax.jit(lambda parameters, inputs: nnx.merge(graph, parameters)(inputs))
+
+
+def mean_kl(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of the distributions of the next token, in nats."""
+    p, q = (jax.nn.log_softmax(x.astype(np.float64)) for x in (ours, theirs))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('gguf')
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize('dtype', small_models.DTYPES)
+@pytest.mark.parametrize('name', NAMES)
+def test_llama_cpp_computes_our_logits_from_our_files(folder, name, dtype):
+    path = small_models.write(name, dtype, folder)
+    kept = reference()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == str(kept[f'{name}/{dtype}/digest'])
+    exact = logits(small_models.write(name, 'F32', folder))
+    theirs = kept[f'{name}/{dtype}/logits']
+    assert theirs.std() > 0.5
+    assert mean_kl(exact, theirs) < KL[dtype]
+    # Of the rounded parameters as we read them; llama.cpp rounds activations, too, where parameters are not F32.
+    assert mean_kl(logits(path), theirs) < KL[dtype]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_written_file_is_read_as_it_was_and_by_the_gguf_package(folder, name):
+    path = small_models.write(name, 'F32', folder)
+    model = open_gguf(path)
+    assert model.architecture.name == name.split()[0]
+    assert model.sequence_length == small_models.LENGTH
+    wanted, found = described(small_models.configs()[name]), described(model.config)
+    if 'slowed' not in name:  # the five numbers of Llama 3.1's scaling come back as the frequencies that they give
+        assert found == wanted
+    for path_in_tree, array in small_models.parameters(name).items():
+        whole = tuple(slice(0, size) for size in array.shape)
+        np.testing.assert_allclose(model.pieces.read(path_in_tree, whole, np.float32), array, atol=1e-7, rtol=0)
+    theirs = gguf.GGUFReader(path)
+    assert {tensor.name for tensor in theirs.tensors} == set(model.file.tensors)
+    for tensor in theirs.tensors:
+        assert tuple(tensor.shape[::-1]) == model.file.tensors[tensor.name].shape
+        assert np.array_equal(tensor.data.reshape(-1), np.asarray(model.file.tensors[tensor.name].read()).reshape(-1))
+    for key, value in model.file.metadata.items():
+        assert theirs.fields[key].contents() == value
+
+
+def test_the_tokenizer_comes_back_and_is_llama_cpp_s(folder):
+    ours = small_models.vocabulary()
+    back = open_gguf(small_models.write('llama', 'F32', folder)).read_vocabulary()
+    assert isinstance(back, TokenizerJson)
+    assert (back.bos_id, back.eos_id, back.pad_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    # The model has a few more rows than the vocabulary has tokens.
+    assert (ours.size, back.size) == (267, small_models.V)
+    expected = ours.encode(small_models.TEXT)
+    assert back.encode(small_models.TEXT) == expected
+    assert reference()['llama/F32/text'].tolist() == [ours.bos_id, *expected]
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'byte_level_bpe', 'sentencepiece_bpe'])
+def test_vocabularies_trained_here_go_into_a_file_and_come_back(tmp_path, kind):
+    documents = ['The hare ran; the tortoise walked on. élan 🐢 12'] * 40
+    size = None if kind == 'bytes' else 290
+    settings = vocabulary_config(kind, size, special_tokens=SpecialTokens())
+    vocabulary = train_vocabulary(settings, documents)
+    config = dataclasses.replace(small_models.configs()['llama'], vocab_size=max(small_models.V, vocabulary.size))
+    rows = np.zeros((config.vocab_size, small_models.D), np.float32)
+    tree = {**small_models.parameters('llama'), 'embedding/table': rows, 'head/kernel': rows.T}
+    path = tmp_path / 'a.gguf'
+    template = "{{ 'x' }}"
+    write_gguf(
+        path,
+        config,
+        lambda name, index: tree[name][index],
+        dtype='F16',
+        sequence_length=8,
+        vocabulary=vocabulary,
+        chat_template=template,
+    )
+    model = open_gguf(path)
+    back = model.read_vocabulary()
+    assert model.chat_template == template
+    for text in (*documents[:1], small_models.TEXT, '  two  spaces\n\n', 'Заяц'):
+        assert back.encode(text) == vocabulary.encode(text)
+        assert back.decode(vocabulary.encode(text)) == text
+    assert (back.bos_id, back.eos_id) == (vocabulary.bos_id, vocabulary.eos_id)
+
+
+def test_models_and_vocabularies_that_do_not_fit_are_refused_before_a_file_is_made(tmp_path):
+    config = small_models.configs()['llama']
+    settings = {'dtype': 'F32', 'sequence_length': 8, 'vocabulary': small_models.vocabulary()}
+    read = small_models.reader('llama')
+    for changed, message in (
+        (dataclasses.replace(config, embedding_multiplier=2.0), 'of no architecture that can be written'),
+        (dataclasses.replace(config, vocab_size=100), 'the vocabulary has 267 tokens and the model 100'),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_gguf(tmp_path / 'a.gguf', changed, read, **settings)
+    unigram = train_vocabulary(
+        vocabulary_config('sentencepiece_unigram', 264, special_tokens=SpecialTokens()), ['a b c']
+    )
+    with pytest.raises(UserError, match='a GGUF file holds BPE without normalisation alone'):
+        write_gguf(tmp_path / 'a.gguf', config, read, **{**settings, 'vocabulary': unigram})
+    assert not (tmp_path / 'a.gguf').exists()
+    large = {**small_models.parameters('llama')}
+    large['head/kernel'] = large['head/kernel'] + np.float32(1e6)
+    with pytest.raises(UserError, match='output.weight has values that F16 cannot hold'):
+        write_gguf(tmp_path / 'a.gguf', config, lambda n, i: large[n][i], **{**settings, 'dtype': 'F16'})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'general.architecture': 'mamba9'}, "general.architecture is 'mamba9'"),
+        ({'llama.embedding_length': 32}, 'the tensors are not those of its config: token_embd.weight has shape'),
+        ({'llama.block_count': 2}, 'blk.2.attn_q.weight is unknown'),
+        ({'llama.block_count': 4}, 'blk.3.attn_q.weight is missing'),
+        ({'llama.expert_count': 8}, r'the key llama.expert_count \(8\) is unknown'),
+        ({'llama.rope.scaling.type': 'yarn'}, "rope.scaling is {'type': 'yarn'}"),
+        ({'llama.rope.dimension_count': 8}, 'llama.rope.dimension_count is 8, not 16'),
+        ({'llama.attention.head_count': [4, 4, 2]}, 'differs from layer to layer'),
+    ],
+)
+def test_keys_that_are_unknown_or_do_not_fit_are_named(folder, tmp_path, change, message):
+    from llm.interop.gguf.blocks import BY_NAME
+    from llm.interop.gguf.writing import NewTensor, write_file
+
+    model = open_gguf(small_models.write('llama', 'F32', folder))
+    tensors = [NewTensor(t.name, t.shape, BY_NAME['F32'], t.read) for t in model.file.tensors.values()]
+    write_file(tmp_path / 'bad.gguf', {**model.file.metadata, **change}, tensors)
+    with pytest.raises(UserError, match=message):
+        open_gguf(tmp_path / 'bad.gguf')
