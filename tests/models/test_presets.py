@@ -1,6 +1,7 @@
 """The presets of gin_configs/models: published sizes, and what holds for every parameter of every one."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import Role, count_parameters, named_specs, parameter_specs
 
 FOLDER = Path(__file__).parents[2] / 'gin_configs' / 'models'
-PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin') if 'decoder.DecoderConfig' in path.read_text())
+
+
+def _text(path: Path) -> str:
+    """Of a preset and those that it includes."""
+    text = path.read_text()
+    return text + ''.join(_text(FOLDER / name) for name in re.findall(r"include 'gin_configs/models/(.*)'", text))
+
+
+PRESETS = sorted(path.stem for path in FOLDER.glob('*.gin') if 'decoder.DecoderConfig' in _text(path))
 AXES = {'vocab', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'layers', 'remainder', 'positions'}
 AXES |= {'experts', 'routes', 'latent'}
 AXES |= {'convolution', 'dt_rank', 'state', 'groups'}
