@@ -19,6 +19,8 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.normalization import NormConfig
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -34,7 +36,7 @@ Case = dict[str, Any]
 
 FACTORS: dict[str, list[Any]] = {
     **{axis: [1, 2, 4, 8] for axis in AXES},
-    'model': ['dense', 'windowed', 'alibi'],
+    'model': ['dense', 'windowed', 'alibi', 'mamba'],
     # Read with pipeline stages, and with rows that devices share; otherwise both are the first value.
     'schedule': ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'],
     'method': ['ring', 'ulysses', 'all_gather'],
@@ -65,6 +67,17 @@ MODELS = {
         position='alibi',
         final_logit_soft_cap=3.0,
         embedding_dropout=0.1,
+    ),
+    # Attention between layers of both kinds of Mamba, one of them without a feed-forward layer.
+    'mamba': dataclasses.replace(
+        SMALL,
+        pattern=(
+            dataclasses.replace(LAYER, mixer=MambaConfig(d_inner=64, dt_rank=2, state_size=4), feed_forward=None),
+            LAYER,
+            dataclasses.replace(
+                LAYER, mixer=Mamba2Config(num_heads=8, head_dim=8, state_size=4, num_groups=2), dropout=0.1
+            ),
+        ),
     ),
 }
 # SGD at rate 1 without clipping: what a parameter changes by is its gradient.
