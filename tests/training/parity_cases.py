@@ -19,6 +19,8 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.moe import MoeConfig
 from llm.models.normalization import NormConfig
 from llm.models.routing import RouterConfig
@@ -36,7 +38,7 @@ Case = dict[str, Any]
 
 FACTORS: dict[str, list[Any]] = {
     **{axis: [1, 2, 4, 8] for axis in AXES},
-    'model': ['dense', 'windowed', 'alibi', 'moe'],
+    'model': ['dense', 'windowed', 'alibi', 'moe', 'mamba'],
     # Read with pipeline stages, and with rows that devices share; otherwise both are the first value.
     'schedule': ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'],
     'method': ['ring', 'ulysses', 'all_gather'],
@@ -66,6 +68,17 @@ MODELS = {
         position='alibi',
         final_logit_soft_cap=3.0,
         embedding_dropout=0.1,
+    ),
+    # Attention between layers of both kinds of Mamba, one of them without a feed-forward layer.
+    'mamba': dataclasses.replace(
+        SMALL,
+        pattern=(
+            dataclasses.replace(LAYER, mixer=MambaConfig(d_inner=64, dt_rank=2, state_size=4), feed_forward=None),
+            LAYER,
+            dataclasses.replace(
+                LAYER, mixer=Mamba2Config(num_heads=8, head_dim=8, state_size=4, num_groups=2), dropout=0.1
+            ),
+        ),
     ),
 }
 # Small rounds of exchange, so that there are several; a first dense layer; a bias that balances; drops.

@@ -122,7 +122,7 @@ class _Problem:
         return {
             'tokens': pl.BlockSpec((1, 1, block, q, k), lambda b, h, t: (b, h, 0, at(t), 0)),
             'scalars': pl.BlockSpec((1, 1, block, q), lambda b, h, t: (b, h, 0, at(t))),
-            'group': pl.BlockSpec((1, 1, q, n), lambda b, h, t: (b, jax.lax.div(h, self.blocks), at(t), 0)),
+            'group': pl.BlockSpec((1, 1, q, n), lambda b, h, t: (b, jax.lax.div(h, jnp.int32(self.blocks)), at(t), 0)),
             'segments': pl.BlockSpec((1, 1, q), lambda b, h, t: (b, 0, at(t))),
             'state': pl.BlockSpec((1, 1, block, k, n), lambda b, h, t: (b, h, 0, 0, 0)),
             'borders': pl.BlockSpec((1, 1, 1, block, k, n), lambda b, h, t: (b, h, at(t), 0, 0, 0)),

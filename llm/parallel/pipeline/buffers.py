@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from llm.parallel.sharding import target_device
+
 
 def _start(x: jax.Array, index: tuple[jax.Array | int, ...]) -> list[jax.Array]:
     return [jnp.asarray(i, jnp.int32) for i in (*index, *(0,) * (x.ndim - len(index)))]
@@ -54,6 +56,22 @@ def add(buffer: Any, value: Any, index: jax.Array) -> Any:
 def when(condition: jax.Array, function: Callable[[Any], Any], value: Any) -> Any:
     """function(value) if `condition`, else value: a loop of one step or none, whose buffers are updated in place."""
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, value: function(value), value)
+
+
+def following(condition: jax.Array, *earlier: Any) -> jax.Array:
+    """`condition`, which on a CPU is not known before the trees `earlier` are there.
+
+    XLA:CPU starts loops that need nothing of each other in any order, each device in its own. Where both hold
+    collectives, devices then wait for each other for ever. On other platforms loops run in one order.
+    """
+    if target_device().platform != 'cpu':
+        return condition
+    for tree in earlier:
+        leaf = next(x for x in jax.tree.leaves(tree) if x.size and jnp.issubdtype(x.dtype, jnp.floating))
+        one = leaf[(0,) * leaf.ndim]
+        # True of every number and of NaN; the compiler does not see that.
+        condition = condition & ((one == one) | (one != one))  # noqa: PLR0124
+    return condition
 
 
 def write_if(condition: jax.Array, buffer: jax.Array, value: jax.Array, *index: jax.Array | int) -> jax.Array:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from llm.parallel.pipeline.buffers import add, in_order, read, when, write, write_if
+from llm.parallel.pipeline.buffers import add, following, in_order, read, when, write, write_if
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
@@ -433,8 +433,10 @@ class _Device:
         at = slot, jnp.minimum(last, self.repeats - 1)
         return _with_input(state, due & (last < self.repeats), x, *at), x
 
-    def _run_backward(self, state: _State, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
+    def _run_backward(self, state: _State, x: jax.Array, row: dict[str, jax.Array]) -> tuple[_State, jax.Array]:
         """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
+
+        It comes after the forward pass, which gave `x`.
 
         Each is a loop from the last repeat to the first, over the one buffer that it writes to and the gradient.
         """
@@ -481,7 +483,7 @@ class _Device:
                 cell = (row['weight_cell'] + i) % max(self.table.weight_cells, 1)
                 return step(*carry, _At(repeat, offset, local, cell, self._parameters(local), (index, context)))
 
-            count = jnp.where(row['operation'] == operation, row['count'], 0)
+            count = jnp.where(following(row['operation'] == operation, x), row['count'], 0)
             buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))
             state = _replace(state, name, buffer)
         # Without an operation that changes it, it is written back as it was.
@@ -517,19 +519,31 @@ class _Device:
 
         state, x = self._run_forward(state, row)
         if self.evaluation:
-            return self._received(self._loss_only(state, x, both), 'inputs', x, 1, row, both), None
-        state, dx = self._run_backward(state, row)
-        state = self._after_last(state, x, both)
+            state = self._loss_only(state, x, both)
+            return self._received(state, 'inputs', x, 1, row, both, state.sums), None
+        state, dx = self._run_backward(state, x, row)
+        state = self._after_last(state, x, dx, both)
         state = self._after_first(state, dx, both)
-        state = self._received(state, 'inputs', x, 1, row, both)
-        return self._received(state, 'gradients', dx, -1, row, both), None
+        state = self._received(state, 'inputs', x, 1, row, both, state.shared)
+        return self._received(state, 'gradients', dx, -1, row, both, state.inputs), None
 
     def _received(
-        self, state: _State, name: str, x: jax.Array, step: int, row: dict[str, jax.Array], both: dict[str, jax.Array]
+        self,
+        state: _State,
+        name: str,
+        x: jax.Array,
+        step: int,
+        row: dict[str, jax.Array],
+        both: dict[str, jax.Array],
+        earlier: Any,
     ) -> _State:
-        """Send x `step` stages on, if any stage sends, and keep what arrives where the table says."""
+        """Send x `step` stages on, if any stage sends, and keep what arrives where the table says.
+
+        It comes after what made `earlier`.
+        """
         to = [(stage, (stage + step) % self.num_stages) for stage in range(self.num_stages)]
-        x = when(both[f'send_{name}'] > 0, lambda x: jax.lax.ppermute(x, AXIS, to), x)
+        due = following(both[f'send_{name}'] > 0, earlier)
+        x = when(due, lambda x: jax.lax.ppermute(x, AXIS, to), x)
         slot = row[f'receive_{name}']
         if name == 'inputs':
             return _with_input(state, slot >= 0, x, slot, 0)
@@ -541,8 +555,8 @@ class _Device:
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
-    def _after_last(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
-        """Loss and its gradient for the microbatch that left the last chunk."""
+    def _after_last(self, state: _State, x: jax.Array, dx: jax.Array, both: dict[str, jax.Array]) -> _State:
+        """Loss and its gradient for the microbatch that left the last chunk, after the backward pass, which gave dx."""
         due = both['loss'] >= 0
 
         def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
@@ -554,7 +568,8 @@ class _Device:
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
             return jax.tree.map(jnp.add, shared, d_shared), _added(sums, found), dx
 
-        shared, sums, dx = when(due, compute, (state.shared, state.sums, self.message))
+        carry = state.shared, state.sums, self.message
+        shared, sums, dx = when(following(due, dx), compute, carry)
         gradients = write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
         return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
 
