@@ -28,6 +28,7 @@ from llm.parallel.pipeline.buffers import add, following, in_order, read, when, 
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
+from llm.parallel.pipeline.sums import added, joined
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, use_rules
 
@@ -265,7 +266,7 @@ class _Device:
         x, _, first_sums = jax.eval_shape(self._embed, self.shared, rows, jnp.int32(0))
         self.message = jnp.zeros(x.shape, x.dtype)
         _, sums = jax.eval_shape(self._loss, self.shared, self.message, rows, jnp.int32(0))
-        sums = jax.tree.map(_zeros, _joined(sums, first_sums))
+        sums = jax.tree.map(_zeros, joined(sums, first_sums))
         if self.evaluation:
             return _State(inputs=[jnp.zeros((table.input_slots, 1, *x.shape), x.dtype)], sums=sums)
         context = (jnp.int32(0), self._context_of(rows, jnp.int32(0)))
@@ -329,7 +330,7 @@ class _Device:
         else:
             x, losses, layers = self._shared_out(self._left_over, shared, x, rows, microbatch, everywhere=False)
         loss, sums = self.stages.loss(self._ends(shared), x, rows)
-        return sum(jax.tree.leaves(losses), loss), _joined(sums, layers)
+        return sum(jax.tree.leaves(losses), loss), joined(sums, layers)
 
     def _shared_out(
         self,
@@ -511,7 +512,7 @@ class _Device:
 
         def embed(carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
             x, _, sums = self._embed(self.shared, self.rows(both['embed']), both['embed'])
-            return x, _added(carry[1], {'layers': sums} if sums else {})
+            return x, added(carry[1], {'layers': sums} if sums else {})
 
         x, sums = when(due, embed, (self.message, state.sums))
         state = dataclasses.replace(state, sums=sums)
@@ -551,7 +552,7 @@ class _Device:
 
     def _loss_only(self, state: _State, x: jax.Array, both: dict[str, jax.Array]) -> _State:
         def compute(sums: Sums) -> Sums:
-            return _added(sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
+            return added(sums, self._loss(self.shared, x, self.rows(both['loss']), both['loss'])[1])
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
@@ -566,7 +567,7 @@ class _Device:
                 lambda shared, x: self._loss(shared, x, rows, both['loss']), self.shared, x, has_aux=True
             )
             d_shared, dx = vjp(self._on(0, jnp.ones_like(loss)))
-            return jax.tree.map(jnp.add, shared, d_shared), _added(sums, found), dx
+            return jax.tree.map(jnp.add, shared, d_shared), added(sums, found), dx
 
         carry = state.shared, state.sums, self.message
         shared, sums, dx = when(following(due, dx), compute, carry)
@@ -588,18 +589,6 @@ class _Device:
 
 def _zeros(struct: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(struct.shape, struct.dtype)
-
-
-def _joined(sums: Sums, layers: Any) -> Sums:
-    """The sums of a loss, and those of layers that no stage has."""
-    return {**sums, 'layers': {**sums.get('layers', {}), **layers}} if layers else sums
-
-
-def _added(total: Any, sums: Any) -> Any:
-    """`total`, with `sums` of some of its entries added."""
-    if not isinstance(sums, dict):
-        return total + sums
-    return {**total, **{name: _added(total[name], each) for name, each in sums.items()}}
 
 
 def _cast(x: jax.Array, placement: Placement) -> jax.Array:
