@@ -210,7 +210,7 @@ class DataConfig:
             UserError: components are for different models, or what is set besides does not go with the objectives.
         """
         objectives = self.objectives()
-        kinds: set[BatchKind] = {'decoder' if each is None else each.kind for each in objectives}
+        kinds: set[BatchKind] = {'decoder' if each is None else each.batch_kind() for each in objectives}
         if len(kinds) > 1:
             raise UserError(
                 f'objectives are for different models: {", ".join(sorted(kinds))}', where='DataConfig.components'

@@ -182,10 +182,10 @@ class Pretrain:
         """Whether model, objective and what else is asked for go together."""
         kind = self.data.kind()
         if kind != self.model.batch_kind:
+            article = {'decoder': 'a'}
             raise UserError(
-                f'the data is for an {kind.replace("_", "-")} and the model is an {type(self.model).__name__}'.replace(
-                    'an decoder', 'a decoder'
-                ),
+                f'the data is for {article.get(kind, "an")} {kind.replace("_", "-")} and the model is '
+                f'{article.get(self.model.batch_kind, "an")} {type(self.model).__name__}',
                 where='DataConfig.objective',
                 fix='Use another objective, or another model.',
             )

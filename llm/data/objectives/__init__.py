@@ -6,7 +6,7 @@ one, a run is causal language modelling, which is what packed rows are already.
 """
 
 import itertools
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,11 @@ BatchKind = Literal['decoder', 'encoder', 'encoder_decoder']
 
 @runtime_checkable
 class Objective(Protocol):
-    """What `llm.data.datasets` asks of an objective.
+    """What `llm.data.datasets` asks of an objective."""
 
-    Attributes:
-        kind: of the models that it is for; see `batch_kind` of their configs.
-    """
-
-    kind: ClassVar[BatchKind]
+    def batch_kind(self) -> BatchKind:
+        """Of the models that it is for; see their configs."""
+        ...
 
     def extra_ids(self, vocabulary: Tokenizer) -> int:
         """How many ids from the vocabulary's size on it uses, for tokens that the vocabulary does not have."""

@@ -7,7 +7,6 @@ ids after it, counted down as T5 does.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -104,8 +103,6 @@ class SpanCorruption:
         num_sentinels: how many spans there can be at most.
     """
 
-    kind: ClassVar[BatchKind] = 'encoder_decoder'
-
     denoisers: tuple[Denoiser, ...] = (Denoiser(),)
     target_length: int | None = None
     num_sentinels: int = 100
@@ -122,6 +119,10 @@ class SpanCorruption:
     def modes(self) -> int:
         """How many mode tokens there are."""
         return max((0 if each.mode is None else each.mode + 1) for each in self.denoisers)
+
+    def batch_kind(self) -> BatchKind:
+        """Of the models that it is for."""
+        return 'encoder_decoder'
 
     def extra_ids(self, vocabulary: Tokenizer) -> int:
         """Mode tokens, and sentinels if the vocabulary has none; see the module's docstring."""

@@ -1,7 +1,7 @@
 """Masked language modelling for an encoder: single tokens, whole words or spans of them are to be found again."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,6 @@ class MaskedLanguageModelling:
         mask_token: name of the vocabulary's mask token; None takes the first id after the vocabulary.
     """
 
-    kind: ClassVar[BatchKind] = 'encoder'
-
     rate: float = 0.15
     unit: Unit = 'token'
     span_probability: float = 0.2
@@ -54,6 +52,10 @@ class MaskedLanguageModelling:
             )
         if self.max_span < 1:
             raise UserError(f'max_span is {self.max_span}', where=where, fix='Use at least 1.')
+
+    def batch_kind(self) -> BatchKind:
+        """Of the models that it is for."""
+        return 'encoder'
 
     def extra_ids(self, vocabulary: Tokenizer) -> int:
         """One, unless the vocabulary has the mask token."""

@@ -1,7 +1,6 @@
 """Prefix language modelling for a decoder: the first part of each document is read in both directions."""
 
 import dataclasses
-from typing import ClassVar
 
 import numpy as np
 
@@ -17,7 +16,9 @@ class PrefixLanguageModelling:
     beside what causal language modelling has: 1 where the input belongs to the prefix.
     """
 
-    kind: ClassVar[BatchKind] = 'decoder'
+    def batch_kind(self) -> BatchKind:
+        """Of the models that it is for."""
+        return 'decoder'
 
     def extra_ids(self, vocabulary: Tokenizer) -> int:
         """None."""
