@@ -40,7 +40,8 @@ class Row:
     Attributes:
         model: a file of gin_configs/models. title: in the table. rows: of the global batch.
         schedule, chunks: of the pipeline, where the mesh has one.
-        theirs: (arguments GB, temporaries GB, seconds to compile), None where there is nothing to compare with.
+        theirs: (arguments GB, temporaries GB, seconds to compile, if known), None where there is nothing to compare
+            with.
         again: (peak less arguments, temp_size) of MaxText 0.2.5, in GB.
         offloaded: activations that wait on the host; full remat without.
     """
@@ -52,7 +53,7 @@ class Row:
     mesh: dict[str, int]
     rows: int
     length: int
-    theirs: tuple[float, float, float] | None = None
+    theirs: tuple[float, float, float | None] | None = None
     again: tuple[float, float] | None = None
     microbatches: int = 1
     slices: int = 1
@@ -188,6 +189,16 @@ ROWS = (
         512,
         8192,
         slices=2,
+    ),
+    Row(
+        'mixtral_64',
+        'Mixtral 8x7B, v5p, 64 chips, expert 8',
+        'mixtral_8x7b',
+        'v5p:4x4x4',
+        {'expert': 8, 'fsdp': 8},
+        256,
+        4096,
+        (8.76, 16.68, None),
     ),
 )
 

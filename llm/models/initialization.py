@@ -29,7 +29,7 @@ class Initialization:
             feed-forward matrices times 0.67 L^-1/4 (a decoder without cross-attention has the two branches of the
             paper's encoder), embeddings times (9 L)^-1/4.
             'mup': Yang et al. 2022, table 8: 1 / sqrt(fan-in) on hidden matrices, `std` on embeddings and `output_std`
-            on the output projection at every width; routers 1 / fan-in, which is that with its multiplier.
+            on the output projection at every width. Routers start as hidden matrices do.
         std: standard deviation; see scheme.
         output_std: standard deviation of an untied output projection under 'mup'; 0 starts it at zero, which makes
             the start independent of the width (Yang et al. 2022, appendix D.2).
@@ -72,7 +72,7 @@ class Initialization:
                 xavier = math.sqrt(2 / (spec.fan_in + spec.fan_out))
                 return xavier * (0.67 * layers**-0.25 if spec.residual or spec.branch else 1.0)
             case 'mup':
-                outside = {Role.EMBEDDING: self.std, Role.OUTPUT: self.output_std, Role.ROUTER: 1 / spec.fan_in}
+                outside = {Role.EMBEDDING: self.std, Role.OUTPUT: self.output_std}
                 return outside.get(spec.role, 1 / math.sqrt(spec.fan_in))
 
 

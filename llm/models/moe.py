@@ -33,8 +33,8 @@ class MoeConfig:
         dispatch: 'dropless', or 'capacity': in each group of tokens an expert takes its fair share times
             capacity_factor, and choices beyond that are dropped. Nothing is dropped where a cache is used.
         group_size: tokens of a row among which an expert's capacity is counted, whatever the mesh; None for the row.
-        exchange_slack: rows of one exchange between devices over what balanced experts need; see
-            llm.parallel.expert_dispatch.
+        exchange_share: rows of one round of exchange between devices over what balanced experts need in all; the
+            smaller, the less memory and the more rounds. See llm.parallel.expert_dispatch.
     """
 
     num_experts: int
@@ -46,7 +46,7 @@ class MoeConfig:
     dispatch: Literal['dropless', 'capacity'] = 'dropless'
     capacity_factor: float = 1.25
     group_size: int | None = None
-    exchange_slack: float = 1.5
+    exchange_share: float = 0.5
 
     def __post_init__(self) -> None:
         where = 'MoeConfig'
@@ -80,7 +80,7 @@ class MoeConfig:
             raise UserError(
                 'shared_gate without a shared layer', where=where, fix='Set shared, or shared_gate = False.'
             )
-        for name in ('capacity_factor', 'exchange_slack', 'group_size'):
+        for name in ('capacity_factor', 'exchange_share', 'group_size'):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f'{name} is {value}', where=where, fix='Use a positive number.')
@@ -170,7 +170,7 @@ class MixtureOfExperts(nnx.Module):
             most_rows=None
             if capacity is None
             else functools.partial(self._most_rows, capacity, x.shape[1], context.token_index is not None),
-            slack=config.exchange_slack,
+            share=config.exchange_share,
         )
         y = constrain(y, ('batch', 'residual', 'embed'))
         if self.shared is not None:

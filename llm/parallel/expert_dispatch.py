@@ -3,8 +3,8 @@
 Every device sorts its own choices by expert, so that each expert's tokens lie side by side. Where experts are cut over
 a mesh axis, tokens go to their experts by an all-to-all and come back by another. How many go to each device is known
 only at run time, while an all-to-all has fixed sizes: so the choices go in rounds of a fixed number of rows for each
-device, as many rounds as the fullest pair of devices needs. None is dropped, memory does not depend on the balance, and
-balanced experts need one round. The rounds are a loop whose backward pass is the same loop.
+device, as many rounds as the fullest pair of devices needs. None is dropped, and memory does not depend on the balance.
+The rounds are a loop whose backward pass is the same loop.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def dispatch(
     num_experts: int,
     *,
     most_rows: Callable[[int, int], int] | None = None,
-    slack: float = 1.5,
+    share: float = 0.5,
 ) -> jax.Array:
     """The weighted sum of what the chosen experts make of each token. Shapes: x [B, S, D] -> [B, S, D].
 
@@ -56,9 +56,9 @@ def dispatch(
         matrices: parameters of the experts, [E, ...]. axes: their logical axes; along 'mlp' each device may have a
             part, and what the parts make adds up.
         most_rows: (tokens per row, rows) here -> a bound on the number of choices of one expert that are kept.
-        slack: rows of a round over what balanced experts need.
+        share: rows of a round over what balanced experts need in all.
     """
-    run = functools.partial(_on_device, transform, num_experts=num_experts, most_rows=most_rows, slack=slack)
+    run = functools.partial(_on_device, transform, num_experts=num_experts, most_rows=most_rows, share=share)
     current = rules_in_force()
     if current is None or current[0].size == 1:
         return run(x, choices, matrices, experts=(), others=())
@@ -173,7 +173,7 @@ def _on_device(
     others: tuple[str, ...],
     num_experts: int,
     most_rows: Callable[[int, int], int] | None,
-    slack: float,
+    share: float,
 ) -> jax.Array:
     """`dispatch` of one device's tokens. `experts`, `others`: mesh axes that cut the experts, and the tokens."""
     batch, length, width = x.shape
@@ -183,7 +183,7 @@ def _on_device(
     bound = tokens * min(columns, own)  # of the choices that one device can get from another
     if most_rows is not None:
         bound = min(bound, own * most_rows(length, batch))
-    rows = min(bound, max(8, -(-math.ceil(slack * tokens * columns / ways) // 8) * 8)) if ways > 1 else bound
+    rows = min(bound, max(8, -(-math.ceil(share * tokens * columns / ways) // 8) * 8)) if ways > 1 else bound
     order = _sorted(choices, num_experts)
     one_round = functools.partial(_round, transform, rows=rows, ways=ways, own=own, experts=experts)
     operands = (x.reshape(tokens, width), choices.weight.reshape(tokens, columns), matrices)

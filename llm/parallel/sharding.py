@@ -45,6 +45,8 @@ class AxisRules:
         ('heads', 'tensor'),
         ('kv_heads', 'tensor'),
         ('mlp', 'tensor'),
+        # Where there are no experts to cut, whatever cuts tokens cuts parameters.
+        ('embed', ('fsdp', 'sequence', 'expert')),
         ('embed', ('fsdp', 'sequence')),
     )
     activations: tuple[tuple[str, MeshAxes], ...] = (

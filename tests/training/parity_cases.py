@@ -88,7 +88,7 @@ MOE = MoeConfig(
     expert=FeedForwardConfig(d_ff=16),
     shared=FeedForwardConfig(d_ff=16),
     router=RouterConfig(balance_loss=0.1, z_loss=0.01, bias_rate=0.125),
-    exchange_slack=0.5,
+    exchange_share=0.25,
 )
 DROPPING = dataclasses.replace(
     MOE, dispatch='capacity', capacity_factor=1.0, group_size=8, router=RouterConfig(score='sigmoid', balance_loss=0.1)
@@ -111,6 +111,8 @@ def is_allowed(row: Any) -> bool:
     if row['pipeline'] == 1 and row['schedule'] != FACTORS['schedule'][0]:
         return False
     if row['pipeline'] > 1 and not row['scan']:  # a pipeline always loops over its layers
+        return False
+    if row['expert'] > 1 and row['model'] != 'moe':  # to the other models it is one more `data`
         return False
     return row['sequence'] > 1 or row['method'] == FACTORS['method'][0]
 

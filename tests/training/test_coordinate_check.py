@@ -1,5 +1,6 @@
 """muP by what it promises: no activation moves more or less because the model is wider. Otherwise some do."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
+from llm.models.moe import MoeConfig
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
@@ -24,13 +26,13 @@ LAYER = LayerConfig(
 RATES = {'adamw': 3e-4, 'sgd': 0.1, 'muon': 3e-4}
 
 
-def measured(kind, widths, *, mup, tied=False):
+def measured(kind, widths, *, mup, tied=False, layer=LAYER):
     """Slope of each activation after two steps: under muP the output starts at zero, and one step moves logits only."""
     model = DecoderConfig(
         vocab_size=64,
         d_model=64,
         num_layers=1,
-        pattern=(LAYER,),
+        pattern=(layer,),
         position='none',
         tied_embeddings=tied,
         initialization=Initialization('mup' if mup else 'fan_in', std=1.0),
@@ -88,3 +90,12 @@ def test_slopes_are_fitted_to_logarithms():
         np.testing.assert_allclose(found.pop(name), slope, atol=1e-12)
     assert found == {}
     assert math.isnan(slopes(coordinates[:8], 1)['flat'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mup', [True, False])
+def test_experts_and_their_router_are_flat_under_mup(mup):
+    # All are chosen: of a few tokens those that change experts are a matter of chance, and hide the rest.
+    layer = dataclasses.replace(LAYER, feed_forward=MoeConfig(4, 4, FeedForwardConfig(32)))
+    found = measured('adamw', (64, 512), mup=mup, layer=layer)
+    assert all(abs(slope) < 0.15 for slope in found.values()) == mup, found
