@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llm.data.vocabularies import SentencePieceVocabulary
+from llm.data.vocabularies import SentencePieceVocabulary, Vocabulary
 from llm.errors import UserError
 from llm.interop.loading import Pieces
 from llm.interop.tables import Link, Row, links
@@ -60,6 +60,11 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return _LITTLE_FLOAT
 
     def read(self) -> np.ndarray:
         """The tensor mapped into memory."""
@@ -269,15 +274,16 @@ def read_tokenizer(path: str | Path, num_tokens: int) -> SentencePieceVocabulary
         raise UserError(error.what, where=str(path), fix=_REPAIR) from error
 
 
-def write_tokenizer(path: str | Path, vocabulary: SentencePieceVocabulary) -> None:
+def write_tokenizer(path: str | Path, vocabulary: Vocabulary) -> None:
     """Write the tokenizer of a model whose vocabulary has Llama's first tokens: <unk>, <s>, </s> and the bytes.
 
     Raises:
         UserError: the vocabulary is another, or the file cannot be written.
     """
-    pieces = vocabulary.proto.pieces
-    kinds = vocabulary.proto.SentencePiece
-    expected = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256]
+    proto = vocabulary.proto if isinstance(vocabulary, SentencePieceVocabulary) else None
+    pieces = proto.pieces if proto else ()
+    kinds = proto.SentencePiece if proto else None
+    expected = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256] if kinds else None
     if [piece.type for piece in pieces[:_FIRST_PIECE]] != expected or (vocabulary.bos_id, vocabulary.eos_id) != (1, 2):
         raise UserError(
             'the first tokens are not <unk>, <s>, </s> and the bytes, which run.c relies on',

@@ -78,7 +78,11 @@ class Pieces:
 
     def __init__(self, tensors: Mapping[str, Tensor], links: Sequence[Link], specs: Mapping[str, Any]) -> None:
         self._tensors = tensors
-        self.dtypes = {link.path: str(tensors[link.name].dtype) for link in links}
+        found: dict[str, np.dtype] = {}
+        for link in links:  # layers may differ, in GGUF files for one
+            dtype = tensors[link.name].dtype
+            found[link.path] = dtype if found.get(link.path, dtype) == dtype else np.dtype(np.float32)
+        self.dtypes = {path: str(dtype) for path, dtype in found.items()}
         self.shapes = {name: spec.shape for name, spec in named_specs(dict(specs))}
         self._links: dict[str, dict[tuple[int, ...], Link]] = {name: {} for name in self.shapes}
         for link in links:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm.configuration import Invocation, render
-from llm.data.vocabularies import Vocabulary, load_vocabulary
+from llm.data.vocabularies import Vocabulary, load_vocabulary, read_chat_templates, write_vocabulary
 from llm.errors import UserError
+from llm.interop import llama2c
+from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
 from llm.jobs.trained_model import VOCABULARY, read_run
 from llm.models.decoder import ComputeType, Decoder, DecoderConfig
@@ -27,6 +29,8 @@ from llm.training.run_directory import claim, write_atomically
 from llm.training.run_lock import RunLock
 
 MODEL_PIECE = 'model.gin'
+# Of texts, where nothing says what the model was made for and the format wants a number.
+_NO_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ class _Model:
         config, sequence_length, vocabulary: of the model, None where its files have none.
         dtypes: of its parameters by name.
         read: a slice of a parameter, in its own dtype.
+        chat_template: a Jinja template.
     """
 
     config: DecoderConfig
@@ -64,6 +69,7 @@ class _Model:
     vocabulary: Vocabulary | None
     dtypes: dict[str, str]
     read: Callable[[str, tuple[int | slice, ...]], np.ndarray]
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +77,13 @@ class Convert:
     """Convert a model, its settings and its vocabulary.
 
     Attributes:
-        source: a Hugging Face directory (config.json, safetensors, tokenizer) or a run directory.
-        destination: a new directory.
-        to: its format: 'run' for what `generate`, `pretrain` (initial_parameters) and others here read, 'hugging_face'.
-        dtype: of the parameters written; None for that of the source.
+        source: a Hugging Face directory (config.json, safetensors, tokenizer), a run directory, a .gguf file, or a .bin
+            file of llama2.c, whose tokenizer, a .bin file too, is the `vocabulary`.
+        destination: a new directory; for 'gguf' a new file.
+        to: its format: 'run' for what `generate`, `pretrain` (initial_parameters) and others here read,
+            'hugging_face', 'gguf', or 'llama2c' (a directory with model.bin and tokenizer.bin).
+        dtype: of the parameters written; None for that of the source. llama2.c has fp32 alone.
+        block_type: for 'gguf', a quantized type of matrices in place of `dtype`.
         compute_dtype: of activations, for 'run'.
         model_type: for 'hugging_face', the family to write it as; None for the first that can describe it.
         shard_bytes: for 'hugging_face', the most that a file holds.
@@ -85,8 +94,9 @@ class Convert:
 
     source: str
     destination: str
-    to: Literal['run', 'hugging_face'] = 'run'
+    to: Literal['run', 'hugging_face', 'gguf', 'llama2c'] = 'run'
     dtype: StoredType | None = None
+    block_type: Literal['Q8_0'] | None = None
     compute_dtype: ComputeType = 'float32'
     model_type: str | None = None
     shard_bytes: int = 5_000_000_000
@@ -95,8 +105,11 @@ class Convert:
     vocabulary: str | None = None
 
     def __post_init__(self) -> None:
-        if self.to not in ('run', 'hugging_face'):
-            raise UserError(f'Convert.to is {self.to!r}', fix="Use 'run' or 'hugging_face'.")
+        formats = ('run', 'hugging_face', 'gguf', 'llama2c')
+        if self.to not in formats:
+            raise UserError(f'Convert.to is {self.to!r}', fix=f'Use one of {", ".join(formats)}.')
+        if self.block_type not in (None, 'Q8_0') or (self.block_type is not None and self.to != 'gguf'):
+            raise UserError(f'Convert.block_type is {self.block_type!r}', fix="'Q8_0' is for 'gguf'; others need None.")
         if self.dtype is not None and self.dtype not in get_args(StoredType):
             raise UserError(f'Convert.dtype is {self.dtype!r}', fix=f'Use one of {", ".join(get_args(StoredType))}.')
         if self.shard_bytes < 1:
@@ -109,7 +122,7 @@ class Convert:
         source, destination = Path(self.source).expanduser(), Path(self.destination).expanduser()
         model = self._open(source)
         parameters = count_parameters(parameter_specs(Decoder(model.config)))
-        kept = ', '.join(sorted({*model.dtypes.values()})) if self.dtype is None else self.dtype
+        kept = self.block_type or self.dtype or ', '.join(sorted({*model.dtypes.values()}))
         what = f'{source}: {parameters:,} parameters'
         if self.to == 'hugging_face':
             what += f' as {find_family(model.config, self.model_type)[0].architecture}'
@@ -118,10 +131,13 @@ class Convert:
             return
         if model.vocabulary is None:
             print(f'{source} has no vocabulary: the model goes without one')
-        if self.to == 'run':
-            self._write_run(model, destination)
-        else:
-            self._write_hugging_face(model, destination)
+        writers = {
+            'run': self._write_run,
+            'hugging_face': self._write_hugging_face,
+            'gguf': self._write_gguf,
+            'llama2c': self._write_llama2c,
+        }
+        writers[self.to](model, destination)
         print(f'{what}, written as {kept} to {destination} in {time.perf_counter() - start:.1f} s')
 
     def _open(self, source: Path) -> _Model:
@@ -129,9 +145,14 @@ class Convert:
             model = self._open_run(source)
         elif (source / SETTINGS).is_file():
             model = self._open_hugging_face(source)
+        elif source.suffix == '.gguf':
+            model = self._open_gguf(source)
+        elif source.suffix == '.bin':
+            model = self._open_llama2c(source)
         else:
             raise UserError(
-                f'this is neither a run directory (config.gin) nor a Hugging Face directory ({SETTINGS})',
+                f'this is neither a run directory (config.gin) nor a Hugging Face directory ({SETTINGS}), nor a .gguf '
+                'file or a .bin file of llama2.c',
                 where=str(source),
                 fix='Check the path.',
             )
@@ -157,7 +178,7 @@ class Convert:
         if self.vocabulary is not None or (source / VOCABULARY).exists():
             vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
         dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
-        return _Model(config, sequence_length, vocabulary, dtypes, stored.read)
+        return _Model(config, sequence_length, vocabulary, dtypes, stored.read, _chat_template(source / VOCABULARY))
 
     def _open_hugging_face(self, source: Path) -> _Model:
         checkpoint = open_directory(source, self.ignored_settings)
@@ -171,7 +192,25 @@ class Convert:
             vocabulary = None
 
         pieces = checkpoint.pieces
-        return _Model(config, checkpoint.sequence_length, vocabulary, pieces.dtypes, pieces.read)
+        template = _chat_template(source)
+        return _Model(config, checkpoint.sequence_length, vocabulary, pieces.dtypes, pieces.read, template)
+
+    def _open_gguf(self, source: Path) -> _Model:
+        found = open_gguf(source)
+        vocabulary = found.read_vocabulary() if self.vocabulary is None else load_vocabulary(self.vocabulary)
+        config = dataclasses.replace(found.config, compute_dtype=self.compute_dtype)
+        pieces = found.pieces
+        return _Model(config, found.sequence_length, vocabulary, pieces.dtypes, pieces.read, found.chat_template)
+
+    def _open_llama2c(self, source: Path) -> _Model:
+        found = llama2c.open_model(source)
+        vocabulary: Vocabulary | None = None
+        if self.vocabulary is not None and self.vocabulary.endswith('.bin'):
+            vocabulary = llama2c.read_tokenizer(self.vocabulary, found.config.vocab_size)
+        elif self.vocabulary is not None:
+            vocabulary = load_vocabulary(self.vocabulary)
+        config = dataclasses.replace(found.config, compute_dtype=self.compute_dtype)
+        return _Model(config, found.sequence_length, vocabulary, found.pieces.dtypes, found.pieces.read)
 
     def _write_run(self, model: _Model, directory: Path) -> None:
         converted = Converted(model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length)
@@ -187,6 +226,8 @@ class Convert:
                 raise UserError('is converted already', where=str(directory), fix='Use it, or another directory.')
             if model.vocabulary is not None:
                 model.vocabulary.save(directory / VOCABULARY)
+                if model.chat_template is not None:
+                    write_atomically(directory / VOCABULARY / 'chat_template.jinja', model.chat_template)
             parameters: dict[str, Any] = {}
             for name, spec in named_specs(parameter_specs(Decoder(model.config))):
                 node = parameters
@@ -219,7 +260,9 @@ class Convert:
                 extra_settings=ids,
             )
             if vocabulary is not None:
-                _write_tokenizer(vocabulary, partial)
+                write_vocabulary(
+                    vocabulary, partial, chat_template=model.chat_template, max_length=model.sequence_length
+                )
             partial.replace(directory)
         except OSError as error:
             raise UserError(
@@ -228,10 +271,40 @@ class Convert:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _write_gguf(self, model: _Model, file: Path) -> None:
+        if file.exists():
+            raise UserError('is there already', where=str(file), fix='Use a new file.')
+        if model.vocabulary is None:
+            raise UserError('a GGUF file holds its vocabulary', where=self.source, fix='Set Convert.vocabulary.')
+        types: dict[str, GgufType] = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
+        partial = file.with_name(f'{file.name}.partial')
+        try:
+            write_gguf(
+                partial,
+                model.config,
+                model.read,
+                dtype=self.block_type or types[self.dtype or _widest(model.dtypes)],
+                sequence_length=model.sequence_length or _NO_LENGTH,
+                vocabulary=model.vocabulary,
+                name=file.stem,
+                chat_template=model.chat_template,
+            )
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
-def _write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
-    """The vocabulary's files, as `load_vocabulary` reads them."""
-    vocabulary.save(directory)
+    def _write_llama2c(self, model: _Model, directory: Path) -> None:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
+        directory.mkdir(parents=True, exist_ok=True)
+        length = model.sequence_length or _NO_LENGTH
+        if model.vocabulary is not None:
+            llama2c.write_tokenizer(directory / 'tokenizer.bin', model.vocabulary)
+        llama2c.write_model(directory / 'model.bin', model.config, model.read, sequence_length=length)
+
+
+def _chat_template(directory: Path) -> str | None:
+    return read_chat_templates(directory).get('default')
 
 
 def _reader(model: _Model, name: str, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:

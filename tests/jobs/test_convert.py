@@ -102,7 +102,9 @@ def test_back_again_the_tensors_have_the_same_bits(source, run, tmp_path):
     settings = json.loads((back / 'config.json').read_text())
     assert settings['eos_token_id'] == VOCABULARY.eos_id and settings['max_position_embeddings'] == 128
     again = open_trained_model_of(back, tmp_path)
-    assert again.vocabulary == VOCABULARY
+    # Of the tokenizer.json that is written: other rules, the same ids.
+    assert again.vocabulary.encode('Äsop 🐢') == VOCABULARY.encode('Äsop 🐢')
+    assert (again.vocabulary.special_ids, again.vocabulary.roles) == (VOCABULARY.special_ids, VOCABULARY.roles)
 
 
 def open_trained_model_of(source: Path, tmp_path: Path):

@@ -47,6 +47,11 @@ class GgufTensor:
     start: int
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of its elements as `read` gives them."""
+        return np.dtype(np.float32) if self.type.dtype is None else self.type.dtype
+
+    @property
     def num_bytes(self) -> int:
         """Of its data."""
         return math.prod(self.shape) // self.type.numbers * self.type.size

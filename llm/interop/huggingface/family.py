@@ -64,7 +64,8 @@ def described(config: DecoderConfig) -> DecoderConfig:
         if isinstance(found.feed_forward, MoeConfig):
             found = dataclasses.replace(found, feed_forward=_described_experts(found.feed_forward))
         if not isinstance(found.mixer, AttentionConfig):
-            mixer_like = dataclasses.replace(found.mixer, implementation='auto', scale=found.mixer.score_scale)
+            latent: Any = found.mixer
+            mixer_like = dataclasses.replace(latent, implementation='auto', scale=latent.score_scale)
             return dataclasses.replace(found, mixer=mixer_like)
         mixer = dataclasses.replace(
             found.mixer, implementation='auto', scale=found.mixer.score_scale, base_head_dim=None
