@@ -98,9 +98,7 @@ class _Group:
         self.columns: dict[str, jax.Array] = {
             name: pltpu.roll(refs[name][0], shift, 1) for name in ('b', 'c', 'resets') if name in refs
         }
-        self._rows: dict[str, jax.Array] = {
-            name: self._tile(name) for name in ('x', 'dt', 'd_y') if name in refs
-        }
+        self._rows: dict[str, jax.Array] = {name: self._tile(name) for name in ('x', 'dt', 'd_y') if name in refs}
 
     def _tile(self, name: str) -> jax.Array:
         return self.refs[name][0, pl.ds(pl.multiple_of(self.first, self.size), self.size)].astype(self.dtype)
