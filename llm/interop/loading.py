@@ -28,6 +28,10 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Its dimensions."""
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements as `read` gives them."""
+
     def read(self) -> np.ndarray:
         """Its data, perhaps mapped rather than read."""
 
@@ -67,19 +71,27 @@ class Pieces:
         tensors: of the checkpoint, which `check_tensors` has passed.
         links: of the model's table.
         specs: nested dict of ParameterSpec.
+
+    Attributes:
+        shapes, dtypes: of our parameters by name, with the dtypes of the checkpoint.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], links: Sequence[Link], specs: Mapping[str, Any]) -> None:
         self._tensors = tensors
+        self.dtypes = {link.path: str(tensors[link.name].dtype) for link in links}
         self.shapes = {name: spec.shape for name, spec in named_specs(dict(specs))}
         self._links: dict[str, dict[tuple[int, ...], Link]] = {name: {} for name in self.shapes}
         for link in links:
             self._links[link.path][link.index] = link
 
-    def read(self, path: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """A slice of our array `path`, in `dtype`."""
+    def read(self, path: str, index: tuple[int | slice, ...], dtype: Any = None) -> np.ndarray:
+        """A slice of our array `path`, in `dtype` or that of the checkpoint; dimensions with a number are dropped."""
+        dtype = self.dtypes[path] if dtype is None else dtype
         shape = self.shapes[path]
-        bounds = [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True)]
+        numbers = [axis for axis, each in enumerate(index) if isinstance(each, int)]
+        cuts = [slice(each, each + 1) if isinstance(each, int) else each for each in index]
+        cuts += [slice(None)] * (len(shape) - len(cuts))
+        bounds = [cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], dtype)
         pieces = self._links[path]
         depth = len(next(iter(pieces)))
@@ -87,7 +99,7 @@ class Pieces:
             link = pieces[tuple(start + i for (start, _), i in zip(bounds[:depth], place, strict=True))]
             piece = link.read(self._tensors[link.name].read())[tuple(slice(*each) for each in bounds[depth:])]
             out[place] = piece if not link.offset else piece.astype(np.float32) - np.float32(link.offset)
-        return out
+        return out.squeeze(tuple(numbers))
 
 
 def load_parameters(

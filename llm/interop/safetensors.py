@@ -53,22 +53,27 @@ class StoredTensor:
 
     Attributes:
         file: that holds it. name, shape.
-        dtype: as the format names it, 'BF16'.
+        code: its dtype as the format names it, 'BF16'.
         start: of its data in the file, in bytes.
     """
 
     file: Path
     name: str
-    dtype: str
+    code: str
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements. Raises KeyError where parameters cannot be of that type."""
+        return DTYPES[self.code]
 
     def read(self) -> np.ndarray:
         """The tensor mapped into memory: only what is looked at is read, and let go with the array."""
         if not math.prod(self.shape):
-            return np.zeros(self.shape, DTYPES[self.dtype])
+            return np.zeros(self.shape, self.dtype)
         try:
-            return np.memmap(self.file, DTYPES[self.dtype], 'r', self.start, self.shape)
+            return np.memmap(self.file, self.dtype, 'r', self.start, self.shape)
         except (OSError, ValueError) as error:
             raise UserError(f'cannot be read ({error})', where=str(self.file), fix='Check the file.') from error
 

@@ -208,6 +208,10 @@ def _layouts(axes: str, spread: tuple[str, ...], ours: tuple[Shape, ...]) -> tup
     if [group[0] for group in right[: len(spread)]] != list(spread):
         raise ValueError(f'{axes!r}: ours must begin with {spread}, which the name counts')
     right = right[len(spread) :]
+    # A 1 may stand on one side alone: reshaping drops it, or makes it.
+    both = [sorted(axis for group in side for axis in group if axis not in (_PARTS, '1')) for side in (left, right)]
+    if both[0] != both[1] or len(set(both[0])) != len(both[0]):
+        raise ValueError(f'{axes!r}: both sides must have the same axes')
     sizes = [_sizes(axes, right, shape[len(spread) :]) for shape in ours]
     for each in sizes:
         each[_PARTS] = len(ours)
@@ -234,10 +238,7 @@ def _layouts(axes: str, spread: tuple[str, ...], ours: tuple[Shape, ...]) -> tup
         part = (flat.index(_PARTS), number) if _PARTS in flat else None
         kept = [axis for axis in flat if axis != _PARTS]
         wanted = [axis for group in right for axis in group]
-        # A 1 that only one side has: theirs is dropped by the reshape to ours, ours needs no source.
         extra = [axis for axis in kept if axis not in wanted]
-        if any(each[axis] != 1 for axis in extra) or len(set(kept)) != len(kept):
-            raise ValueError(f'{axes!r}: both sides must have the same axes')
         order = [kept.index(axis) for axis in wanted if axis in kept] + [kept.index(axis) for axis in extra]
         layouts.append(
             Layout(

@@ -18,6 +18,8 @@ from llm.training.checkpoints import Restored, committed_steps, restore_paramete
 from llm.training.checkpoints.directory import step_path
 from llm.training.step import StepConfig
 
+VOCABULARY = 'vocabulary'
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
@@ -64,7 +66,7 @@ class TrainedModel:
         if digest != self.vocabulary.digest:
             raise UserError(
                 f'the checkpoint of step {restored.step} was trained with another vocabulary than '
-                f'{self.directory / "vocabulary"} (digest {digest[:12]}, not {self.vocabulary.digest[:12]})',
+                f'{self.directory / VOCABULARY} (digest {digest[:12]}, not {self.vocabulary.digest[:12]})',
                 where=str(restored.path),
                 fix='Bring back the vocabulary that the run was trained with.',
             )
@@ -78,6 +80,25 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
         UserError: this is not a directory of a run that trains a decoder, or config and vocabulary do not fit.
     """
     directory = Path(run_directory).expanduser()
+    config, sequence_length = read_run(directory)
+    vocabulary = load_vocabulary(directory / VOCABULARY)
+    if vocabulary.size > config.vocab_size:
+        raise UserError(
+            f'the vocabulary has {vocabulary.size} tokens and the model {config.vocab_size}: it is not the one that '
+            'the model was trained with',
+            where=str(directory / VOCABULARY),
+            fix='Bring back the vocabulary that the run was trained with.',
+        )
+    steps = tuple(committed_steps(directory / 'checkpoints'))
+    return TrainedModel(directory, config, sequence_length, vocabulary, steps)
+
+
+def read_run(directory: Path) -> tuple[DecoderConfig, int | None]:
+    """The model of a run, and the tokens per row that it was trained on, if the run says.
+
+    Raises:
+        UserError: this is not a directory of a run that trains a decoder, or of a converted one.
+    """
     config_file = directory / 'config.gin'
     if not config_file.is_file():
         raise UserError(
@@ -91,14 +112,6 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
             where=str(config_file),
             fix='Give the directory of a pretrain run.',
         )
-    vocabulary = load_vocabulary(directory / 'vocabulary')
-    if vocabulary.size > config.vocab_size:
-        raise UserError(
-            f'the vocabulary has {vocabulary.size} tokens and the model {config.vocab_size}: it is not the one that '
-            'the model was trained with',
-            where=str(directory / 'vocabulary'),
-            fix='Bring back the vocabulary that the run was trained with.',
-        )
-    sequence_length = step.sequence_length if isinstance(step, StepConfig) else None
-    steps = tuple(committed_steps(directory / 'checkpoints'))
-    return TrainedModel(directory, config, sequence_length, vocabulary, steps)
+    # A converted model says it itself.
+    said = getattr(job, 'sequence_length', None)
+    return config, step.sequence_length if isinstance(step, StepConfig) else said

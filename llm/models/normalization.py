@@ -31,7 +31,7 @@ class NormConfig:
     def __post_init__(self) -> None:
         if self.kind not in ('rms', 'layer'):
             raise UserError(f'kind is {self.kind!r}', where='NormConfig.kind', fix="Use 'rms' or 'layer'.")
-        if self.epsilon <= 0:
+        if not self.epsilon > 0:
             raise UserError(
                 f'epsilon is {self.epsilon}', where='NormConfig.epsilon', fix='Use a small positive number.'
             )

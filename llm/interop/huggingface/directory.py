@@ -39,7 +39,6 @@ class Checkpoint:
         directory, family.
         config: of the model.
         sequence_length: that it was made for; None if the file does not say.
-        dtype: of the parameters (of the first, where they differ).
         pieces: the parameters.
     """
 
@@ -47,7 +46,6 @@ class Checkpoint:
     family: Family
     config: DecoderConfig
     sequence_length: int | None
-    dtype: StoredType
     pieces: Pieces
 
     @property
@@ -82,15 +80,13 @@ def open_directory(directory: str | Path, ignored_settings: tuple[str, ...] = ()
         ignored.append('lm_head.weight')
     check_tensors(tensors, table, str(directory), ignored)
     for link in table:
-        if tensors[link.name].dtype not in DTYPES:
+        if tensors[link.name].code not in DTYPES:
             raise UserError(
-                f'{link.name} is of dtype {tensors[link.name].dtype}',
+                f'{link.name} is of dtype {tensors[link.name].code}',
                 where=str(directory),
                 fix=f'Parameters can be {", ".join(DTYPES)}: get a checkpoint that is not quantized.',
             )
-    first = tensors[table[0].name].dtype
-    dtype: StoredType = next((ours for ours, theirs in _NAMES.items() if theirs == first), 'float32')
-    return Checkpoint(directory, family, config, sequence_length, dtype, Pieces(tensors, table, specs))
+    return Checkpoint(directory, family, config, sequence_length, Pieces(tensors, table, specs))
 
 
 def read_settings(

@@ -19,6 +19,12 @@ _NUMBERS = {
     'longrope': ('factor', 'original_max_position_embeddings', 'attention_factor'),
     'default': (),
 }
+_REQUIRED = {
+    'linear': ('factor',),
+    'dynamic': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor'),
+    'yarn': ('factor',),
+}
 
 
 def read_rope(
@@ -66,6 +72,9 @@ def rope_fields(
     truncate = values.pop('truncate', True) if kind == 'yarn' else True
     factors = [_factors(settings, values, f'{name}_factor') if kind == 'longrope' else () for name in ('short', 'long')]
     numbers = {name: _number(settings, values, name, None) for name in _NUMBERS[kind] if name in values}
+    for name in _REQUIRED.get(kind, ()):
+        if numbers.get(name) is None:
+            raise _unsupported(settings, name, None)
     if values:
         raise _unsupported(settings, *next(iter(values.items())))
     original = int(original or numbers.get('original_max_position_embeddings') or longest)
@@ -130,7 +139,7 @@ def _number(settings: Settings, values: dict[str, Any], name: str, default: Any)
     value = values.pop(name, None)
     if value is None:
         return default
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
         raise _unsupported(settings, name, value)
     return float(value)
 

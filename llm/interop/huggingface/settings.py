@@ -3,6 +3,7 @@
 A setting that is not understood may change what the model computes, so it is refused rather than passed over.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +72,11 @@ _GENERATION = frozenset(
 )
 
 
+# What we make as many objects of, before anything shows that the tensors are not so many.
+_COUNTED = ('num_hidden_layers', 'n_layer', 'num_attention_heads', 'n_head', 'num_key_value_heads')
+_MOST = 10_000
+
+
 class Settings:
     """The settings of one config.json; those taken are noted.
 
@@ -110,6 +116,10 @@ class Settings:
             value = float(value)
         if type(value) is not kind:
             raise self.unsupported(name, f'not of type {kind.__name__}')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.unsupported(name, 'not a finite number')
+        if name in _COUNTED and not 1 <= int(value) <= _MOST:
+            raise self.unsupported(name, f'use from 1 to {_MOST:,}')
         return value
 
     def raw(self, name: str) -> Any:

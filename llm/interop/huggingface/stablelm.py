@@ -1,4 +1,4 @@
-"""StableLM (Bellagente et al. 2024): LayerNorm, rotation of a quarter of the head; StableLM 2 12B normalises each head."""
+"""StableLM (Bellagente et al. 2024): LayerNorm, a quarter of each head rotated; the 12B normalises queries and keys."""
 
 from typing import Any
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm.errors import UserError
+from llm.training.checkpoints.streaming import StreamedArray, register_streamed_arrays
 
 # Name of an array, as its keys from the root, to the array.
 Named = dict[tuple[str, ...], Any]
@@ -44,7 +45,7 @@ def describe(tree: Any) -> dict[str, list[Any]]:
         TypeError: a leaf is something else.
     """
     for name, leaf in named_leaves(tree).items():
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | StreamedArray):
             raise TypeError(f'{"/".join(name)} is a {type(leaf).__name__}, not a jax array')
     return {'/'.join(name): [str(x.dtype), list(x.shape)] for name, x in named_leaves(tree).items()}
 
@@ -56,6 +57,7 @@ class ArrayWriter:
         import orbax.checkpoint as ocp
 
         _say_failures_once()
+        register_streamed_arrays()
         # Float bits hardly compress: zstd saves 8% and doubles the time.
         options = {'use_zarr3': True, 'use_compression': False}
         # Without a limit on the bytes in flight Orbax writes all arrays in one transaction. With its default of 96 GB

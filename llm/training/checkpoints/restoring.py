@@ -19,7 +19,7 @@ from llm.training.checkpoints.manifest import find_damage
 
 METADATA = 'metadata.json'
 ARRAYS = 'state'
-_PARAMETERS = 'parameters'
+PARAMETERS = 'parameters'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,43 @@ class Restored:
     rejected_steps: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A checkpoint, verified and not read: `content` is its metadata.json; the rest as in Restored."""
+
+    step: int
+    path: Path
+    content: dict[str, Any]
+    rejected: list[str]
+    rejected_steps: list[int]
+
+
 def restore_newest(
     directory: Path, steps: Sequence[int], abstract: Any, *, prefix: tuple[str, ...] = (), cast: bool = False
 ) -> Restored:
     """Read the newest whole checkpoint of `steps` in `directory`; see `Checkpointer.restore`.
 
     Every process of a job must call this; they agree on the checkpoint.
+    """
+    found = newest_whole(directory, steps)
+    check_match(found.content['arrays'], abstract, str(found.path), prefix=prefix, cast=cast)
+    return Restored(
+        step=found.step,
+        state=read_arrays(found.path / ARRAYS, abstract, prefix),
+        metadata=found.content['metadata'],
+        metrics=found.content['metrics'],
+        environment=found.content['environment'],
+        path=found.path,
+        rejected=found.rejected,
+        rejected_steps=found.rejected_steps,
+    )
+
+
+def newest_whole(directory: Path, steps: Sequence[int]) -> Found:
+    """The newest whole checkpoint of `steps` in `directory`; every process of a job must call this.
+
+    Raises:
+        UserError: there is none.
     """
     rejected: list[str] = []
     rejected_steps: list[int] = []
@@ -64,18 +95,7 @@ def restore_newest(
             rejected += lines
             rejected_steps.append(step)
             continue
-        content = json.loads((path / METADATA).read_bytes())
-        check_match(content['arrays'], abstract, str(path), prefix=prefix, cast=cast)
-        return Restored(
-            step=step,
-            state=read_arrays(path / ARRAYS, abstract, prefix),
-            metadata=content['metadata'],
-            metrics=content['metrics'],
-            environment=content['environment'],
-            path=path,
-            rejected=rejected,
-            rejected_steps=rejected_steps,
-        )
+        return Found(step, path, json.loads((path / METADATA).read_bytes()), rejected, rejected_steps)
     raise UserError(
         f'no checkpoint is whole: {"; ".join(rejected)}' if rejected else 'there is no checkpoint',
         where=str(directory),
@@ -99,6 +119,15 @@ def restore_parameters(path: str | Path, abstract_parameters: Any) -> Restored:
         UserError: there is no whole checkpoint; or a parameter is missing, not expected or of another shape, each
             named with what was expected and what the checkpoint has.
     """
+    return restore_newest(*steps_at(path), abstract_parameters, prefix=(PARAMETERS,), cast=True)
+
+
+def steps_at(path: str | Path) -> tuple[Path, list[int]]:
+    """The folder of checkpoints that `path` means (see restore_parameters), and the steps of those meant there.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(path).absolute()
     step = step_of(path)
     try:
@@ -115,7 +144,7 @@ def restore_parameters(path: str | Path, abstract_parameters: Any) -> Restored:
             where=str(path),
             fix='Give a run directory, its checkpoints folder, or one step_... folder in it.',
         )
-    return restore_newest(directory, steps, abstract_parameters, prefix=(_PARAMETERS,), cast=True)
+    return directory, steps
 
 
 def agreed_steps(directory: Path) -> list[int]:

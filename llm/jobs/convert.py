@@ -1,0 +1,263 @@
+"""The convert job: a model of another program into a run directory, and a run's model into other programs' formats.
+
+Nothing is ever whole in memory: a piece is read, turned round, cast and written before the next.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from llm.configuration import Invocation, render
+from llm.data.vocabularies import Vocabulary, load_vocabulary
+from llm.errors import UserError
+from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
+from llm.jobs.trained_model import VOCABULARY, read_run
+from llm.models.decoder import ComputeType, Decoder, DecoderConfig
+from llm.models.parameters import count_parameters, named_specs, parameter_specs
+from llm.parallel.processes import require_one
+from llm.training.checkpoints import CheckpointConfig, Checkpointer, StoredParameters, StreamedArray
+from llm.training.run_directory import claim, write_atomically
+from llm.training.run_lock import RunLock
+
+MODEL_PIECE = 'model.gin'
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """The config.gin of a run directory that `Convert` has made: what `generate` and others read of it.
+
+    Attributes:
+        model: the decoder.
+        source: what it was made of.
+        sequence_length: tokens that the model was made for; None if its files do not say.
+    """
+
+    model: DecoderConfig
+    source: str
+    sequence_length: int | None = None
+
+    def __call__(self, invocation: Invocation) -> None:
+        """Say what the model is."""
+        del invocation
+        print(f'{count_parameters(parameter_specs(Decoder(self.model))):,} parameters, from {self.source}')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model to convert.
+
+    Attributes:
+        config, sequence_length, vocabulary: of the model, None where its files have none.
+        dtypes: of its parameters by name.
+        read: a slice of a parameter, in its own dtype.
+    """
+
+    config: DecoderConfig
+    sequence_length: int | None
+    vocabulary: Vocabulary | None
+    dtypes: dict[str, str]
+    read: Callable[[str, tuple[int | slice, ...]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a model, its settings and its vocabulary.
+
+    Attributes:
+        source: a Hugging Face directory (config.json, safetensors, tokenizer) or a run directory.
+        destination: a new directory.
+        to: its format: 'run' for what `generate`, `pretrain` (initial_parameters) and others here read, 'hugging_face'.
+        dtype: of the parameters written; None for that of the source.
+        compute_dtype: of activations, for 'run'.
+        model_type: for 'hugging_face', the family to write it as; None for the first that can describe it.
+        shard_bytes: for 'hugging_face', the most that a file holds.
+        checkpoint_step: of a run; None for the newest checkpoint that is whole.
+        ignored_settings: names in a config.json that are not known here and are known to you to change nothing.
+        vocabulary: where a vocabulary is, if not with the model.
+    """
+
+    source: str
+    destination: str
+    to: Literal['run', 'hugging_face'] = 'run'
+    dtype: StoredType | None = None
+    compute_dtype: ComputeType = 'float32'
+    model_type: str | None = None
+    shard_bytes: int = 5_000_000_000
+    checkpoint_step: int | None = None
+    ignored_settings: tuple[str, ...] = ()
+    vocabulary: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in ('run', 'hugging_face'):
+            raise UserError(f'Convert.to is {self.to!r}', fix="Use 'run' or 'hugging_face'.")
+        if self.dtype is not None and self.dtype not in get_args(StoredType):
+            raise UserError(f'Convert.dtype is {self.dtype!r}', fix=f'Use one of {", ".join(get_args(StoredType))}.')
+        if self.shard_bytes < 1:
+            raise UserError(f'Convert.shard_bytes is {self.shard_bytes}', fix='Use at least 1.')
+
+    def __call__(self, invocation: Invocation) -> None:
+        """Convert; UserError for whatever is wrong with the source or the destination."""
+        require_one('convert')
+        start = time.perf_counter()
+        source, destination = Path(self.source).expanduser(), Path(self.destination).expanduser()
+        model = self._open(source)
+        parameters = count_parameters(parameter_specs(Decoder(model.config)))
+        kept = ', '.join(sorted({*model.dtypes.values()})) if self.dtype is None else self.dtype
+        what = f'{source}: {parameters:,} parameters'
+        if self.to == 'hugging_face':
+            what += f' as {find_family(model.config, self.model_type)[0].architecture}'
+        if invocation.dry_run:
+            print(f'{what}, to be written as {kept} to {destination}')
+            return
+        if model.vocabulary is None:
+            print(f'{source} has no vocabulary: the model goes without one')
+        if self.to == 'run':
+            self._write_run(model, destination)
+        else:
+            self._write_hugging_face(model, destination)
+        print(f'{what}, written as {kept} to {destination} in {time.perf_counter() - start:.1f} s')
+
+    def _open(self, source: Path) -> _Model:
+        if (source / 'config.gin').is_file():
+            model = self._open_run(source)
+        elif (source / SETTINGS).is_file():
+            model = self._open_hugging_face(source)
+        else:
+            raise UserError(
+                f'this is neither a run directory (config.gin) nor a Hugging Face directory ({SETTINGS})',
+                where=str(source),
+                fix='Check the path.',
+            )
+        if model.vocabulary is not None and model.vocabulary.size > model.config.vocab_size:
+            raise UserError(
+                f'the vocabulary has {model.vocabulary.size} tokens and the model {model.config.vocab_size}',
+                where=str(source),
+                fix='Give the vocabulary that the model was trained with: Convert.vocabulary.',
+            )
+        return model
+
+    def _open_run(self, source: Path) -> _Model:
+        config, sequence_length = read_run(source)
+        stored = StoredParameters(source, self.checkpoint_step)
+        expected = {name: spec.shape for name, spec in named_specs(parameter_specs(Decoder(config)))}
+        if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:
+            raise UserError(
+                f'the parameters of step {stored.step} are not those of its config',
+                where=str(source),
+                fix='Bring back the config.gin that the run was started with.',
+            )
+        vocabulary = None
+        if self.vocabulary is not None or (source / VOCABULARY).exists():
+            vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
+        dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
+        return _Model(config, sequence_length, vocabulary, dtypes, stored.read)
+
+    def _open_hugging_face(self, source: Path) -> _Model:
+        checkpoint = open_directory(source, self.ignored_settings)
+        config = dataclasses.replace(checkpoint.config, compute_dtype=self.compute_dtype)
+        try:
+            vocabulary = load_vocabulary(self.vocabulary or source)
+        except UserError:
+            # Of a vocabulary that was asked for, or is there and damaged, one wants to hear.
+            if self.vocabulary is not None or any(source.glob('*tokenizer*')) or any(source.glob('vocab*')):
+                raise
+            vocabulary = None
+
+        pieces = checkpoint.pieces
+        return _Model(config, checkpoint.sequence_length, vocabulary, pieces.dtypes, pieces.read)
+
+    def _write_run(self, model: _Model, directory: Path) -> None:
+        converted = Converted(model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length)
+        text = render(converted)
+        if any(directory.glob('*.safetensors')):
+            raise UserError('is not empty and no run directory', where=str(directory), fix='Use a new directory.')
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(RunLock(directory))
+            claim(directory, converted, text, changeable=('source',))
+            checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', CheckpointConfig()))
+            write_atomically(directory / MODEL_PIECE, _model_piece(text, converted.source))
+            if checkpointer.latest_step() is not None:
+                raise UserError('is converted already', where=str(directory), fix='Use it, or another directory.')
+            if model.vocabulary is not None:
+                model.vocabulary.save(directory / VOCABULARY)
+            parameters: dict[str, Any] = {}
+            for name, spec in named_specs(parameter_specs(Decoder(model.config))):
+                node = parameters
+                *parents, last = name.split('/')
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                dtype = np.dtype(jnp.dtype(self.dtype or model.dtypes[name]))
+                node[last] = StreamedArray(spec.shape, dtype, _reader(model, name, dtype))
+            metadata = {} if model.vocabulary is None else {'vocabulary': model.vocabulary.digest}
+            checkpointer.save(0, {'parameters': parameters}, metadata)
+
+    def _write_hugging_face(self, model: _Model, directory: Path) -> None:
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
+        vocabulary = model.vocabulary
+        names = ('bos', 'eos', 'pad')
+        ids = {f'{name}_token_id': getattr(vocabulary, f'{name}_id', None) for name in names}
+        # Under its own name when it is whole.
+        partial = directory.with_name(f'{directory.name}.partial')
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write_directory(
+                partial,
+                model.config,
+                model.read,
+                dtype=self.dtype or _widest(model.dtypes),
+                shard_bytes=self.shard_bytes,
+                sequence_length=model.sequence_length,
+                model_type=self.model_type,
+                extra_settings=ids,
+            )
+            if vocabulary is not None:
+                _write_tokenizer(vocabulary, partial)
+            partial.replace(directory)
+        except OSError as error:
+            raise UserError(
+                f'cannot write ({error.strerror})', where=str(directory), fix='Check permissions and free space.'
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tokenizer(vocabulary: Vocabulary, directory: Path) -> None:
+    """The vocabulary's files, as `load_vocabulary` reads them."""
+    vocabulary.save(directory)
+
+
+def _reader(model: _Model, name: str, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        values = model.read(name, (slice(start, stop),))
+        with np.errstate(over='ignore'):
+            cast = values.astype(dtype)
+        if dtype == np.float16 and not np.isfinite(cast).all():
+            raise UserError(f'parameter {name} has values that float16 cannot hold', fix="Use dtype 'bfloat16'.")
+        return cast
+
+    return read
+
+
+def _widest(dtypes: dict[str, str]) -> StoredType:
+    """One type that holds all of these without loss, float64 as float32."""
+    found = {*dtypes.values()}
+    if found == {'bfloat16'}:
+        return 'bfloat16'
+    return 'float16' if found == {'float16'} else 'float32'
+
+
+def _model_piece(text: str, source: str) -> str:
+    """The part of a config.gin that sets the model alone, to be included by run files in place of a preset."""
+    blocks = text.split('\n\n')
+    header = [line for line in blocks[0].splitlines() if not line.startswith('#') and 'jobs import convert' not in line]
+    kept = [block for block in blocks[1:] if not block.startswith(('JOB = ', 'convert.Converted.'))]
+    first = f'# The model converted from {source}, for run files: include it in place of a file of gin_configs/models.'
+    return '\n\n'.join(('\n'.join([first, *header]), *kept))
