@@ -11,7 +11,7 @@ import numpy as np
 
 from llm.configuration import Invocation
 from llm.data.sources import ReadCounts, Source, read_documents
-from llm.data.vocabularies import Vocabulary, VocabularyConfig
+from llm.data.vocabularies import Vocabulary, VocabularyConfig, write_vocabulary
 from llm.data.vocabularies.measuring import measure_fit
 from llm.data.vocabularies.training import sample_documents, train_on_sample
 from llm.errors import UserError
@@ -20,7 +20,7 @@ from llm.parallel.processes import require_one
 from llm.training.run_directory import claim, write_atomically
 from llm.training.run_lock import RunLock
 
-VOCABULARY, REPORT, PAGE = 'vocabulary', 'report.json', 'report.html'
+VOCABULARY, EXPORT, REPORT, PAGE = 'vocabulary', 'hugging_face', 'report.json', 'report.html'
 _LISTED = 200  # tokens in each of the report's lists
 
 
@@ -39,7 +39,8 @@ class TrainTokenizer:
     The sample depends on the documents' content and the seed: not on their order, not on how they lie in files.
 
     Args:
-        output_directory: gets vocabulary/ (for `load_vocabulary`), report.json and report.html. Run again with the
+        output_directory: gets vocabulary/ (for `load_vocabulary`), hugging_face/ (a tokenizer.json and settings, for
+            other programs; the .model file, too, of SentencePiece), report.json and report.html. Run again with the
             same config, the job says that it is complete; a directory of another config is refused.
         vocabulary: what to train; its `sample_bytes` are shared equally among the sources.
         sources: where the text comes from; the train split is learnt from, the validation split is measured on.
@@ -84,6 +85,7 @@ class TrainTokenizer:
             print(f'learning from {sum(len(text.encode()) for text in sample):,} bytes', flush=True)
             vocabulary = train_on_sample(self.vocabulary, sample)
             vocabulary.save(directory / VOCABULARY)
+            write_vocabulary(vocabulary, directory / EXPORT)
             report = _report(self.vocabulary, vocabulary, readings, share)
             write_atomically(directory / PAGE, render(report))
             # Last, because it says that the job is complete.

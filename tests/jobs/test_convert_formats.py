@@ -45,7 +45,7 @@ def test_training_goes_on_from_stories260k(stories, tiny_run):
     preset = "include 'gin_configs/models/tiny.gin'"
     lines = (tiny_run.folder / 'run.gin').read_text().replace(preset, f"include '{run / MODEL_PIECE}'").splitlines()
     sizes = ('VOCAB_SIZE', 'D_MODEL', 'NUM_HEADS', 'NUM_KV_HEADS', 'HEAD_DIM', 'D_FF')
-    kept = [line for line in lines if not line.startswith((*sizes, 'VOCABULARY'))]
+    kept = [line for line in lines if not line.startswith((*sizes, 'training.VocabularyConfig'))]
     kept += [f'INITIAL_PARAMETERS = {str(run)!r}', f'VOCABULARY = {str(run)!r}', '']
     (tiny_run.folder / 'run.gin').write_text('\n'.join(kept))
     assert tiny_run('TOTAL_STEPS = 2') == 0

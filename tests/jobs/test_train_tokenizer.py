@@ -108,6 +108,14 @@ def test_it_is_done_once_and_never_over_another_config(tmp_path, stories, capsys
         job(tmp_path, stories, held_out_bytes=10_000)(RUN)
 
 
+def test_other_programs_get_the_same_vocabulary(tmp_path, stories):
+    job(tmp_path, stories)(RUN)
+    ours, theirs = (load_vocabulary(tmp_path / 'out' / name) for name in ('vocabulary', 'hugging_face'))
+    assert (tmp_path / 'out' / 'hugging_face' / 'tokenizer.json').exists()
+    assert theirs.encode('once upon a time 🐢') == ours.encode('once upon a time 🐢')
+    assert theirs.special_ids == ours.special_ids
+
+
 def test_a_run_that_was_killed_before_its_report_ends_the_same(tmp_path, stories):
     job(tmp_path, stories)(RUN)
     first = (tmp_path / 'out' / 'report.json').read_bytes()
