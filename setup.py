@@ -19,6 +19,9 @@ CORE = [
     'gin-config>=0.5.0',
     'tensorboard>=2.21',
     'numpy',
+    # bfloat16 for NumPy, and slices of checkpoints: JAX and Orbax bring both.
+    'ml_dtypes',
+    'tensorstore',
     'tqdm',
     'PyYAML',
     # Data. SeqIO brings TensorFlow and TensorFlow Text; llm.data alone imports them, and only to read a SeqIO task.

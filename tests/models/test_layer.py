@@ -17,6 +17,7 @@ from llm.models.feed_forward import FeedForward, FeedForwardConfig
 from llm.models.layer import Layer, LayerConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import parameter_specs
+from llm.models.position import RotaryScaling
 from tests.models.small_decoders import LAYER, layer
 
 X = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32) * 3 + 1
@@ -159,6 +160,13 @@ def test_dropout_of_a_token_depends_on_its_index_and_not_on_where_it_lies():
         (lambda: AttentionConfig(4, 2, 8, window=0), 'window is 0'),
         (lambda: AttentionConfig(4, 2, 7), 'rotary_fraction 1.0 of head_dim 7'),
         (lambda: AttentionConfig(4, 2, 8, rotary_fraction=1.5), 'rotary_fraction 1.5'),
+        (lambda: AttentionConfig(4, 2, 8, qk_norm_scope='row'), "qk_norm_scope is 'row'"),
+        (
+            lambda: AttentionConfig(
+                4, 2, 8, rotary_scaling=RotaryScaling('longrope', 2.0, 8, short_factors=(1.0,), long_factors=(1.0,))
+            ),
+            'Give 4 of each',
+        ),
         (lambda: AttentionConfig(4, 2, 8, logit_soft_cap=0.0), 'logit_soft_cap is 0.0'),
         (lambda: AttentionConfig(4, 2, 8, scale=1.0, base_head_dim=8), 'scale and base_head_dim'),
         (lambda: FeedForwardConfig(0), 'd_ff is 0'),

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.models.position import Rotary, alibi_slopes, rotary_table, rotate, segment_positions, sinusoids
+from llm.errors import UserError
+from llm.models.position import (
+    Rotary,
+    RotaryScaling,
+    alibi_slopes,
+    rotary_table,
+    rotate,
+    segment_positions,
+    sinusoids,
+)
 
 
 def test_rotation_is_that_of_the_paper():
@@ -23,6 +32,68 @@ def test_rotation_is_that_of_the_paper():
     expected = pairs * np.exp(1j * positions[:, :, None, None] * theta)
     np.testing.assert_allclose(rotated[..., :4], expected.real, atol=1e-4)
     np.testing.assert_allclose(rotated[..., 4:], expected.imag, atol=1e-4)
+
+
+# Against transformers: tests/interop. Here what each scaling is for.
+@pytest.mark.parametrize(
+    ('scaling', 'length'),
+    [
+        (RotaryScaling('linear', 4.0), 64),
+        (RotaryScaling('dynamic', 4.0, 32), 64),
+        (RotaryScaling('llama3', 4.0, 32), 64),
+        (RotaryScaling('yarn', 4.0, 32), 64),
+        (RotaryScaling('longrope', 4.0, 32, short_factors=(1.0,) * 8, long_factors=(1.0, 2, 3, 4, 5, 6, 7, 8)), 64),
+    ],
+    ids=lambda value: getattr(value, 'kind', ''),
+)
+def test_scaling_slows_the_slowest_frequency_most_and_leaves_the_order(scaling, length):
+    rotary = Rotary(head_dim=16, base=10_000.0, fraction=1.0, scaling=scaling)
+    slowing = rotary.slowing(length)
+    assert slowing.shape == (8,) and np.all(np.diff(slowing) <= 1e-12) and slowing[0] <= 1
+    if scaling.kind in ('linear', 'llama3', 'yarn'):
+        assert slowing[-1] == pytest.approx(1 / scaling.factor)
+    if scaling.kind != 'linear':
+        assert slowing[0] == 1
+    if scaling.kind in ('dynamic', 'longrope'):
+        np.testing.assert_allclose(rotary.slowing(32), 1.0)
+
+
+def test_dynamic_scaling_stretches_the_slowest_wave_as_rows_grow():
+    """So that it turns in `times` as long a row as it did (factor 1) where rows are `times` as long."""
+    rotary = Rotary(16, 100.0, 1.0, RotaryScaling('dynamic', 1.0, 32))
+    assert rotary.slowing(96)[-1] == pytest.approx(1 / 3)
+
+
+def test_attention_factor_scales_cosines_and_sines():
+    plain = Rotary(8, 100.0, 1.0)
+    scaled = Rotary(8, 100.0, 1.0, RotaryScaling('yarn', 1.0, 32, attention_factor=1.25))
+    positions = jnp.arange(5)[None]
+    for one, other in zip(*(rotary_table(r, positions, jnp.float32) for r in (plain, scaled)), strict=True):
+        np.testing.assert_allclose(1.25 * one, other, rtol=1e-6)
+
+
+def test_rotary_embeddings_have_an_order():
+    """A dict of them is a pytree, and keys of dicts are sorted."""
+    kinds = [Rotary(8, 100.0, 1.0, RotaryScaling('linear', factor)) for factor in (2.0, 4.0)] + [Rotary(8, 100.0, 1.0)]
+    assert len(jax.tree.leaves(dict.fromkeys(kinds, 0))) == 3
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: RotaryScaling('ntk'), "kind is 'ntk'"),
+        (lambda: RotaryScaling('linear', 0.5), 'factor is 0.5'),
+        (lambda: RotaryScaling('yarn', 2.0), 'original_length is 0'),
+        (lambda: RotaryScaling('llama3', 2.0, 8, low_frequency_factor=4.0), 'low_frequency_factor 4.0 is not below'),
+        (lambda: RotaryScaling('yarn', 2.0, 8, beta_fast=0.5), 'beta_slow 1.0 is not below'),
+        (lambda: RotaryScaling('longrope', 2.0, 8), '0 short_factors'),
+        (lambda: RotaryScaling('linear', 2.0, short_factors=(1.0,)), '1 short_factors'),
+        (lambda: RotaryScaling('longrope', 2.0, 8, short_factors=(1.0,), long_factors=(-1.0,)), '1 short_factors'),
+    ],
+)
+def test_scalings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_scores_depend_on_the_distance_only():

@@ -20,7 +20,25 @@ PUBLISHED = {
     'llama3_8b': 8_030_261_248,
     'llama3_70b': 70_553_706_496,
     'mistral_7b': 7_241_732_096,
+    'gemma2_2b': 2_614_341_888,
     'gemma2_9b': 9_241_705_984,
+    'gemma3_1b': 999_885_952,
+    # The checkpoint's 4,300,079,472 without its vision tower and projector.
+    'gemma3_4b': 3_880_263_168,
+    'qwen2_0_5b': 494_032_768,
+    'qwen2_7b': 7_615_616_512,
+    'qwen3_0_6b': 596_049_920,
+    'qwen3_8b': 8_190_735_360,
+    'phi3_mini': 3_821_079_552,
+    'phi4': 14_659_507_200,
+    'smollm2_135m': 134_515_008,
+    'smollm2_1_7b': 1_711_376_384,
+    'olmo2_1b': 1_484_916_736,
+    'olmo2_7b': 7_298_617_344,
+    'pythia_160m': 162_322_944,
+    'pythia_1_4b': 1_414_647_808,
+    'starcoder2_3b': 3_030_371_328,
+    'stablelm2_1_6b': 1_644_515_328,
 }
 
 
@@ -43,6 +61,10 @@ def presets(tmp_path_factory) -> dict[str, DecoderConfig]:
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_parameters_are_as_many_as_published(presets, name):
     assert count_parameters(parameter_specs(Decoder(presets[name]))) == PUBLISHED[name]
+
+
+def test_a_preset_with_a_published_size_is_compared_with_it():
+    assert set(PRESETS) - set(PUBLISHED) == {'tiny', 'small_cpu'}
 
 
 @pytest.mark.parametrize('name', PRESETS)

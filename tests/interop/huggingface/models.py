@@ -24,7 +24,7 @@ class Case:
     Attributes:
         family: of the classes, 'Llama' for LlamaConfig and LlamaForCausalLM. settings: of the config.
         architecture: class of the model where it is not family + 'ForCausalLM'.
-        decodes: whether angles are those of the whole row at every length, so that decoding can be compared.
+        decodes: whether decoding is compared: once a family, where angles do not change as the row grows.
     """
 
     family: str
@@ -52,7 +52,9 @@ CASES: dict[str, Case] = {
     ),
     'gpt_neox': Case('GPTNeoX', SIZES | rope(partial_rotary_factor=0.25)),
     'gpt_neox serial': Case(
-        'GPTNeoX', SIZES | rope(partial_rotary_factor=0.5) | {'use_parallel_residual': False, 'attention_bias': False}
+        'GPTNeoX',
+        SIZES | rope(partial_rotary_factor=0.5) | {'use_parallel_residual': False, 'attention_bias': False},
+        decodes=False,
     ),
     'llama': Case('Llama', GROUPED | {'head_dim': 6, 'rms_norm_eps': 1e-4} | rope()),
     'llama tied, biases, gelu': Case(
@@ -60,22 +62,24 @@ CASES: dict[str, Case] = {
         GROUPED
         | {'tie_word_embeddings': True, 'attention_bias': True, 'mlp_bias': True, 'hidden_act': 'gelu'}
         | rope('linear', factor=3.0),
+        decodes=False,
     ),
     'llama dynamic': Case(
         'Llama', GROUPED | {'max_position_embeddings': 12} | rope('dynamic', factor=2.0), decodes=False
     ),
     'llama llama3': Case(
-        'Llama', GROUPED | rope('llama3', low_freq_factor=1.0, high_freq_factor=4.0, **_slow(4.0, 32))
+        'Llama', GROUPED | rope('llama3', low_freq_factor=1.0, high_freq_factor=4.0, **_slow(4.0, 32)), decodes=False
     ),
-    'llama yarn': Case('Llama', GROUPED | rope('yarn', beta_fast=4.0, **_slow(4.0, 32))),
+    'llama yarn': Case('Llama', GROUPED | rope('yarn', beta_fast=4.0, **_slow(4.0, 32)), decodes=False),
     'mistral': Case('Mistral', GROUPED | {'head_dim': 8, 'sliding_window': 5} | rope()),
-    'mistral without window': Case('Mistral', GROUPED | {'sliding_window': None} | rope()),
+    'mistral without window': Case('Mistral', GROUPED | {'sliding_window': None} | rope(), decodes=False),
     'qwen2': Case('Qwen2', GROUPED | rope()),
     'qwen2 tied, window': Case(
         'Qwen2',
         GROUPED
         | {'tie_word_embeddings': True, 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1}
         | rope(),
+        decodes=False,
     ),
     'qwen3': Case('Qwen3', GROUPED | {'head_dim': 6} | rope()),
     'smollm3': Case('SmolLM3', GROUPED | {'no_rope_layers': [1, 0, 1]} | rope()),
@@ -105,6 +109,7 @@ CASES: dict[str, Case] = {
         GROUPED
         | {'max_position_embeddings': 256, 'original_max_position_embeddings': 64}
         | rope('longrope', 100.0, **_LONGROPE),
+        decodes=False,
     ),
     'phi3 longrope, long': Case(
         'Phi3',
@@ -118,7 +123,9 @@ CASES: dict[str, Case] = {
         GROUPED | {'qk_layernorm': True, 'use_parallel_residual': True} | rope(partial_rotary_factor=0.5),
     ),
     'starcoder2': Case('Starcoder2', GROUPED | {'sliding_window': 6} | rope()),
-    'starcoder2 untied': Case('Starcoder2', GROUPED | {'tie_word_embeddings': False, 'use_bias': False} | rope()),
+    'starcoder2 untied': Case(
+        'Starcoder2', GROUPED | {'tie_word_embeddings': False, 'use_bias': False} | rope(), decodes=False
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm.configuration import load_job
 from llm.errors import UserError
 from llm.interop.huggingface.directory import family_links, find_family, open_directory
 from llm.interop.loading import load_parameters
@@ -20,6 +21,7 @@ from llm.parallel.sharding import AxisRules
 from tests.interop.huggingface import models
 from tests.interop.huggingface.test_families import leaf, relative, value_and_gradient
 from tests.models.small_decoders import decoder_config, layer
+from tests.models.test_presets import FOLDER, JOB
 
 pytestmark = pytest.mark.oracle
 
@@ -165,3 +167,37 @@ def test_export_is_refused_with_what_is_different():
     # What is not the model's own does not matter.
     assert find_family(dataclasses.replace(plain, remat='full', compute_dtype='bfloat16', scan_layers=False))
     assert find_family(decoder_config(plain.pattern[0], plain.pattern[0]))[0].model_type == 'llama'
+
+
+PRESETS = {
+    'gpt2_124m': 'gpt2',
+    'llama2_7b': 'llama',
+    'llama3_8b': 'llama',
+    'llama3_70b': 'llama',
+    'smollm2_135m': 'llama',
+    'smollm2_1_7b': 'llama',
+    'mistral_7b': 'mistral',
+    'gemma2_2b': 'gemma2',
+    'gemma2_9b': 'gemma2',
+    'gemma3_1b': 'gemma3_text',
+    'gemma3_4b': 'gemma3_text',
+    'qwen2_0_5b': 'qwen2',
+    'qwen2_7b': 'qwen2',
+    'qwen3_0_6b': 'qwen3',
+    'qwen3_8b': 'qwen3',
+    'phi3_mini': 'phi3',
+    'phi4': 'phi3',
+    'olmo2_1b': 'olmo2',
+    'olmo2_7b': 'olmo2',
+    'pythia_160m': 'gpt_neox',
+    'pythia_1_4b': 'gpt_neox',
+    'starcoder2_3b': 'starcoder2',
+    'stablelm2_1_6b': 'stablelm',
+}
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_are_models_of_their_families(preset, tmp_path):
+    (tmp_path / 'job.gin').write_text(JOB)
+    config = load_job([str(FOLDER / f'{preset}.gin'), str(tmp_path / 'job.gin')])[0].model
+    assert find_family(config, PRESETS[preset])[0].model_type == PRESETS[preset]
