@@ -95,8 +95,10 @@ class _Group:
         self.refs, self.dtype = refs, dtype
         # Rotated so that the columns of these tokens come first: a lane can only be picked by a constant.
         shift = jnp.where(index == 0, 0, problem.chunk - self.first)
-        self.columns = {name: pltpu.roll(refs[name][0], shift, 1) for name in ('b', 'c', 'resets') if name in refs}
-        self._rows = {name: self._tile(name) for name in ('x', 'dt', 'd_y') if name in refs}
+        self.columns: dict[str, jax.Array] = {
+            name: pltpu.roll(refs[name][0], shift, 1) for name in ('b', 'c', 'resets')
+        }
+        self._rows: dict[str, jax.Array] = {name: self._tile(name) for name in ('x', 'dt', 'd_y') if name in refs}
 
     def _tile(self, name: str) -> jax.Array:
         return self.refs[name][0, pl.ds(pl.multiple_of(self.first, self.size), self.size)].astype(self.dtype)
