@@ -10,10 +10,13 @@ from llm.errors import UserError
 from llm.inference.generation import Generator, Prompt
 from llm.inference.sampling import SamplingConfig
 from llm.models.decoder import Decoder
+from llm.models.layer import LayerConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, parameter_sharding
-from tests.models.small_decoders import decoder_config, layer, parameters, run, tokens
+from tests.models.small_decoders import LAYER, decoder_config, layer, parameters, run, tokens
 
 GREEDY = SamplingConfig(temperature=0)
 MESH = make_mesh(MeshConfig(data=1))
@@ -26,6 +29,11 @@ HYBRID = decoder_config(
     max_positions=40,
     compute_dtype='float64',
 )
+RECURRENT = {
+    'mamba': (LayerConfig(MambaConfig(32, 2, 4), None),),
+    'mamba2': (LayerConfig(Mamba2Config(4, 8, 6, num_groups=2), None),),
+    'hybrid': (LayerConfig(MambaConfig(32, 2, 4), None), LAYER, LayerConfig(Mamba2Config(4, 8, 6), None)),
+}
 PROMPTS = [Prompt(tuple(tokens(1, length, seed=length)[0].tolist()), index) for index, length in enumerate((5, 1, 9))]
 
 
@@ -45,11 +53,15 @@ def sampler():
     return parameters(PLAIN), Generator(PLAIN, SamplingConfig(temperature=1.5, top_p=0.95), MESH, tokens_per_call=5)
 
 
-@pytest.mark.parametrize('position', ['rope', 'alibi', 'learned', 'sinusoidal', 'none'])
-def test_greedy_is_the_argmax_of_the_full_forward_pass(position):
+@pytest.mark.parametrize('kind', ['rope', 'alibi', 'learned', 'sinusoidal', 'none', *RECURRENT])
+def test_greedy_is_the_argmax_of_the_full_forward_pass(kind):
     new = 12
     with jax.enable_x64(True):
-        config = dataclasses.replace(HYBRID, position=position)
+        if kind in RECURRENT:
+            pattern = RECURRENT[kind]
+            config = dataclasses.replace(HYBRID, pattern=pattern, num_layers=len(pattern) + 1, position='none')
+        else:
+            config = dataclasses.replace(HYBRID, position=kind)
         params = parameters(config)
         found, ends = generate(Generator(config, GREEDY, MESH), params, PROMPTS, new)
         rows = np.zeros((3, 9 + new), np.int32)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llm.inference.generation import Generator, Prompt
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
@@ -16,6 +17,7 @@ from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
 from llm.models.normalization import NormConfig
+from tests.inference.test_generation import GREEDY, MESH, generate
 from tests.models.mamba_weights import Flat, State, mamba, mamba2
 from tests.models.small_decoders import compiled, run
 from tests.models.test_decoder_oracles import DATA, stack
@@ -214,3 +216,11 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(make):
         expected = oracle(torch.tensor(inputs)).logits.numpy()
     logits = run(config, params, inputs.astype(np.int32))
     assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
+
+    new = 12
+    oracle.generation_config.eos_token_id = None
+    with torch.no_grad():
+        whole = oracle.generate(torch.tensor(inputs), max_new_tokens=new, do_sample=False)
+    prompts = [Prompt(tuple(row.tolist())) for row in inputs]
+    made, _ = generate(Generator(config, GREEDY, MESH), params, prompts, new)
+    assert made == whole[:, S:].tolist()

@@ -12,6 +12,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
+from llm.models.mamba import MambaConfig
 from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
@@ -68,6 +69,17 @@ def test_gpt2_124m_by_hand():
     # PaLM, appendix B: 6 N + 12 L H Q T, with N the parameters that a token is multiplied with.
     assert flops.training(causal=False) == 6 * 123_532_032 + 12 * 12 * 12 * 64 * 1024 == 854_438_400
     assert flops.training(causal=True) == 3 * (247_064_064 + 18_892_800)
+
+
+def test_mamba_by_hand():
+    """Every scalar of a state is multiplied and added three times a token: decayed, written to, read."""
+    config = DecoderConfig(100, 16, 3, (LayerConfig(MambaConfig(32, 2, 4), None),), position='none')
+    flops = flops_per_token(config, specs_of(config), 64)
+    assert flops.recurrence == 3 * 6 * 32 * 4
+    # In, gate and out; time steps, b and c; time steps up; the head.
+    assert flops.parameters == 2 * (3 * (3 * 16 * 32 + 32 * (2 + 4 + 4) + 2 * 32) + 16 * 100)
+    assert flops.attention == flops.causal_attention == 0
+    assert flops.training(causal=True) == 3 * (flops.parameters + flops.recurrence)
 
 
 def test_llama2_7b_by_hand():

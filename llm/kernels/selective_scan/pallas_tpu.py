@@ -96,7 +96,7 @@ class _Group:
         # Rotated so that the columns of these tokens come first: a lane can only be picked by a constant.
         shift = jnp.where(index == 0, 0, problem.chunk - self.first)
         self.columns: dict[str, jax.Array] = {
-            name: pltpu.roll(refs[name][0], shift, 1) for name in ('b', 'c', 'resets') if name in refs
+            name: pltpu.roll(refs[name][0], shift, 1) for name in ('b', 'c', 'resets')
         }
         self._rows: dict[str, jax.Array] = {name: self._tile(name) for name in ('x', 'dt', 'd_y') if name in refs}
 

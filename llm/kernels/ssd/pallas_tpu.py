@@ -202,7 +202,7 @@ def _backward_kernel(problem: _Problem, refs: dict[str, Any]) -> None:
 
     segments = refs['segments'][0]
     _, pullback = jax.vjp(
-        lambda *arguments: run_chunk(*arguments, segments),
+        functools.partial(run_chunk, segments=segments),
         _matrices(refs['x'], block),
         _heads(refs['dt'], block),
         _heads(refs['sums'], block),
