@@ -12,6 +12,8 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
 from llm.models.moe import MoeConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
@@ -62,6 +64,14 @@ def test_mup_is_flat(kind, widths):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize('mixer', [MambaConfig(128, 4, 8), Mamba2Config(8, 16, 16)], ids=lambda m: type(m).__name__)
+def test_mup_is_flat_for_mamba(mixer):
+    """Also where b and c go from the width to a state of one size and back."""
+    found = measured('adamw', (64, 256, 512), mup=True, layer=LayerConfig(mixer, None))
+    assert all(abs(slope) < 0.12 for slope in found.values()), found
+
+
 def test_mup_is_flat_with_tied_embeddings():
     found = measured('adamw', (64, 512), mup=True, tied=True)
     # Other logits also change by chance overlap of random embeddings with the hidden state, which fades with the width.
