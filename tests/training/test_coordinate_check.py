@@ -11,9 +11,9 @@ from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
-from llm.models.moe import MoeConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
+from llm.models.moe import MoeConfig
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
