@@ -64,7 +64,6 @@ def test_mup_is_flat(kind, widths):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize('mixer', [MambaConfig(128, 4, 8), Mamba2Config(8, 16, 16)], ids=lambda m: type(m).__name__)
 def test_mup_is_flat_for_mamba(mixer):
     """Also where b and c go from the width to a state of one size and back."""
@@ -72,6 +71,7 @@ def test_mup_is_flat_for_mamba(mixer):
     assert all(abs(slope) < 0.12 for slope in found.values()), found
 
 
+@pytest.mark.slow
 def test_mup_is_flat_with_tied_embeddings():
     found = measured('adamw', (64, 512), mup=True, tied=True)
     # Other logits also change by chance overlap of random embeddings with the hidden state, which fades with the width.
