@@ -37,7 +37,7 @@ def _after(state: jax.Array, a: jax.Array, x: jax.Array, dt: jax.Array, b: jax.A
 
 
 def _resets(starts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What is added to the exponent of a decay. A sum vectorises with the product; choosing zeros did not."""
+    """What is added to the exponent of a decay: -inf where a segment begins."""
     return jnp.where(starts, -jnp.inf, 0).astype(dtype)
 
 
