@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,15 @@ from llm.jobs.compilation_cache import enable_compilation_cache
 from llm.jobs.describe import describe
 from llm.jobs.scoring_labels import AnswersConfig, Scorer
 from llm.jobs.trained_model import TrainedModel, open_trained_model
+from llm.jobs.training_run import (
+    COMPLETE,
+    VOCABULARY,
+    claim_run,
+    keep_vocabulary,
+    mark_complete,
+    restored_state,
+    say,
+)
 from llm.models.decoder import DecoderConfig
 from llm.models.low_rank import LowRankConfig, attach
 from llm.parallel import processes
@@ -31,12 +39,11 @@ from llm.training.loop import Evaluation, LoopConfig, TrainingLoop
 from llm.training.metrics import MetricsWriter
 from llm.training.optimizers import OptimizerConfig
 from llm.training.parametrization import trained
-from llm.training.run_directory import claim, write_atomically
-from llm.training.run_lock import RunLock
+from llm.training.run_directory import write_atomically
 from llm.training.step import State, StepConfig
 from llm.training.trainer import Trainer
 
-_COMPLETE, _LABELS = 'complete', 'labels.json'
+_LABELS = 'labels.json'
 _CHANGEABLE = ('run_directory', 'base', 'mesh', 'rules', 'pipeline', 'checkpoint', 'loop.profile_first_step')
 
 
@@ -78,7 +85,7 @@ class Finetune:
         examples = read_labelled(self.training, self.task)
         held_out = read_labelled(self.evaluation, self.task)
         labels = label_names(examples, self.task)
-        base = None if (directory / 'vocabulary').exists() and self.model is not None else open_trained_model(self.base)
+        base = None if (directory / VOCABULARY).exists() and self.model is not None else open_trained_model(self.base)
         model = self.model or self._adapted(base, labels)
         if invocation.dry_run:
             total_steps = self.loop.total_steps
@@ -90,16 +97,18 @@ class Finetune:
         first = processes.is_first()
         resolved = dataclasses.replace(self, model=model)
         with contextlib.ExitStack() as stack:
-            begin = processes.from_first('claiming the run directory', lambda: resolved._claim(directory, stack))
+            begin = processes.from_first(
+                'claiming the run directory',
+                lambda: claim_run(directory, resolved, render(resolved), _CHANGEABLE, stack),
+            )
             processes.check_shared(directory / 'config.json')
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
-            if begin == _COMPLETE:
+            if begin == COMPLETE:
                 if first:
                     print(f'{directory}: already complete; see {write_report(directory)}')
                 return 0
             enable_compilation_cache()
-            if first:
-                print(f'{begin} {directory}', file=sys.stderr, flush=True)
+            say(f'{begin} {directory}')
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._vocabulary(directory, base))
             length = self.step.sequence_length
             rows = LabelledRows(examples, vocabulary, self.task, length, labels)
@@ -142,7 +151,7 @@ class Finetune:
                 return code
             if complete:
                 write_atomically(directory / 'predictions.jsonl', scorer.as_json_lines())
-                write_atomically(directory / _COMPLETE, f'{loop.last_step}\n')
+                mark_complete(directory, loop.last_step)
             report = write_report(directory)
         scores = ', '.join(f'{name} {value:.4g}' for name, value in scorer.last.items())
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; {scores}')
@@ -157,39 +166,26 @@ class Finetune:
             raise UserError(
                 'the base has adapters already',
                 where='Finetune.low_rank',
-                fix='Merge them first (the convert job does), or leave low_rank out to train them on.',
+                fix='Leave low_rank out to train those on.',
             )
         low_rank = self.low_rank or base.config.low_rank
         return dataclasses.replace(base.config, num_outputs=outputs, low_rank=low_rank)
 
-    def _claim(self, directory: Path, stack: contextlib.ExitStack) -> str:
-        stack.enter_context(RunLock(directory))
-        resumed = claim(directory, self, render(self), changeable=_CHANGEABLE)
-        return _COMPLETE if (directory / _COMPLETE).exists() else 'resuming' if resumed else 'starting'
-
     def _vocabulary(self, directory: Path, base: TrainedModel | None) -> Vocabulary:
         """The run's own copy of its base's vocabulary."""
-        kept = directory / 'vocabulary'
-        if not kept.exists():
-            assert base is not None
-            base.vocabulary.save(kept)
-        return load_vocabulary(kept)
+        if base is not None:
+            keep_vocabulary(directory, base.vocabulary)
+        return load_vocabulary(directory / VOCABULARY)
 
     def _state(
         self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str], base: TrainedModel | None
     ) -> tuple[State, list[str]]:
         """The train state to go on from, and what was wrong with newer checkpoints."""
-        saved = processes.from_first('looking for checkpoints', lambda: str(checkpointer.latest_step() is not None))
-        if saved == str(True):
-            restored = checkpointer.restore(trainer.state_dict(trainer.abstract_state))
-            for name, digest in data.items():
-                if restored.metadata.get(name) != digest:
-                    raise UserError(
-                        f'the {name} is not what this checkpoint was trained with',
-                        where=str(restored.path),
-                        fix='Bring back the files as they were, or start another run directory.',
-                    )
-            return trainer.from_state_dict(restored.state), restored.rejected
+        restored = restored_state(
+            trainer, checkpointer, data, 'Bring back the files as they were, or start another run directory.'
+        )
+        if restored is not None:
+            return restored
         state = trainer.fresh_state()
         base = base or open_trained_model(self.base)
         found = base.restore(trainer.mesh, trainer.rules).state

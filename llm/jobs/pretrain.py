@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import shutil
-import sys
 from pathlib import Path
 
 from llm.configuration import Invocation
@@ -23,6 +21,15 @@ from llm.jobs.baselines import Baselines, result_lines
 from llm.jobs.compilation_cache import enable_compilation_cache
 from llm.jobs.describe import describe
 from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
+from llm.jobs.training_run import (
+    COMPLETE,
+    VOCABULARY,
+    claim_run,
+    keep_vocabulary,
+    mark_complete,
+    restored_state,
+    say,
+)
 from llm.models.decoder import DecoderConfig
 from llm.models.model import ModelConfig
 from llm.parallel import processes
@@ -30,27 +37,20 @@ from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
-from llm.training.checkpoints import CheckpointConfig, Checkpointer, committed_steps, restore_parameters
+from llm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
 from llm.training.environment import environment
 from llm.training.loop import Evaluation, LoopConfig, TrainingLoop
 from llm.training.metrics import MetricsWriter
 from llm.training.optimizers import OptimizerConfig
-from llm.training.run_directory import claim, write_atomically
-from llm.training.run_lock import RunLock
+from llm.training.run_directory import write_atomically
 from llm.training.step import State, StepConfig
 from llm.training.trainer import Trainer
 
 # What may differ when a run goes on: where it runs and what it keeps, not what it computes.
-_COMPLETE = 'complete'
 _CHANGEABLE = (
     *('run_directory', 'mesh', 'rules', 'pipeline', 'checkpoint', 'data.cache_directory', 'data.workers'),
     *('loop.profile_first_step', 'loop.profile_steps'),
 )
-
-
-def _say(text: str) -> None:
-    if processes.is_first():
-        print(text, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +102,17 @@ class Pretrain:
         first = processes.is_first()
         with contextlib.ExitStack() as stack:
             begin = processes.from_first(
-                'claiming the run directory', lambda: self._claim(directory, invocation, stack)
+                'claiming the run directory',
+                lambda: claim_run(directory, self, invocation.operative_config, _CHANGEABLE, stack),
             )
             processes.check_shared(directory / 'config.json')
             checkpointer = stack.enter_context(Checkpointer(directory / 'checkpoints', self.checkpoint))
-            if begin == _COMPLETE:
+            if begin == COMPLETE:
                 if first:
                     print(f'{directory}: already complete; see {write_report(directory)}')
                 return 0
             enable_compilation_cache()
-            _say(f'{begin} {directory}')
+            say(f'{begin} {directory}')
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
             length = self.step.sequence_length
             examples = processes.first_then_others(
@@ -172,7 +173,7 @@ class Pretrain:
                 baselines.finish()
                 if sample is not None and sample.last:
                     print(format_samples(sample.last))
-                write_atomically(directory / _COMPLETE, f'{loop.last_step}\n')
+                mark_complete(directory, loop.last_step)
             report = write_report(directory)
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
@@ -198,18 +199,9 @@ class Pretrain:
                 'a pipeline does causal language modelling alone', where='MeshConfig.pipeline', fix='Use 1.'
             )
 
-    def _claim(self, directory: Path, invocation: Invocation, stack: contextlib.ExitStack) -> str:
-        """Lock the directory as long as `stack` is open and make it this run's; 'complete', 'resuming', 'starting'."""
-        stack.enter_context(RunLock(directory))
-        resumed = claim(directory, self, invocation.operative_config, changeable=_CHANGEABLE)
-        saved, complete = committed_steps(directory / 'checkpoints'), directory / _COMPLETE
-        if saved and complete.exists() and complete.read_text(encoding='utf-8').strip() == str(saved[-1]):
-            return _COMPLETE
-        return 'resuming' if resumed else 'starting'
-
     def _open_vocabulary(self, directory: Path) -> Vocabulary:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
-        kept = directory / 'vocabulary'
+        kept = directory / VOCABULARY
         vocabulary = load_vocabulary(kept) if kept.exists() else self._new_vocabulary()
         extra = self.data.extra_ids(vocabulary)
         if vocabulary.size + extra > self.model.vocab_size:
@@ -219,11 +211,7 @@ class Pretrain:
                 where=f'{type(self.model).__name__}.vocab_size',
                 fix=f'Set it to {vocabulary.size + extra} or more, or use a smaller vocabulary.',
             )
-        if not kept.exists():
-            partial = kept.with_name('vocabulary.partial')
-            shutil.rmtree(partial, ignore_errors=True)
-            vocabulary.save(partial)
-            partial.rename(kept)
+        keep_vocabulary(directory, vocabulary)
         return vocabulary
 
     def _new_vocabulary(self) -> Vocabulary:
@@ -244,7 +232,7 @@ class Pretrain:
             config = dataclasses.replace(config, size=self.model.vocab_size - extra)
         if config.kind == 'bytes':  # needs no text
             return train_on_sample(config, [])
-        _say(f'training a {config.kind} vocabulary')
+        say(f'training a {config.kind} vocabulary')
         components = self.data.training_components()
         share = config.sample_bytes // len(components)
         documents = (read_documents(component.source, 'train', ReadCounts()) for component in components)
@@ -253,20 +241,15 @@ class Pretrain:
 
     def _state(self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str]) -> tuple[State, list[str]]:
         """The train state to go on from, and what was wrong with newer checkpoints."""
-        saved = processes.from_first('looking for checkpoints', lambda: str(checkpointer.latest_step() is not None))
-        if saved == str(True):
-            abstract = trainer.state_dict(trainer.abstract_state)
-            restored = checkpointer.restore(abstract)
-            for name, digest in data.items():
-                if restored.metadata.get(name) != digest:
-                    raise UserError(
-                        f'the {name} is not what this checkpoint was trained with',
-                        where=str(restored.path),
-                        fix='Bring back the files as they were, or start another run directory; its parameters can be '
-                        'a start: Pretrain.initial_parameters.',
-                    )
-            _say(f'restored the checkpoint of step {restored.step}')
-            return trainer.from_state_dict(restored.state), restored.rejected
+        restored = restored_state(
+            trainer,
+            checkpointer,
+            data,
+            'Bring back the files as they were, or start another run directory; its parameters can be a start: '
+            'Pretrain.initial_parameters.',
+        )
+        if restored is not None:
+            return restored
         state = trainer.fresh_state()
         if self.initial_parameters is not None:
             found = restore_parameters(self.initial_parameters, trainer.abstract_state['parameters'])
@@ -276,7 +259,7 @@ class Pretrain:
                     where=str(found.path),
                     fix='Use that one: Pretrain.vocabulary can be the directory of that run.',
                 )
-            _say(f'starting from the parameters of {found.path}')
+            say(f'starting from the parameters of {found.path}')
             state['parameters'] = found.state
         return state, []
 
