@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ from tests.models.small_encoders import D, F, H, State, V, bert, linear, nested,
 
 pytestmark = pytest.mark.oracle
 
-DATA = Path(os.environ.get('LLM_DEV_DATA', Path(__file__).parents[3] / 'shared' / 'data')) / 'oracles'
 ATTENTION = {'query': 'self.query', 'key': 'self.key', 'value': 'self.value', 'output': 'output.dense'}
 
 
@@ -185,10 +182,10 @@ def test_logits_loss_and_gradients(name):
             close(gradient, expected, jax.tree_util.keystr(path))
 
 
-def test_the_stored_bert():
+def test_the_stored_bert(dev_data):
     from safetensors.numpy import load_file
 
-    folder = DATA / 'bert'
+    folder = dev_data / 'oracles' / 'bert'
     settings, expected = (json.loads((folder / name).read_text()) for name in ('config.json', 'ref.json'))
     reference = np.load(folder / 'ref.npz')
     heads, layers = settings['num_attention_heads'], settings['num_hidden_layers']

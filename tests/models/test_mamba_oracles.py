@@ -20,7 +20,7 @@ from llm.models.normalization import NormConfig
 from tests.inference.test_generation import GREEDY, MESH, generate
 from tests.models.mamba_weights import Flat, State, mamba, mamba2
 from tests.models.small_decoders import compiled, run
-from tests.models.test_decoder_oracles import DATA, stack
+from tests.models.test_decoder_oracles import stack
 
 pytestmark = pytest.mark.oracle
 
@@ -64,12 +64,13 @@ def gradient_norms(gradients: dict[str, Any], layers: int) -> dict[str, float]:
     return norms
 
 
-def test_mamba_logits_loss_and_gradients():
+def test_mamba_logits_loss_and_gradients(dev_data):
     from safetensors.numpy import load_file
 
-    settings = json.loads((DATA / 'mamba1' / 'config.json').read_text())
-    reference = np.load(DATA / 'mamba1' / 'ref.npz')
-    expected = json.loads((DATA / 'mamba1' / 'ref.json').read_text())
+    folder = dev_data / 'oracles' / 'mamba1'
+    settings = json.loads((folder / 'config.json').read_text())
+    reference = np.load(folder / 'ref.npz')
+    expected = json.loads((folder / 'ref.json').read_text())
     layers = settings['num_hidden_layers']
     mixer = MambaConfig(settings['intermediate_size'], settings['time_step_rank'], settings['state_size'])
     config = DecoderConfig(
@@ -80,7 +81,7 @@ def test_mamba_logits_loss_and_gradients():
         position='none',
         tied_embeddings=True,
     )
-    state = load_file(DATA / 'mamba1' / 'model.safetensors')
+    state = load_file(folder / 'model.safetensors')
     params = backbone(state, config, [mamba(state, f'backbone.layers.{i}.mixer.') for i in range(layers)])
     inputs = reference['input_ids'].astype(np.int32)
     graph, _ = nnx.split(Decoder(config))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -25,13 +24,12 @@ from tests.models.test_presets import FOLDER, JOB
 
 pytestmark = pytest.mark.oracle
 
-DATA = Path(os.environ.get('LLM_DEV_DATA', Path(__file__).parents[4] / 'shared' / 'data')) / 'oracles'
 
-
-def test_gpt2_logits_loss_and_gradient_norms():
-    reference = np.load(DATA / 'gpt2' / 'ref.npz')
-    expected = json.loads((DATA / 'gpt2' / 'ref.json').read_text())
-    checkpoint = open_directory(DATA / 'gpt2')
+def test_gpt2_logits_loss_and_gradient_norms(dev_data):
+    folder = dev_data / 'oracles' / 'gpt2'
+    reference = np.load(folder / 'ref.npz')
+    expected = json.loads((folder / 'ref.json').read_text())
+    checkpoint = open_directory(folder)
     params = load_parameters(checkpoint.pieces, checkpoint.specs, make_mesh(MeshConfig(data=1)), AxisRules())
     (loss, logits), gradient = value_and_gradient(checkpoint.config, params, reference['input_ids'].astype(np.int32))
     assert relative(logits, reference['logits']) < 1e-4
