@@ -35,9 +35,10 @@ from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.moe import MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
-from llm.models.position import PositionKind, Rotary, rotary_table, segment_positions, sinusoids
+from llm.models.position import PositionKind, Rotary, check_length, positions_of, rotary_table, sinusoids
 from llm.models.remat import RematKind, check_remat
 
+_LONGEST = 'DecoderConfig.max_positions'
 ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
 Auxiliaries = dict[str, Auxiliary]  # by group of stacked layers
 
@@ -203,46 +204,13 @@ class Decoder(nnx.Module):
         if config.low_rank is not None:
             adapt(self, config.low_rank)
 
-    def __call__(
-        self,
-        inputs: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        token_index: ArrayLike | None = None,
-        prefix: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, inputs: jax.Array, **more: Any) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
-        hidden = self.hidden(
-            inputs,
-            positions=positions,
-            segment_ids=segment_ids,
-            dropout_key=dropout_key,
-            token_index=token_index,
-            prefix=prefix,
-        )
-        return self.logits(hidden)
+        return self.logits(self.hidden(inputs, **more))
 
-    def hidden(
-        self,
-        inputs: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        token_index: ArrayLike | None = None,
-        prefix: jax.Array | None = None,
-    ) -> jax.Array:
-        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums`."""
-        return self.hidden_and_sums(
-            inputs,
-            positions=positions,
-            segment_ids=segment_ids,
-            dropout_key=dropout_key,
-            token_index=token_index,
-            prefix=prefix,
-        )[0]
+    def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
+        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums` for the arguments."""
+        return self.hidden_and_sums(inputs, **more)[0]
 
     def hidden_and_sums(
         self,
@@ -274,10 +242,7 @@ class Decoder(nnx.Module):
             UserError: S is more than max_positions.
         """
         if positions is None:
-            if segment_ids is None:
-                positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-            else:
-                positions = segment_positions(segment_ids)
+            positions = positions_of(inputs, segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
         context = Context(
             segment_ids,
@@ -365,7 +330,7 @@ class Decoder(nnx.Module):
         Raises:
             UserError: `length` is more than max_positions.
         """
-        self._check_length(length)
+        check_length(length, self.config.longest, _LONGEST)
         dtype = self.config.compute_dtype if dtype is None else dtype
         return {
             group: {p: layer.init_cache(repeats, batch, length, dtype) for p, layer in getattr(self, group).items()}
@@ -386,15 +351,6 @@ class Decoder(nnx.Module):
         arrays, axes = jax.tree.leaves(cache), jax.tree.leaves(self.cache_axes(), is_leaf=lambda x: type(x) is tuple)
         rooms = (x.shape[a.index(CACHED_TOKENS)] for x, a in zip(arrays, axes, strict=True) if CACHED_TOKENS in a)
         return min(rooms, default=None)
-
-    def _check_length(self, length: int) -> None:
-        longest = self.config.max_positions
-        if self.positions is not None and longest is not None and length > longest:
-            raise UserError(
-                f'a sequence of {length} tokens is longer than the {longest} learned positions',
-                where='DecoderConfig.max_positions',
-                fix='Shorten the sequences or raise max_positions.',
-            )
 
     def embed(
         self,
@@ -428,7 +384,7 @@ class Decoder(nnx.Module):
         length: int | None,
     ) -> tuple[jax.Array, Cache, Auxiliaries]:
         config = self.config
-        self._check_length(inputs.shape[1])
+        check_length(inputs.shape[1], config.longest, _LONGEST)
         x = self.embed(inputs, positions, dropout_key, context.token_index)
         context = dataclasses.replace(
             context, rotary=self.rotary(positions, length), token_ids=inputs if config.routed else None

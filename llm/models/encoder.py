@@ -29,7 +29,7 @@ from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
-from llm.models.position import PositionKind, segment_positions, sinusoids
+from llm.models.position import PositionKind, check_length, positions_of, sinusoids
 from llm.models.stack import Stack, StackConfig
 from llm.parallel.sharding import constrain
 
@@ -170,25 +170,9 @@ class Encoder(nnx.Module):
         """Logits of each of the tokens, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
         return self.projection()(self.hidden(inputs, **more))
 
-    def hidden(
-        self,
-        inputs: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        token_index: ArrayLike | None = None,
-    ) -> jax.Array:
+    def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
         """What the logits are computed from: the states after the head's transform. See `encode` for the arguments."""
-        states = self.encode(
-            inputs,
-            positions=positions,
-            segment_ids=segment_ids,
-            token_types=token_types,
-            dropout_key=dropout_key,
-            token_index=token_index,
-        )
+        states = self.encode(inputs, **more)
         return states if self.head is None else self.head(states)
 
     def hidden_and_sums(
@@ -221,7 +205,7 @@ class Encoder(nnx.Module):
             UserError: S is more than the learned positions.
         """
         config = self.config
-        check_length(inputs.shape[1], config.longest)
+        check_length(inputs.shape[1], config.longest, 'EncoderConfig.max_positions')
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
@@ -273,20 +257,3 @@ class Encoder(nnx.Module):
             x = jnp.einsum('BSF,FD->BSD', x, self.widen[...].astype(dtype)) + self.widen_bias[...].astype(dtype)
             x = constrain(x, ('batch', 'residual', 'embed'))
         return x
-
-
-def check_length(length: int, longest: int | None) -> None:
-    """Raises UserError where a row is longer than the learned positions."""
-    if longest is not None and length > longest:
-        raise UserError(
-            f'a sequence of {length} tokens is longer than the {longest} learned positions',
-            where='EncoderConfig.max_positions',
-            fix='Shorten the sequences or raise max_positions.',
-        )
-
-
-def positions_of(inputs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """From 0 in each segment, or in the row: [B or 1, S]."""
-    if segment_ids is None:
-        return jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
-    return segment_positions(segment_ids)

@@ -24,10 +24,10 @@ from llm.models.context import Cache, Context
 from llm.models.decoder import ComputeType
 from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
-from llm.models.encoder import at_ratio, check_layers, positions_of
+from llm.models.encoder import at_ratio, check_layers
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
-from llm.models.position import PositionKind
+from llm.models.position import PositionKind, positions_of
 from llm.models.stack import Stack, StackConfig
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llm.kernels.selective_scan import Implementation, selective_scan
+from llm.kernels.scan_dispatch import Implementation
+from llm.kernels.selective_scan import selective_scan
 from llm.models.context import Cache, Context
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
-from llm.kernels.ssd import Implementation, ssd
+from llm.kernels.scan_dispatch import Implementation
+from llm.kernels.ssd import ssd
 from llm.models.context import Cache, Context
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind

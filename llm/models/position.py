@@ -199,3 +199,20 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def positions_of(inputs: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """From 0 in each segment, or in the row: [B or 1, S]."""
+    if segment_ids is None:
+        return jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
+    return segment_positions(segment_ids)
+
+
+def check_length(length: int, longest: int | None, where: str) -> None:
+    """Raises UserError where a row is longer than the learned positions; None is no limit."""
+    if longest is not None and length > longest:
+        raise UserError(
+            f'a sequence of {length} tokens is longer than the {longest} learned positions',
+            where=where,
+            fix='Shorten the sequences or raise max_positions.',
+        )

@@ -1,37 +1,14 @@
 """The selective scan of Mamba (Gu and Dao 2023): a linear recurrence of each channel, whose rates follow the input."""
 
-import functools
-from collections.abc import Callable
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
 from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.kernels.row_pieces import join, previous_state, segment_starts, split
+from llm.kernels.scan_dispatch import Implementation, implementation_of
 from llm.kernels.selective_scan import chunked, pallas_tpu, reference
 
-Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
-
-
-def choose(implementation: Implementation, device: jax.Device, length: int) -> Implementation:
-    """What 'auto' means on `device` for rows of this length; any other choice as it is."""
-    if implementation not in get_args(Implementation):
-        raise ValueError(f'no implementation of the selective scan is called {implementation!r}')
-    if implementation != 'auto':
-        return implementation
-    if length == 1:  # decoding: nothing to cut up
-        return 'reference'
-    return 'pallas_tpu' if device.platform == 'tpu' else 'chunked'
-
-
-def _implementation(name: Implementation, device: jax.Device) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    if name == 'pallas_tpu':
-        # Without a TPU it is interpreted.
-        return functools.partial(
-            pallas_tpu.selective_scan, tpu=device.device_kind if device.platform == 'tpu' else None
-        )
-    return reference.selective_scan if name == 'reference' else chunked.selective_scan
+_MODULES = {'chunked': chunked, 'pallas_tpu': pallas_tpu, 'reference': reference}
 
 
 def selective_scan(
@@ -79,7 +56,7 @@ def selective_scan(
     else:
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     initial = jnp.zeros((rows, a.shape[0], channels), dtype) if initial_state is None else initial_state.astype(dtype)
-    y, final = _implementation(choose(implementation, device, length), device)(
+    y, final = implementation_of('selective_scan', _MODULES, implementation, device, length)(
         x, dt.astype(dtype), a, b, c, starts, initial
     )
     if sequence_axis is not None:

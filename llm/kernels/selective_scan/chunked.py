@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.kernels.scan_dispatch import filled_up
+
 _CHUNK = 16
 
 
 def _by_chunk(x: jax.Array) -> jax.Array:
     """[B, S, ...] -> [chunks, chunk, B, ...]; the tail is filled with zeros, which leave a state as it is."""
-    length = x.shape[1]
-    chunk = min(_CHUNK, length)
-    x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+    chunk = min(_CHUNK, x.shape[1])
+    (x,) = filled_up(chunk, x)
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(-1, chunk, *x.shape[1:])
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llm.kernels.scan_dispatch import filled_up
+
 _LANES = 128
 _CHANNELS = 512  # most at a time: a state of 16 then takes 8 registers of 64
 _VMEM = {'TPU v4': 14 * 2**20}
@@ -316,9 +318,7 @@ def selective_scan(
     """
     length = x.shape[1]
     # Zeros leave a state as it is.
-    x, dt, b, c, starts = (
-        jnp.pad(each, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (each.ndim - 2)) for each in (x, dt, b, c, starts)
-    )
+    x, dt, b, c, starts = filled_up(chunk, x, dt, b, c, starts)
     # Added to the exponent of a decay; finite, so that it times nothing is nothing.
     resets = jnp.where(starts, -1e30, 0).astype(initial.dtype)[:, None]
     b, c = (each.swapaxes(1, 2).astype(initial.dtype) for each in (b, c))

@@ -1,35 +1,14 @@
 """State space duality, the recurrence of Mamba-2 (Dao and Gu 2024): one decay per head, so chunks are products."""
 
-import functools
-from collections.abc import Callable
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
 from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.kernels.row_pieces import join, previous_state, segment_starts, split
+from llm.kernels.scan_dispatch import Implementation, implementation_of
 from llm.kernels.ssd import chunked, pallas_tpu, reference
 
-Implementation = Literal['auto', 'chunked', 'pallas_tpu', 'reference']
-
-
-def choose(implementation: Implementation, device: jax.Device, length: int) -> Implementation:
-    """What 'auto' means on `device` for rows of this length; any other choice as it is."""
-    if implementation not in get_args(Implementation):
-        raise ValueError(f'no implementation of state space duality is called {implementation!r}')
-    if implementation != 'auto':
-        return implementation
-    if length == 1:  # decoding: nothing to cut up
-        return 'reference'
-    return 'pallas_tpu' if device.platform == 'tpu' else 'chunked'
-
-
-def _implementation(name: Implementation, device: jax.Device) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    if name == 'pallas_tpu':
-        # Without a TPU it is interpreted.
-        return functools.partial(pallas_tpu.ssd, tpu=device.device_kind if device.platform == 'tpu' else None)
-    return reference.ssd if name == 'reference' else chunked.ssd
+_MODULES = {'chunked': chunked, 'pallas_tpu': pallas_tpu, 'reference': reference}
 
 
 def ssd(
@@ -78,7 +57,7 @@ def ssd(
         starts = segment_starts(split(segment_ids, sequence_axis), sequence_axis)
     shape = (rows, heads, size, b.shape[-1])
     initial = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    y, final = _implementation(choose(implementation, device, length), device)(x, dt, a, b, c, starts, initial)
+    y, final = implementation_of('ssd', _MODULES, implementation, device, length)(x, dt, a, b, c, starts, initial)
     if sequence_axis is not None:
         if initial_state is not None:
             raise ValueError('a row that is cut along a mesh axis has no initial state')

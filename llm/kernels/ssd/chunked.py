@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.kernels.scan_dispatch import filled_up
+
 CHUNK = 32  # with 64 layers took longer on a CPU, with 16 about as long; those keep twice the states
 
 
 def _by_chunk(x: jax.Array, chunk: int) -> jax.Array:
     """[B, S, ...] -> [chunks, B, chunk, ...]; the tail is filled with zeros, which leave a state as it is."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    (x,) = filled_up(chunk, x)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 

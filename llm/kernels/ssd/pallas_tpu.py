@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llm.kernels.scan_dispatch import filled_up
+
 _LANES, _SUBLANES = 128, 8
 _VMEM = {'TPU v4': 14 * 2**20}
 _OTHER_VMEM = 48 * 2**20
@@ -317,9 +319,7 @@ def ssd(
     """
     batch, length = x.shape[:2]
     # Zeros leave a state as it is.
-    x, dt, b, c, starts = (
-        jnp.pad(each, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (each.ndim - 2)) for each in (x, dt, b, c, starts)
-    )
+    x, dt, b, c, starts = filled_up(chunk, x, dt, b, c, starts)
 
     def summed(each: jax.Array) -> jax.Array:
         """Sums from the beginning of each chunk on, [B, S, ...]."""
