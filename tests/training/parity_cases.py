@@ -120,8 +120,8 @@ def is_allowed(row: Any) -> bool:
 def cases(strength: int) -> list[Case]:
     """A covering array, by greedy set cover over all cases that are allowed.
 
-    Of strength 2 these are 87. The library covertable, which sees of a constraint only whether it holds, made 494 of the
-    factors for which this made 57.
+    Of strength 2 these are 87. The library covertable, which sees of a constraint only whether it holds, made 494
+    of the factors for which this made 57.
     """
     rows = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
     rows = [row for row in rows if is_allowed(row)]
