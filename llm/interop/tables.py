@@ -16,18 +16,26 @@ Dimensions are written as in einops, theirs `->` ours, letters of DESIGN or any 
     '(H K) D -> D H K'          their first dimension is H * K long, heads outermost
     '(H 2 k) D -> D H (k 2)'    a number is an axis of that size: here the halves of a head are interleaved in ours
     'C 1 W -> W C'              a 1 may stand on one side alone
+    'D (...) -> ... D'          ... are all the other axes of ours, however many
 
 Several of ours in one tensor of theirs are its parts, in order, along an axis called `*`:
 
     Row(('mixer/query', 'mixer/key', 'mixer/value'), 'qkv.weight', '(* H K) D -> D H K')   first all of query, ...
     Row(('mixer/query', 'mixer/key', 'mixer/value'), 'qkv.weight', '(H * K) D -> D H K')   head by head
 
-First in its group, parts may differ in size (fewer key than query heads); elsewhere they are equally large.
+First in its group, parts may differ in size (fewer key than query heads); elsewhere they are equally large. With `...`
+they may differ in their number of axes too: a projection [D, H, K] and one [D, H] are parts of '(* ...) D -> D ...'.
 
 An axis of ours that is spread over several tensors of theirs stands in their name:
 
     Row('feed_forward/up', 'layers.{layer}.experts.{E}.up.weight', 'F D -> E D F')
     Row('mixer/query_norm/scale', 'layers.{layer}.q_norm.{H}.weight', 'K -> H K')
+
+Where layers of several kinds call parameters of theirs alike, `beside` says which kind a row is for, by another
+parameter that such layers have:
+
+    Row('mixer/output', 'layers.{layer}.self_attn.o_proj.weight', 'D (H K) -> H K D', beside='mixer/query')
+    Row('mixer/output', 'layers.{layer}.mamba.out_proj.weight', 'D F -> F D', beside='mixer/a_log')
 """
 
 import dataclasses
@@ -44,6 +52,7 @@ from llm.models.parameters import ParameterSpec, named_specs
 
 Shape = tuple[int, ...]
 _PARTS = '*'
+_REST = '...'
 _LAYER = 'layer'
 
 
@@ -56,12 +65,14 @@ class Row:
         theirs: the name of the tensor.
         axes: their dimensions -> ours.
         offset: theirs is ours plus this (norms that store 1 + scale where ours is the scale).
+        beside: a parameter of ours; where the model, or the layer, does not have it, the row is passed over.
     """
 
     ours: str | tuple[str, ...]
     theirs: str
     axes: str = ''
     offset: float = 0.0
+    beside: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -170,7 +181,7 @@ def _row_links(
     row: Row, named: dict[str, ParameterSpec], prefix: str, index: tuple[int, ...], layer: int | None
 ) -> list[Link]:
     present = [prefix + path in named for path in row.paths]
-    if not any(present):
+    if not any(present) or (row.beside is not None and prefix + row.beside not in named):
         return []
     if not all(present):
         raise ValueError(f'of {row.paths} the model has only some')
@@ -201,25 +212,16 @@ def _check_cover(found: list[Link], named: dict[str, ParameterSpec]) -> None:
 @functools.cache
 def _layouts(axes: str, spread: tuple[str, ...], ours: tuple[Shape, ...]) -> tuple[Layout, ...]:
     """How each part lies in the tensor, from the shapes of the whole parameters (of one layer)."""
-    if not axes:
-        letters = ' '.join(f'axis{i}' for i in range(len(ours[0])))
-        axes = f'{letters} -> {letters}'
-    left, right = (_groups(side) for side in axes.split('->'))
-    if [group[0] for group in right[: len(spread)]] != list(spread):
-        raise ValueError(f'{axes!r}: ours must begin with {spread}, which the name counts')
-    right = right[len(spread) :]
-    # A 1 may stand on one side alone: reshaping drops it, or makes it.
-    both = [sorted(axis for group in side for axis in group if axis not in (_PARTS, '1')) for side in (left, right)]
-    if both[0] != both[1] or len(set(both[0])) != len(both[0]):
-        raise ValueError(f'{axes!r}: both sides must have the same axes')
-    sizes = [_sizes(axes, right, shape[len(spread) :]) for shape in ours]
-    for each in sizes:
-        each[_PARTS] = len(ours)
-
-    concatenated = next((i for i, group in enumerate(left) if group[0] == _PARTS), None)
+    parts = [_part(axes, spread, shape) for shape in ours]
+    sizes = [part.sizes | {_PARTS: len(ours)} for part in parts]
+    left = parts[0].left
+    concatenated = next((i for i, group in enumerate(left) if group[:1] == [_PARTS]), None)
     theirs: list[int] = []
     for dimension, group in enumerate(left):
-        whole = [math.prod(each[axis] for axis in group if axis != _PARTS) for each in sizes]
+        whole = [
+            math.prod(each[axis] for axis in part.left[dimension] if axis != _PARTS)
+            for part, each in zip(parts, sizes, strict=True)
+        ]
         if dimension == concatenated:
             theirs.append(sum(whole))
             continue
@@ -229,15 +231,17 @@ def _layouts(axes: str, spread: tuple[str, ...], ours: tuple[Shape, ...]) -> tup
 
     layouts = []
     start = 0
-    for number, each in enumerate(sizes):
+    for number, (part, each) in enumerate(zip(parts, sizes, strict=True)):
         cuts = [(0, size) for size in theirs]
         if concatenated is not None:
-            stop = start + math.prod(each[axis] for axis in left[concatenated][1:])
+            stop = start + math.prod(each[axis] for axis in part.left[concatenated][1:])
             cuts[concatenated], start = (start, stop), stop
-        flat = [axis for i, group in enumerate(left) for axis in group if not (i == concatenated and axis == _PARTS)]
-        part = (flat.index(_PARTS), number) if _PARTS in flat else None
+        flat = [
+            axis for i, group in enumerate(part.left) for axis in group if not (i == concatenated and axis == _PARTS)
+        ]
+        picked = (flat.index(_PARTS), number) if _PARTS in flat else None
         kept = [axis for axis in flat if axis != _PARTS]
-        wanted = [axis for group in right for axis in group]
+        wanted = [axis for group in part.right for axis in group]
         extra = [axis for axis in kept if axis not in wanted]
         order = [kept.index(axis) for axis in wanted if axis in kept] + [kept.index(axis) for axis in extra]
         layouts.append(
@@ -246,11 +250,37 @@ def _layouts(axes: str, spread: tuple[str, ...], ours: tuple[Shape, ...]) -> tup
                 ours=ours[number][len(spread) :],
                 cuts=tuple(cuts),
                 split=tuple(each[axis] for axis in flat),
-                part=part,
+                part=picked,
                 order=tuple(order),
             )
         )
     return tuple(layouts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What the axes of a row mean for one of ours: groups of both sides, without `...`, and the sizes of axes."""
+
+    left: list[list[str]]
+    right: list[list[str]]
+    sizes: dict[str, int]
+
+
+def _part(axes: str, spread: tuple[str, ...], shape: Shape) -> _Part:
+    if not axes:
+        axes = '... -> ...'
+    given = axes
+    rank = len(shape) - len(_groups(axes.split('->')[-1].replace(_REST, '')))
+    axes = axes.replace(_REST, ' '.join(f'rest{i}' for i in range(rank)))
+    left, right = (_groups(side) for side in axes.split('->'))
+    if [group[0] for group in right[: len(spread)]] != list(spread):
+        raise ValueError(f'{given!r}: ours must begin with {spread}, which the name counts')
+    right = right[len(spread) :]
+    # A 1 may stand on one side alone: reshaping drops it, or makes it.
+    both = [sorted(axis for group in side for axis in group if axis not in (_PARTS, '1')) for side in (left, right)]
+    if both[0] != both[1] or len(set(both[0])) != len(both[0]):
+        raise ValueError(f'{given!r}: both sides must have the same axes')
+    return _Part(left, right, _sizes(axes, right, shape[len(spread) :]))
 
 
 def _groups(side: str) -> list[list[str]]:

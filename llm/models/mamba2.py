@@ -110,6 +110,8 @@ class Mamba2(nnx.Module):
         biased = config.bias
         self.input_bias, self.gate_bias = (bias((h, k), heads) if biased else None for _ in range(2))
         self.b_bias, self.c_bias = (bias((g, n), groups) if biased else None for _ in range(2))
+        # Beside dt_bias it adds nothing but what checkpoints have.
+        self.dt_projection_bias = bias((h,), heads[:1]) if biased else None
         self.output_bias = bias((d_model,), ('embed',)) if biased else None
         self.input_convolution = convolution((h, k), heads)
         self.b_convolution, self.c_convolution = convolution((g, n), groups), convolution((g, n), groups)
@@ -139,7 +141,10 @@ class Mamba2(nnx.Module):
         ):
             added = None if offset is None else offset[...]
             mixed[name], last[name] = row.convolve(projected, weight[...], added, axes, name)
-        raw = constrain(jnp.einsum('BSD,DH->BSH', x, self.dt[...].astype(x.dtype)), ('batch', 'sequence', 'heads'))
+        raw = jnp.einsum('BSD,DH->BSH', x, self.dt[...].astype(x.dtype))
+        if self.dt_projection_bias is not None:
+            raw = raw + self.dt_projection_bias[...].astype(x.dtype)
+        raw = constrain(raw, ('batch', 'sequence', 'heads'))
         dt = row.time_steps(raw, self.dt_bias[...])
 
         b, c = mixed['b'], mixed['c']

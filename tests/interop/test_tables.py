@@ -35,6 +35,8 @@ def values(*shape: int) -> np.ndarray:
             lambda x: x.reshape(2, 3, 2, 5).transpose(3, 0, 2, 1).reshape(5, 2, 6),
         ),
         ('C 1 W -> W C', (4, 3), (3, 1, 4), lambda x: x[:, 0].T),
+        ('(...) 1 W -> W ...', (4, 3, 2), (6, 1, 4), lambda x: x[:, 0].T.reshape(4, 3, 2)),
+        ('D (...) -> ... D', (3, 5), (5, 3), lambda x: x.T),
     ],
 )
 def test_one_parameter(axes, ours, theirs, expected):
@@ -86,6 +88,38 @@ def test_parts_may_differ_in_size():
     np.testing.assert_array_equal(key.read(tensor), tensor[12:].reshape(2, 3, 5).transpose(2, 0, 1))
 
 
+def test_parts_may_differ_in_their_number_of_axes():
+    specs = {'x': spec(5, 4, 3, layers=False), 'b': spec(5, 2, 2, layers=False), 'dt': spec(5, 4, layers=False)}
+    found = table_links((Row(('x', 'b', 'dt'), 't', '(* ...) D -> D ...'),), specs)
+    tensor = values(12 + 4 + 4, 5)
+    assert {link.layout.theirs for link in found} == {tensor.shape}
+    expected = [tensor[:12].T.reshape(5, 4, 3), tensor[12:16].T.reshape(5, 2, 2), tensor[16:].T]
+    back = np.zeros_like(tensor)
+    for link, piece in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(link.read(tensor), piece)
+        link.write(back, piece)
+    np.testing.assert_array_equal(back, tensor)
+    with pytest.raises(ValueError, match='the parts differ in dimension 1'):
+        table_links((Row(('x', 'o'), 't', '(* ...) D -> D ...'),), specs | {'o': spec(6, 4, layers=False)})
+
+
+def test_rows_for_one_kind_of_layer():
+    specs = {'0': {'out': spec(1, 3, 2), 'heads': spec(1, 3)}, '1': {'out': spec(1, 3, 2), 'states': spec(1, 3)}}
+    rows = (
+        Row('out', 'l.{layer}.attention.out', beside='heads'),
+        Row('out', 'l.{layer}.mamba.out', 'A B -> B A', beside='states'),
+        Row('heads', 'l.{layer}.heads'),
+        Row('states', 'l.{layer}.states'),
+    )
+    found = links(rows, {'layers': specs}, 2, lambda i: ('layers', str(i), 0))
+    assert shapes(found) == {
+        'l.0.attention.out': (3, 2),
+        'l.0.heads': (3,),
+        'l.1.mamba.out': (2, 3),
+        'l.1.states': (3,),
+    }
+
+
 def test_layers_and_spread_axes_are_counted_in_the_name():
     specs = {'layers': {'0': {'up': spec(2, 3, 5, 4)}}, 'out': spec(4, layers=False)}
     rows = (Row('up', 'l.{layer}.experts.{E}.up', 'F D -> E D F'), Row('out', 'out'))
@@ -115,7 +149,9 @@ def test_rows_of_absent_parameters_are_passed_over_and_holes_in_a_table_are_foun
         table_links((Row(('w', 'v'), 'l.{layer}.w', '(* D) -> D'),), specs)
 
 
-@pytest.mark.parametrize('axes', ['A -> A', 'A B C -> A B C', '(A B) C -> C A', 'A A -> A A', '(A 3) B -> A B'])
+@pytest.mark.parametrize(
+    'axes', ['A -> A', 'A B C -> A B C', 'A B C ... -> C A B ...', '(A B) C -> C A', 'A A -> A A', '(A 3) B -> A B']
+)
 def test_tables_that_do_not_fit_are_refused(axes):
     with pytest.raises(ValueError, match='axes|fit|dimensions'):
         table_links((Row('w', 't', axes),), {'w': spec(4, 5, layers=False)})

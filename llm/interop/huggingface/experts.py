@@ -19,11 +19,11 @@ from llm.models.normalization import NormConfig
 from llm.models.routing import RouterConfig
 
 
-def expert_rows(block: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+def expert_rows(block: str, names: Mapping[str, str], router: str = 'gate') -> tuple[Row, ...]:
     """A router and the matrices of each expert: our name -> theirs, within `block` of a layer."""
     theirs = f'{llama.LAYER}.{block}'
     return (
-        Row('feed_forward/router/kernel', f'{theirs}.gate.weight', 'E D -> D E'),
+        Row('feed_forward/router/kernel', f'{theirs}.{router}.weight', 'E D -> D E'),
         *(
             Row(f'feed_forward/experts/{ours}', f'{theirs}.experts.{{E}}.{name}.weight', 'F D -> E D F')
             for ours, name in names.items()

@@ -10,7 +10,9 @@ from llm.interop.huggingface.family import Family
 from llm.interop.huggingface.gemma import GEMMA2, GEMMA3
 from llm.interop.huggingface.gpt2 import GPT2
 from llm.interop.huggingface.gpt_neox import GPT_NEOX
+from llm.interop.huggingface.jamba import JAMBA
 from llm.interop.huggingface.llama import LLAMA
+from llm.interop.huggingface.mamba import MAMBA, MAMBA2
 from llm.interop.huggingface.mistral import MISTRAL
 from llm.interop.huggingface.olmo2 import OLMO2
 from llm.interop.huggingface.phi3 import PHI3
@@ -24,6 +26,6 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GPT2, GPT_NEOX, GEMMA2, GEMMA3, OLMO2, STABLELM, STARCODER2, PHI3),
-        *(MIXTRAL, OLMOE, QWEN3_MOE, DEEPSEEK_V2),
+        *(MIXTRAL, OLMOE, QWEN3_MOE, DEEPSEEK_V2, MAMBA, MAMBA2, JAMBA),
     )
 }

@@ -10,7 +10,9 @@ from llm.interop.tables import Row
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import Initialization
-from llm.models.layer import LayerConfig
+from llm.models.layer import LayerConfig, MixerConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.moe import MoeConfig
 from llm.models.position import RotaryScaling
 
@@ -63,16 +65,7 @@ def described(config: DecoderConfig) -> DecoderConfig:
         found = dataclasses.replace(config.layer(index), dropout=0.0)
         if isinstance(found.feed_forward, MoeConfig):
             found = dataclasses.replace(found, feed_forward=_described_experts(found.feed_forward))
-        if not isinstance(found.mixer, AttentionConfig):
-            latent: Any = found.mixer
-            mixer_like = dataclasses.replace(latent, implementation='auto', scale=latent.score_scale)
-            return dataclasses.replace(found, mixer=mixer_like)
-        mixer = dataclasses.replace(
-            found.mixer, implementation='auto', scale=found.mixer.score_scale, base_head_dim=None
-        )
-        if not mixer.rotary.size:
-            mixer = dataclasses.replace(mixer, rotary_base=10_000.0, rotary_scaling=RotaryScaling())
-        return dataclasses.replace(found, mixer=mixer)
+        return dataclasses.replace(found, mixer=_described_mixer(found.mixer))
 
     pattern = repeating([layer(i) for i in range(config.num_layers)])
     return dataclasses.replace(
@@ -87,6 +80,17 @@ def described(config: DecoderConfig) -> DecoderConfig:
         initialization=Initialization(),
         max_positions=config.max_positions if config.position == 'learned' else None,
     )
+
+
+def _described_mixer(mixer: MixerConfig) -> MixerConfig:
+    if isinstance(mixer, MambaConfig | Mamba2Config):
+        return dataclasses.replace(mixer, implementation='auto')
+    mixer = dataclasses.replace(mixer, implementation='auto', scale=mixer.score_scale)
+    if isinstance(mixer, AttentionConfig):
+        mixer = dataclasses.replace(mixer, base_head_dim=None)
+        if not mixer.rotary.size:
+            mixer = dataclasses.replace(mixer, rotary_base=10_000.0, rotary_scaling=RotaryScaling())
+    return mixer
 
 
 def _described_experts(moe: MoeConfig) -> MoeConfig:

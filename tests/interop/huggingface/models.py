@@ -25,6 +25,9 @@ LATENT = {
     'first_k_dense_replace': 1,
     'max_position_embeddings': 128,
 }
+MAMBA = {'vocab_size': V, 'hidden_size': D, 'num_hidden_layers': L, 'state_size': 6, 'layer_norm_epsilon': 1e-4}
+JAMBA = GROUPED | {'num_hidden_layers': 5, 'mamba_d_state': 6, 'mamba_dt_rank': 3, 'attn_layer_period': 3}
+JAMBA |= {'attn_layer_offset': 1, 'expert_layer_offset': 0}
 # No token that ends or fills anything: all ids are as good as another.
 TOKENS = {'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}
 
@@ -151,6 +154,30 @@ CASES: dict[str, Case] = {
         | {'q_lora_rank': 10, 'first_k_dense_replace': 0, 'routed_scaling_factor': 2.0}
         | {'topk_method': 'group_limited_greedy', 'n_group': 4, 'topk_group': 2}
         | rope('yarn', beta_fast=4.0, mscale=0.8, mscale_all_dim=0.7, **_slow(4.0, 32)),
+    ),
+    'mamba': Case('Mamba', MAMBA | {'time_step_rank': 3}),
+    'mamba biases, untied': Case(
+        'Mamba',
+        MAMBA
+        | {'intermediate_size': 40, 'conv_kernel': 3, 'use_bias': True, 'use_conv_bias': False}
+        | {'tie_word_embeddings': False},
+        decodes=False,
+    ),
+    'mamba2': Case('Mamba2', MAMBA | {'num_heads': 4, 'head_dim': 16, 'n_groups': 2, 'chunk_size': 8}),
+    'mamba2 biases, tied': Case(
+        'Mamba2',
+        MAMBA
+        | {'expand': 1, 'num_heads': 4, 'head_dim': 8, 'n_groups': 1, 'conv_kernel': 3, 'use_bias': True}
+        | {'use_conv_bias': False, 'tie_word_embeddings': True},
+        decodes=False,
+    ),
+    'jamba': Case('Jamba', JAMBA | {'num_experts': 5, 'num_experts_per_tok': 2}),
+    'jamba biases, tied, dense': Case(
+        'Jamba',
+        JAMBA
+        | {'num_experts': 1, 'num_experts_per_tok': 1, 'head_dim': 6, 'mamba_conv_bias': False}
+        | {'mamba_proj_bias': True, 'tie_word_embeddings': True},
+        decodes=False,
     ),
     'starcoder2': Case('Starcoder2', GROUPED | {'sliding_window': 6} | rope()),
     'starcoder2 untied': Case(

@@ -1,7 +1,8 @@
-"""Hugging Face directories: the stored GPT-2 reference, checkpoints that are not as they should be, refused exports."""
+"""Hugging Face directories: the stored references, checkpoints that are not as they should be, refused exports."""
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from tests.models.test_presets import FOLDER, JOB
 pytestmark = pytest.mark.oracle
 
 
-def test_gpt2_logits_loss_and_gradient_norms(dev_data):
-    folder = dev_data / 'oracles' / 'gpt2'
+@pytest.mark.parametrize('name', ['gpt2', 'mamba1'])
+def test_stored_logits_loss_and_gradient_norms(name, dev_data):
+    folder = dev_data / 'oracles' / name
     reference = np.load(folder / 'ref.npz')
     expected = json.loads((folder / 'ref.json').read_text())
     checkpoint = open_directory(folder)
@@ -115,6 +117,44 @@ def test_a_setting_known_to_the_user_may_be_passed_over(llama):
     assert open_directory(llama, ('unsloth_fixed',)).config == open_directory(models.make('llama')[1]).config
 
 
+MAMBA_130M = {'d_inner': 64, 'd_model': 32, 'n_layer': 3, 'fused_add_norm': True, 'rms_norm': True, 'ssm_cfg': {}}
+CODESTRAL = {'intermediate_size': 64, 'norm_before_gate': True, 'rms_norm': True, 'time_step_limit': [0.0, math.inf]}
+JAMBA_V0_1 = {'mamba_inner_layernorms': True, 'sliding_window': None, 'calc_logits_for_entire_prompt': False}
+
+
+@pytest.mark.parametrize(('name', 'more'), [('mamba', MAMBA_130M), ('mamba2', CODESTRAL), ('jamba', JAMBA_V0_1)])
+def test_settings_of_published_checkpoints_that_transformers_does_not_read(name, more, tmp_path):
+    source = models.make(name)[1]
+    directory = Path(shutil.copytree(source, tmp_path / name))
+    change_settings(directory, **more)
+    assert open_directory(directory).config == open_directory(source).config
+
+
+@pytest.mark.parametrize(
+    ('name', 'changes', 'message'),
+    [
+        ('mamba', {'hidden_act': 'gelu'}, "hidden_act is 'gelu': only 'silu'"),
+        ('mamba', {'rms_norm': False}, 'rms_norm is False'),
+        ('mamba', {'time_step_rank': 'some'}, "time_step_rank is 'some': not of type int"),
+        ('mamba', {'time_step_rank': 'auto'}, r'dt_proj\.weight has shape \[64, 3\], not \[64, 2\]'),
+        ('mamba2', {'time_step_limit': [0.001, 0.1]}, r'time_step_limit is \[0.001, 0.1\]: only'),
+        ('mamba2', {'expand': 3}, 'expand is 3: 4 heads of 16 are not so many widths'),
+        ('mamba2', {'n_groups': 3}, 'num_heads 4 is not divisible by num_groups 3'),
+        ('mamba2', {'n_groups': 1}, r'in_proj\.weight has shape \[156, 32\], not \[144, 32\]'),
+        ('jamba', {'attn_layer_offset': 3}, 'attn_layer_offset is 3: use from 0 to'),
+        ('jamba', {'expert_layer_period': 0}, 'expert_layer_offset is 0: use from 0 to'),
+        ('jamba', {'attn_layer_offset': 2}, r'layers\.1\.mamba\.\S+ is missing'),
+        ('jamba', {'mamba_inner_layernorms': False}, 'mamba_inner_layernorms is False'),
+        ('jamba', {'num_experts': 2**40}, 'num_experts is 1099511627776: use from 1 to 10,000'),
+    ],
+)
+def test_recurrent_models_that_are_not_supported_are_refused_by_name(name, changes, message, tmp_path):
+    directory = Path(shutil.copytree(models.make(name)[1], tmp_path / name))
+    change_settings(directory, **changes)
+    with pytest.raises(UserError, match=message):
+        open_directory(directory)
+
+
 def test_no_memory_is_spent_on_absurd_sizes(llama):
     change_settings(llama, vocab_size=2**50)
     with pytest.raises(UserError, match=r'embed_tokens\.weight has shape \[64, 32\], not \[1125899906842624, 32\]'):
@@ -191,6 +231,9 @@ PRESETS = {
     'pythia_1_4b': 'gpt_neox',
     'starcoder2_3b': 'starcoder2',
     'stablelm2_1_6b': 'stablelm',
+    'mamba_130m': 'mamba',
+    'mamba2_130m': 'mamba2',
+    'jamba_v0_1': 'jamba',
 }
 
 
