@@ -73,7 +73,10 @@ _GENERATION = frozenset(
 
 
 # What we make as many objects of, before anything shows that the tensors are not so many.
-_COUNTED = ('num_hidden_layers', 'n_layer', 'num_attention_heads', 'n_head', 'num_key_value_heads')
+_COUNTED = (
+    *('num_hidden_layers', 'n_layer', 'num_attention_heads', 'n_head', 'num_key_value_heads'),
+    *('num_layers', 'num_decoder_layers', 'num_heads'),  # T5
+)
 _MOST = 10_000
 
 
