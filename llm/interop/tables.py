@@ -6,9 +6,11 @@ of ours:
     Row('mixer/query', 'model.layers.{layer}.self_attn.q_proj.weight', '(H K) D -> D H K')
 
 Ours is a path within a layer where their name has `{layer}` (the layout rule of `DecoderConfig.location` says where
-that layer lies in the stacked arrays), else a path within the model. A row whose parameter the model does not have is
-passed over, so optional biases and norms stand in one table; a parameter without a row, or a tensor without one, is an
-error that names it. To add a family is to write its table and its settings; see `llm.interop.huggingface.families`.
+that layer lies in the stacked arrays), else a path within the model. Where layers are in stacks of their own, 'encoder'
+and 'decoder', a path within a layer begins with its stack: 'encoder/mixer/query'. A row whose parameter the model does
+not have is passed over, so optional biases and norms stand in one table; a parameter without a row, or a tensor without
+one, is an error that names it. To add a family is to write its table and its settings; see
+`llm.interop.huggingface.families`.
 
 Dimensions are written as in einops, theirs `->` ours, letters of DESIGN or any others; sizes follow from our shapes:
 
@@ -43,7 +45,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,8 @@ import numpy as np
 from llm.models.parameters import ParameterSpec, named_specs
 
 Shape = tuple[int, ...]
+# (group, position, entry along the leading axis) of a layer; see DecoderConfig.location.
+Location = Callable[[int], tuple[str, str, int]]
 _PARTS = '*'
 _REST = '...'
 _LAYER = 'layer'
@@ -65,7 +69,8 @@ class Row:
         theirs: the name of the tensor.
         axes: their dimensions -> ours.
         offset: theirs is ours plus this (norms that store 1 + scale where ours is the scale).
-        beside: a parameter of ours; where the model, or the layer, does not have it, the row is passed over.
+        beside, without: a parameter of ours; the row is passed over where the model lacks it, or has it: for tensors
+            whose name depends on what else there is.
     """
 
     ours: str | tuple[str, ...]
@@ -73,6 +78,7 @@ class Row:
     axes: str = ''
     offset: float = 0.0
     beside: str | None = None
+    without: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -148,26 +154,36 @@ class Layout:
         return x.transpose(self.order)
 
 
-def links(table: Sequence[Row], specs: Mapping[str, Any], num_layers: int, location: Any) -> list[Link]:
+def links(table: Sequence[Row], specs: Mapping[str, Any], num_layers: int, location: Location) -> list[Link]:
     """Every part of every tensor of theirs that a model of these parameters has, in the order of the table's layers.
 
     Args:
-        specs: nested dict of ParameterSpec. location: DecoderConfig.location, or that of another stack.
+        specs: nested dict of ParameterSpec. location: DecoderConfig.location.
 
     Raises:
         ValueError: a parameter has no row or two, or a row has parameters that the model has only in part.
     """
+    return stack_links(table, specs, {'': (num_layers, location)})
+
+
+def stack_links(
+    table: Sequence[Row], specs: Mapping[str, Any], stacks: Mapping[str, tuple[int, Location]]
+) -> list[Link]:
+    """The same for a model whose layers are in stacks.
+
+    Args:
+        stacks: by name ('encoder' for layers at encoder/layers/..., '' for those of a decoder), how many layers have
+            parameters of their own, and where they are.
+    """
     named = dict(named_specs(dict(specs)))
-    found: list[Link] = []
-    for layer in (None, *range(num_layers)):
-        for row in table:
-            if row.per_layer == (layer is not None):
-                prefix = ''
-                index: tuple[int, ...] = ()
-                if layer is not None:
-                    group, position, repeat = location(layer)
-                    prefix, index = f'{group}/{position}/', (repeat,)
-                found += _row_links(row, named, prefix, index, layer)
+    found = [link for row in table if not row.per_layer for link in _row_links(row, named, '', '', (), None)]
+    for name, (num_layers, location) in stacks.items():
+        stack = f'{name}/' if name else ''
+        rows = [row for row in table if row.per_layer and all(path.startswith(stack) for path in row.paths)]
+        for layer in range(num_layers):
+            group, position, repeat = location(layer)
+            for row in rows:
+                found += _row_links(row, named, stack, f'{stack}{group}/{position}/', (repeat,), layer)
     _check_cover(found, named)
     return found
 
@@ -178,22 +194,30 @@ def shapes(all_links: Iterable[Link]) -> dict[str, Shape]:
 
 
 def _row_links(
-    row: Row, named: dict[str, ParameterSpec], prefix: str, index: tuple[int, ...], layer: int | None
+    row: Row, named: dict[str, ParameterSpec], stack: str, prefix: str, index: tuple[int, ...], layer: int | None
 ) -> list[Link]:
-    present = [prefix + path in named for path in row.paths]
-    if not any(present) or (row.beside is not None and prefix + row.beside not in named):
+    def whole(path: str) -> str:
+        return prefix + path.removeprefix(stack)
+
+    paths = [whole(path) for path in row.paths]
+    present = [path in named for path in paths]
+    if (
+        not any(present)
+        or (row.beside and whole(row.beside) not in named)
+        or (row.without and whole(row.without) in named)
+    ):
         return []
     if not all(present):
         raise ValueError(f'of {row.paths} the model has only some')
-    ours = [named[prefix + path].shape[len(index) :] for path in row.paths]
+    ours = [named[path].shape[len(index) :] for path in paths]
     spread = tuple(ours[0][: len(row.spread)])
     layouts = _layouts(row.axes, row.spread, tuple(ours))
     found = []
     for counts in itertools.product(*map(range, spread)):
         values = dict(zip(row.spread, counts, strict=True)) | {_LAYER: layer}
         name = row.theirs.format(**values)
-        for path, layout in zip(row.paths, layouts, strict=True):
-            found.append(Link(prefix + path, index + counts, name, layout, row.offset))
+        for path, layout in zip(paths, layouts, strict=True):
+            found.append(Link(path, index + counts, name, layout, row.offset))
     return found
 
 

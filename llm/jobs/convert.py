@@ -20,9 +20,13 @@ from llm.errors import UserError
 from llm.interop import llama2c
 from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
+from llm.interop.huggingface.sentence_transformers import read_pooling, write_pooling
 from llm.jobs.trained_model import VOCABULARY, read_run
-from llm.models.decoder import ComputeType, Decoder, DecoderConfig
+from llm.models.decoder import ComputeType, DecoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
+from llm.models.pooling import PoolingConfig
 from llm.parallel.processes import require_one
 from llm.training.checkpoints import CheckpointConfig, Checkpointer, StoredParameters, StreamedArray
 from llm.training.run_directory import claim, write_atomically
@@ -38,19 +42,21 @@ class Converted:
     """The config.gin of a run directory that `Convert` has made: what `generate` and others read of it.
 
     Attributes:
-        model: the decoder.
+        model: its config.
         source: what it was made of.
         sequence_length: tokens that the model was made for; None if its files do not say.
+        pooling: how the states of its tokens become one vector of a text, for `embed`; None if its files do not say.
     """
 
-    model: DecoderConfig
+    model: ModelConfig
     source: str
     sequence_length: int | None = None
+    pooling: PoolingConfig | None = None
 
     def __call__(self, invocation: Invocation) -> None:
         """Say what the model is."""
         del invocation
-        print(f'{count_parameters(parameter_specs(Decoder(self.model))):,} parameters, from {self.source}')
+        print(f'{count_parameters(parameter_specs(self.model.build())):,} parameters, from {self.source}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +68,16 @@ class _Model:
         dtypes: of its parameters by name.
         read: a slice of a parameter, in its own dtype.
         chat_template: a Jinja template.
+        pooling: see Converted.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     sequence_length: int | None
     vocabulary: Vocabulary | None
     dtypes: dict[str, str]
     read: Callable[[str, tuple[int | slice, ...]], np.ndarray]
     chat_template: str | None = None
+    pooling: PoolingConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +129,12 @@ class Convert:
         start = time.perf_counter()
         source, destination = Path(self.source).expanduser(), Path(self.destination).expanduser()
         model = self._open(source)
-        parameters = count_parameters(parameter_specs(Decoder(model.config)))
+        parameters = count_parameters(parameter_specs(model.config.build()))
         kept = self.block_type or self.dtype or ', '.join(sorted({*model.dtypes.values()}))
         what = f'{source}: {parameters:,} parameters'
         if self.to == 'hugging_face':
-            what += f' as {find_family(model.config, self.model_type)[0].architecture}'
+            family, settings = find_family(model.config, self.model_type)
+            what += f' as {settings.get("architectures", [family.architecture])[0]}'
         if invocation.dry_run:
             print(f'{what}, to be written as {kept} to {destination}')
             return
@@ -165,9 +174,9 @@ class Convert:
         return model
 
     def _open_run(self, source: Path) -> _Model:
-        config, sequence_length = read_run(source)
+        config, sequence_length, pooling = read_run(source)
         stored = StoredParameters(source, self.checkpoint_step)
-        expected = {name: spec.shape for name, spec in named_specs(parameter_specs(Decoder(config)))}
+        expected = {name: spec.shape for name, spec in named_specs(parameter_specs(config.build()))}
         if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:
             raise UserError(
                 f'the parameters of step {stored.step} are not those of its config',
@@ -178,7 +187,8 @@ class Convert:
         if self.vocabulary is not None or (source / VOCABULARY).exists():
             vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
         dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
-        return _Model(config, sequence_length, vocabulary, dtypes, stored.read, _chat_template(source / VOCABULARY))
+        template = _chat_template(source / VOCABULARY)
+        return _Model(config, sequence_length, vocabulary, dtypes, stored.read, template, pooling)
 
     def _open_hugging_face(self, source: Path) -> _Model:
         checkpoint = open_directory(source, self.ignored_settings)
@@ -193,7 +203,9 @@ class Convert:
 
         pieces = checkpoint.pieces
         template = _chat_template(source)
-        return _Model(config, checkpoint.sequence_length, vocabulary, pieces.dtypes, pieces.read, template)
+        pooling, most = read_pooling(source)
+        length = checkpoint.sequence_length if most is None else min(most, checkpoint.sequence_length or most)
+        return _Model(config, length, vocabulary, pieces.dtypes, pieces.read, template, pooling)
 
     def _open_gguf(self, source: Path) -> _Model:
         found = open_gguf(source)
@@ -213,7 +225,9 @@ class Convert:
         return _Model(config, found.sequence_length, vocabulary, found.pieces.dtypes, found.pieces.read)
 
     def _write_run(self, model: _Model, directory: Path) -> None:
-        converted = Converted(model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length)
+        converted = Converted(
+            model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length, model.pooling
+        )
         text = render(converted)
         if any(directory.glob('*.safetensors')):
             raise UserError('is not empty and no run directory', where=str(directory), fix='Use a new directory.')
@@ -229,7 +243,7 @@ class Convert:
                 if model.chat_template is not None:
                     write_atomically(directory / VOCABULARY / 'chat_template.jinja', model.chat_template)
             parameters: dict[str, Any] = {}
-            for name, spec in named_specs(parameter_specs(Decoder(model.config))):
+            for name, spec in named_specs(parameter_specs(model.config.build())):
                 node = parameters
                 *parents, last = name.split('/')
                 for parent in parents:
@@ -245,6 +259,8 @@ class Convert:
         vocabulary = model.vocabulary
         names = ('bos', 'eos', 'pad')
         ids = {f'{name}_token_id': getattr(vocabulary, f'{name}_id', None) for name in names}
+        if isinstance(model.config, EncoderDecoderConfig):
+            ids['decoder_start_token_id'] = ids['pad_token_id']  # what the decoder reads first
         # Under its own name when it is whole.
         partial = directory.with_name(f'{directory.name}.partial')
         shutil.rmtree(partial, ignore_errors=True)
@@ -261,8 +277,14 @@ class Convert:
             )
             if vocabulary is not None:
                 write_vocabulary(
-                    vocabulary, partial, chat_template=model.chat_template, max_length=model.sequence_length
+                    vocabulary,
+                    partial,
+                    chat_template=model.chat_template,
+                    max_length=model.sequence_length,
+                    ends=not isinstance(model.config, DecoderConfig),
                 )
+            if model.pooling is not None:
+                write_pooling(partial, model.pooling, model.config.d_model, model.sequence_length)
             partial.replace(directory)
         except OSError as error:
             raise UserError(
@@ -276,12 +298,13 @@ class Convert:
             raise UserError('is there already', where=str(file), fix='Use a new file.')
         if model.vocabulary is None:
             raise UserError('a GGUF file holds its vocabulary', where=self.source, fix='Set Convert.vocabulary.')
+        config = _decoder(model)
         types: dict[str, GgufType] = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
         partial = file.with_name(f'{file.name}.partial')
         try:
             write_gguf(
                 partial,
-                model.config,
+                config,
                 model.read,
                 dtype=self.block_type or types[self.dtype or _widest(model.dtypes)],
                 sequence_length=model.sequence_length or _NO_LENGTH,
@@ -296,11 +319,22 @@ class Convert:
     def _write_llama2c(self, model: _Model, directory: Path) -> None:
         if directory.exists() and any(directory.iterdir()):
             raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
+        config = _decoder(model)
         directory.mkdir(parents=True, exist_ok=True)
         length = model.sequence_length or _NO_LENGTH
         if model.vocabulary is not None:
             llama2c.write_tokenizer(directory / 'tokenizer.bin', model.vocabulary)
-        llama2c.write_model(directory / 'model.bin', model.config, model.read, sequence_length=length)
+        llama2c.write_model(directory / 'model.bin', config, model.read, sequence_length=length)
+
+
+def _decoder(model: _Model) -> DecoderConfig:
+    if not isinstance(model.config, DecoderConfig):
+        raise UserError(
+            f'this format is for decoders ({type(model.config).__name__})',
+            where='Convert.to',
+            fix="Use 'hugging_face' or 'run'.",
+        )
+    return model.config
 
 
 def _chat_template(directory: Path) -> str | None:

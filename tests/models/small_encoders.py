@@ -1,11 +1,9 @@
-"""Small encoders and encoder-decoders, and published implementations' weights as their parameters, by hand."""
+"""Small encoders and encoder-decoders."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -21,7 +19,6 @@ from llm.models.parameters import parameter_specs
 from llm.models.relative_bias import RelativeBiasConfig
 from llm.models.stack import StackConfig
 
-State = Mapping[str, np.ndarray]
 V, D, H, K, F = 61, 32, 4, 8, 48
 
 
@@ -75,44 +72,3 @@ def built(config: EncoderConfig | EncoderDecoderConfig) -> tuple[nnx.GraphDef, d
     rng = np.random.default_rng(0)
     leaves = [x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype) for x in leaves]
     return nnx.split(module)[0], jax.tree.unflatten(structure, leaves)
-
-
-# --- weights of transformers ---------------------------------------------------------------------------------------
-
-
-def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{'a/b': x} as {'a': {'b': x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(value)
-    return tree
-
-
-def linear(
-    state: State, name: str, path: str, heads: tuple[str, int] | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """A torch Linear as a kernel, and its bias if there is one; `heads` says which side of it is cut into heads."""
-    kernel = state[f'{name}.weight'].T
-    if heads is not None:
-        shape = (kernel.shape[0], heads[1], -1) if heads[0] == 'out' else (heads[1], -1, kernel.shape[1])
-        kernel = kernel.reshape(shape)
-    yield path, kernel
-    if f'{name}.bias' in state:
-        offset = state[f'{name}.bias']
-        yield f'{path}_bias', offset.reshape(heads[1], -1) if heads is not None and heads[0] == 'out' else offset
-
-
-def norm(state: State, name: str, path: str) -> Iterator[tuple[str, np.ndarray]]:
-    """A torch LayerNorm or RMSNorm."""
-    yield f'{path}/scale', state[f'{name}.weight']
-    if f'{name}.bias' in state:
-        yield f'{path}/bias', state[f'{name}.bias']
-
-
-def stacked(layers: list[dict[str, np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
-    """Layers of one kind, along a leading axis."""
-    return {f'{prefix}/{path}': np.stack([layer[path] for layer in layers]) for path in layers[0]}

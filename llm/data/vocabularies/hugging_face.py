@@ -25,6 +25,8 @@ _CONVENTIONAL = {
     'bos': ('<s>', '<bos>', '<|begin_of_text|>', '[CLS]', '<|endoftext|>'),
     'eos': ('</s>', '<eos>', '<|end_of_text|>', '[SEP]', '<|endoftext|>'),
 }
+_MOST_SENTINELS = 10_000
+_MASKS = ('[MASK]', '<mask>')
 # Those whose vocab.json and merges.txt are used with GPT-2's split.
 _GPT2_LIKE = {'GPT2Tokenizer', 'RobertaTokenizer', 'BartTokenizer', 'PreTrainedTokenizerFast', 'TokenizersBackend'}
 
@@ -42,6 +44,8 @@ def read_vocabulary(directory: Path) -> Vocabulary | None:
     for path in [*(directory / name for name in _MODELS), *sorted(directory.glob('*.tiktoken'))]:
         if path.exists():
             vocabulary = read_model(path)
+            if isinstance(vocabulary, SentencePieceVocabulary) and (extra := _t5_sentinels(directory)):
+                vocabulary = vocabulary.with_special_tokens([f'<extra_id_{i}>' for i in reversed(range(extra))])
             _refuse_added_tokens(directory, path, vocabulary)
             return vocabulary
     if (directory / 'encoder.json').exists() or (directory / 'vocab.json').exists():
@@ -79,6 +83,7 @@ def write_vocabulary(
     *,
     chat_template: str | None = None,
     max_length: int | None = None,
+    ends: bool = False,
 ) -> None:
     """Write the files from which transformers' AutoTokenizer makes a tokenizer with the same ids.
 
@@ -86,10 +91,14 @@ def write_vocabulary(
         directory: may hold other files; those of a tokenizer are written over.
         chat_template: source of a Jinja template, for `apply_chat_template`.
         max_length: tokens that the model takes.
+        ends: whether the end of a document follows every text, as encoders read it. A tokenizer.json from elsewhere
+            says so itself.
 
     Raises UserError where the vocabulary cannot be written as a tokenizer.json, or the directory cannot be written.
     """
     tokens = {f'{role}_token': name for role, name in vocabulary.roles.items() if name is not None}
+    if mask := next((name for name in _MASKS if name in vocabulary.special_ids), None):
+        tokens['mask_token'] = mask
     config: dict[str, Any] = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'clean_up_tokenization_spaces': False,
@@ -98,7 +107,7 @@ def write_vocabulary(
     if max_length is not None:
         config['model_max_length'] = max_length
     files = {
-        tokenizer_json.FILE: as_tokenizer_json(vocabulary),
+        tokenizer_json.FILE: as_tokenizer_json(vocabulary, ends=ends),
         _CONFIG: _as_json(config),
         _MAP: _as_json(tokens),
     }
@@ -186,6 +195,18 @@ def _refuse_added_tokens(directory: Path, path: Path, vocabulary: Vocabulary) ->
         )
 
 
+def _t5_sentinels(directory: Path) -> int:
+    """How many sentinels T5's tokenizer adds to its SentencePiece model: that is not in the model."""
+    config = _object(directory / _CONFIG)
+    kind = str(config.get('tokenizer_class') or '').removesuffix('Fast')
+    if kind != 'T5Tokenizer' and (kind or _object(directory / 'config.json').get('model_type') != 't5'):
+        return 0
+    extra = config.get('extra_ids', 100)
+    if type(extra) is not int or not 0 <= extra <= _MOST_SENTINELS:
+        raise storage.damaged(directory / _CONFIG, f'gives {extra!r:.40} as extra_ids')
+    return extra
+
+
 def _wordpiece_as_json(directory: Path, path: Path) -> bytes:
     """BERT's vocab.txt, one token a line, as the tokenizer.json that `tokenizers` makes of it."""
     import tokenizers
@@ -211,6 +232,11 @@ def _wordpiece_as_json(directory: Path, path: Path) -> bytes:
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(**settings)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
+    if {'[CLS]', '[SEP]'} <= set(special):
+        ends = [(name, vocab[name]) for name in ('[CLS]', '[SEP]')]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=ends
+        )
     return tokenizer.to_str().encode()
 
 

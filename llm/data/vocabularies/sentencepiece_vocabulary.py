@@ -3,7 +3,7 @@
 import functools
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -120,6 +120,13 @@ class SentencePieceVocabulary(Vocabulary):
         """The vocabulary from its file."""
         del settings
         return cls(files[_MODEL])
+
+    def with_special_tokens(self, names: Sequence[str]) -> Self:
+        """The same with these special tokens after its own."""
+        proto = self.proto
+        for name in names:
+            proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.CONTROL)
+        return type(self)(proto.SerializeToString())
 
     def files(self) -> dict[str, bytes]:
         """The .model file."""

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-def as_tokenizer_json(vocabulary: Vocabulary) -> bytes:
+def as_tokenizer_json(vocabulary: Vocabulary, *, ends: bool = False) -> bytes:
     """The content of a tokenizer.json; bos, where it is not eos as well, begins every text there.
+
+    Args:
+        ends: whether eos ends every text there.
 
     Raises UserError for a SentencePiece model that normalises in a way that such a file cannot express.
     """
@@ -33,10 +36,14 @@ def as_tokenizer_json(vocabulary: Vocabulary) -> bytes:
     tokenizer = _EXPORTERS[type(vocabulary)](vocabulary)
     names = sorted(vocabulary.special_ids, key=vocabulary.special_ids.__getitem__)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    bos = vocabulary.roles['bos']
-    if bos is not None and vocabulary.bos_id != vocabulary.eos_id:
+    bos, eos = vocabulary.roles['bos'], vocabulary.roles['eos'] if ends else None
+    bos = bos if ends or vocabulary.bos_id != vocabulary.eos_id else None
+    if bos is not None or eos is not None:
+        before, after = ([] if name is None else [name] for name in (bos, eos))
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, '$A'], pair=[bos, '$A', f'{bos}:1', '$B:1'], special_tokens=[(bos, vocabulary.bos_id)]
+            single=[*before, '$A', *after],
+            pair=[*before, '$A', *after, *(f'{name}:1' for name in before), '$B:1', *(f'{name}:1' for name in after)],
+            special_tokens=[(name, vocabulary.special_ids[name]) for name in {*before, *after}],
         )
     for name, token in vocabulary.special_ids.items():
         if tokenizer.token_to_id(name) != token:

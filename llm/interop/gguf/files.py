@@ -172,6 +172,7 @@ def _read_config(
         wide = settings.get('num_hidden_layers') == 46 and settings.get('num_attention_heads')
         settings['query_pre_attn_scalar'] = settings['hidden_size'] / wide if wide else settings.get('head_dim', 256)
     config, _ = read_settings(settings, architecture.family, where)
+    assert isinstance(config, DecoderConfig)  # all of these architectures are
     return config
 
 

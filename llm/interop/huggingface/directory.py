@@ -18,9 +18,12 @@ from llm.interop.huggingface.settings import Settings
 from llm.interop.loading import Pieces, check_tensors
 from llm.interop.safetensors import DTYPES, StoredTensor, open_checkpoint, read_json
 from llm.interop.safetensors_writing import NewTensor, write_checkpoint
-from llm.interop.tables import Link, links
-from llm.models.decoder import Decoder, DecoderConfig
-from llm.models.parameters import parameter_specs
+from llm.interop.tables import Link, links, stack_links
+from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
+from llm.models.model import ModelConfig
+from llm.models.parameters import named_specs, parameter_specs
+from llm.models.stack import StackConfig
 
 SETTINGS = 'config.json'
 StoredType = Literal['float32', 'bfloat16', 'float16']
@@ -44,14 +47,14 @@ class Checkpoint:
 
     directory: Path
     family: Family
-    config: DecoderConfig
+    config: ModelConfig
     sequence_length: int | None
     pieces: Pieces
 
     @property
     def specs(self) -> dict[str, Any]:
         """The parameters' declarations."""
-        return parameter_specs(Decoder(self.config))
+        return parameter_specs(self.config.build())
 
 
 def open_directory(directory: str | Path, ignored_settings: tuple[str, ...] = ()) -> Checkpoint:
@@ -71,13 +74,18 @@ def open_directory(directory: str | Path, ignored_settings: tuple[str, ...] = ()
     content = read_json(file)
     family = _family(content, str(file))
     config, sequence_length = read_settings(content, family, str(file), ignored_settings)
-    specs = parameter_specs(Decoder(config))
+    stored = _by_present_name(open_checkpoint(directory), family)
+    if family.parts is not None:
+        config = family.parts(config, _present(family, stored))
+    specs = parameter_specs(config.build())
     table = family_links(family, config, specs)
-    tensors = _canonical(open_checkpoint(directory), family, {link.name for link in table})
+    expected = {link.name for link in table}
+    tensors = _canonical(stored, family, expected | {name for pair in family.copies for name in pair})
     ignored = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.ignored)]
-    if config.tied_embeddings:
+    if isinstance(config, DecoderConfig) and config.tied_embeddings:
         # Some programs write the tied table twice; transformers does not look at the second.
         ignored.append('lm_head.weight')
+    ignored += _copies(tensors, family, expected, directory)
     check_tensors(tensors, table, str(directory), ignored)
     for link in table:
         if tensors[link.name].code not in DTYPES:
@@ -91,7 +99,7 @@ def open_directory(directory: str | Path, ignored_settings: tuple[str, ...] = ()
 
 def read_settings(
     content: Mapping[str, Any], family: Family, where: str, ignored: tuple[str, ...] = ()
-) -> tuple[DecoderConfig, int | None]:
+) -> tuple[ModelConfig, int | None]:
     """Our config, and the length of rows that the model was made for.
 
     Raises:
@@ -101,13 +109,23 @@ def read_settings(
     settings.expect(quantization_config=None)
     config = family.read(settings)
     settings.finish()
+    if isinstance(config, EncoderConfig):
+        return config, config.longest
     longest = content.get('max_position_embeddings', content.get('n_positions'))
     return config, longest if type(longest) is int else None
 
 
-def family_links(family: Family, config: DecoderConfig, specs: Mapping[str, Any]) -> list[Link]:
+def family_links(family: Family, config: ModelConfig, specs: Mapping[str, Any]) -> list[Link]:
     """The correspondence of the family's tensors with this model's parameters."""
-    return links(family.table, specs, config.num_layers, config.location)
+    if isinstance(config, DecoderConfig):
+        return links(family.table, specs, config.num_layers, config.location)
+
+    def stack(of: StackConfig) -> tuple[int, Any]:
+        return len(of.pattern) if of.shared_layers else of.num_layers, of.location
+
+    if isinstance(config, EncoderConfig):
+        return stack_links(family.table, specs, {'encoder': stack(config.layers)})
+    return stack_links(family.table, specs, {'encoder': stack(config.encoder), 'decoder': stack(config.decoder)})
 
 
 def _family(content: Mapping[str, Any], where: str) -> Family:
@@ -119,13 +137,50 @@ def _family(content: Mapping[str, Any], where: str) -> Family:
     family = FAMILIES[kind]
     classes = content.get('architectures')
     base = family.architecture.partition('For')[0].removesuffix('LMHeadModel') + 'Model'
-    if classes is not None and not {family.architecture, base} & set(classes if isinstance(classes, list) else ()):
+    known = {family.architecture, base, *family.other_architectures}
+    if classes is not None and not known & set(classes if isinstance(classes, list) else ()):
         raise UserError(
             f'architectures is {classes!r:.80}',
             where=where,
             fix=f'Of this family, {family.architecture} can be read.',
         )
     return family
+
+
+def _by_present_name(tensors: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """The tensors by the names that their kinds have today."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        new = name
+        for old, present in family.renamed:
+            new = re.sub(old, present, new)
+        found[name if new in tensors else new] = tensor
+    return found
+
+
+def _present(family: Family, tensors: Collection[str]) -> set[str]:
+    """The paths of our parameters outside of layers that there are tensors of."""
+    names = {*tensors, *(family.prefix + name for name in tensors)}
+    return {path for row in family.table if not row.per_layer and row.theirs in names for path in row.paths}
+
+
+def _copies(
+    tensors: Mapping[str, StoredTensor], family: Family, expected: Collection[str], directory: Path
+) -> list[str]:
+    """The tensors that say again what another says.
+
+    Raises:
+        UserError: one says something else: transformers would compute with it.
+    """
+    found = [pair for pair in family.copies if pair[0] in tensors and pair[0] not in expected and pair[1] in tensors]
+    for copy, of in found:
+        if tensors[copy].shape != tensors[of].shape or not np.array_equal(tensors[copy].read(), tensors[of].read()):
+            raise UserError(
+                f'{copy} is not {of}, to which it is tied',
+                where=str(directory),
+                fix='This model cannot be converted as it is.',
+            )
+    return [copy for copy, _ in found]
 
 
 def _canonical(
@@ -137,7 +192,7 @@ def _canonical(
     return {family.prefix + name if family.prefix + name in expected else name: x for name, x in tensors.items()}
 
 
-def find_family(config: DecoderConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
+def find_family(config: ModelConfig, model_type: str | None = None) -> tuple[Family, dict[str, Any]]:
     """The family that can describe a model, and the settings that do.
 
     Args:
@@ -165,15 +220,19 @@ def find_family(config: DecoderConfig, model_type: str | None = None) -> tuple[F
     why = f'the model is no {closest}' + ('' if model_type else ', which is the closest of all families')
     why += f': {"; ".join(differences[:_MOST_NAMED])}{more}'
     raise UserError(
-        why, where='DecoderConfig', fix="Keep it in llm's own format, or train a model that can be described."
+        why, where=type(config).__name__, fix="Keep it in llm's own format, or train a model that can be described."
     )
 
 
-def _describe(family: Family, config: DecoderConfig) -> tuple[list[str], dict[str, Any]]:
+def _describe(family: Family, config: ModelConfig) -> tuple[list[str], dict[str, Any]]:
     """How the model differs from any that the family can describe, nothing if it does not; and the settings."""
+    if not isinstance(config, family.kind):
+        return [f'it is of another kind ({type(config).__name__}, not {family.kind.__name__})'], {}
     try:
         settings = {'model_type': family.model_type, **family.write(config)}
         found, _ = read_settings(settings, family, family.model_type)
+        if family.parts is not None:
+            found = family.parts(found, [name for name, _ in named_specs(parameter_specs(config.build()))])
     except UserError as error:
         return [error.what], {}
     except (AttributeError, TypeError) as error:
@@ -200,7 +259,7 @@ def _differences(theirs: Any, ours: Any, path: str = '') -> list[str]:
 
 def write_directory(
     directory: str | Path,
-    config: DecoderConfig,
+    config: ModelConfig,
     read: ReadPiece,
     *,
     dtype: StoredType,
@@ -225,7 +284,7 @@ def write_directory(
     family, settings = find_family(config, model_type)
     if sequence_length is not None and config.position == 'rope' and 'rope_scaling' not in settings:
         settings['max_position_embeddings'] = sequence_length
-    specs = parameter_specs(Decoder(config))
+    specs = parameter_specs(config.build())
     by_name: dict[str, list[Link]] = {}
     for link in family_links(family, config, specs):
         by_name.setdefault(link.name, []).append(link)
@@ -246,7 +305,8 @@ def write_directory(
         NewTensor(name, parts[0].layout.theirs, _NAMES[dtype], functools.partial(make, parts))
         for name, parts in by_name.items()
     ]
-    content = {'architectures': [family.architecture], **settings, 'torch_dtype': dtype, **(extra_settings or {})}
+    # What the model computes by, the settings say: in RoBERTa, the id of padding.
+    content = {'architectures': [family.architecture], **(extra_settings or {}), **settings, 'torch_dtype': dtype}
     directory.mkdir(parents=True, exist_ok=True)
     write_checkpoint(directory, tensors, shard_bytes)
     (directory / SETTINGS).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

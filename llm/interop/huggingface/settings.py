@@ -76,6 +76,7 @@ _GENERATION = frozenset(
 _COUNTED = (
     *('num_hidden_layers', 'n_layer', 'num_attention_heads', 'n_head', 'num_key_value_heads'),
     *('num_experts', 'num_local_experts', 'n_routed_experts'),
+    *('num_layers', 'num_decoder_layers', 'num_heads'),  # T5
 )
 _MOST = 10_000
 
