@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from llm.models.decoder import DecoderConfig
 from llm.models.model import ModelConfig
-from llm.models.parameters import named_specs, parameter_specs
+from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig, paper_cost
@@ -42,6 +42,13 @@ def _schedule(pipeline: PipelineConfig, model: ModelConfig, specs: Any, stages: 
         f'({paper_cost(pipeline, stages, microbatches, *parts) / ideal:.2f} by the formula of its paper), '
         f'without embedding and loss'
     ]
+
+
+def _further(specs: Any) -> list[str]:
+    """What multi-token prediction adds, if it is there."""
+    if 'multi_token' not in specs:
+        return []
+    return [f'of these        {count_parameters(specs["multi_token"]):,} for multi-token prediction, in training alone']
 
 
 def _bytes(size: float) -> str:
@@ -107,6 +114,7 @@ def describe(
             '',
             f'parameters      {counts.total:,} ({counts.non_embedding:,} without embeddings'
             + (f', {counts.active:,} active for a token)' if counts.active < counts.total else ')'),
+            *_further(specs),
             f'mesh            {axes} ({math.prod(shape)} device{"s" if math.prod(shape) > 1 else ""})',
             *schedule,
             f'memory/device   {_bytes(memory.parameters)} parameters + {_bytes(memory.optimizer)} optimizer + '

@@ -169,7 +169,8 @@ class Finetune:
                 fix='Leave low_rank out to train those on.',
             )
         low_rank = self.low_rank or base.config.low_rank
-        return dataclasses.replace(base.config, num_outputs=outputs, low_rank=low_rank)
+        # Multi-token prediction is of text, and not used by what comes after.
+        return dataclasses.replace(base.config, num_outputs=outputs, low_rank=low_rank, multi_token=None)
 
     def _vocabulary(self, directory: Path, base: TrainedModel | None) -> Vocabulary:
         """The run's own copy of its base's vocabulary."""

@@ -194,6 +194,12 @@ class Pretrain:
             raise UserError(
                 f'an {type(self.model).__name__} cannot continue a prompt', where='Pretrain.samples', fix='Use None.'
             )
+        if isinstance(self.model, DecoderConfig) and self.model.multi_token and any(self.data.objectives()):
+            raise UserError(
+                'multi-token prediction goes with causal language modelling alone',
+                where='DecoderConfig.multi_token',
+                fix='Use None, or no objective.',
+            )
         if self.mesh.pipeline != 1 and any(self.data.objectives()):
             raise UserError(
                 'a pipeline does causal language modelling alone', where='MeshConfig.pipeline', fix='Use 1.'

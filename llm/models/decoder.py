@@ -16,6 +16,7 @@ only indexes these.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, get_args
 
@@ -33,6 +34,7 @@ from llm.models.layer import AttendingConfig, Layer, LayerConfig
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.moe import MoeConfig
+from llm.models.multi_token import MultiToken, MultiTokenConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, check_length, positions_of, rotary_table, sinusoids
@@ -70,6 +72,7 @@ class DecoderConfig:
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
             are set where those are.
         leading: layers before those of the pattern, which num_layers counts too.
+        multi_token: parts that predict further tokens, for training alone; see llm.models.multi_token.
     """
 
     # What its `hidden` reads: the kind of objective that it trains on.
@@ -95,6 +98,7 @@ class DecoderConfig:
     leading: tuple[LayerConfig, ...] = ()
     num_outputs: int | None = None
     low_rank: LowRankConfig | None = None
+    multi_token: MultiTokenConfig | None = None
 
     def __post_init__(self) -> None:
         where = 'DecoderConfig'
@@ -121,6 +125,12 @@ class DecoderConfig:
         check_remat(self.remat, self.remat_names, where)
         if self.num_outputs is not None and self.num_outputs < 1:
             raise UserError(f'num_outputs is {self.num_outputs}', where=where, fix='Use at least 1, or None.')
+        if self.num_outputs is not None and self.multi_token is not None:
+            raise UserError(
+                'multi-token prediction is of tokens, and num_outputs of something else',
+                where=f'{where}.multi_token',
+                fix='Use None.',
+            )
         if self.mup_base_width is not None and self.mup_base_width < 1:
             raise UserError(f'mup_base_width is {self.mup_base_width}', where=where, fix='Use at least 1, or None.')
 
@@ -142,7 +152,15 @@ class DecoderConfig:
     @property
     def routed(self) -> bool:
         """Whether there are layers of experts."""
-        return any(isinstance(layer.feed_forward, MoeConfig) for layer in (*self.leading, *self.pattern))
+        layers = (*self.leading, *self.pattern, *self.further_layers)
+        return any(isinstance(layer.feed_forward, MoeConfig) for layer in layers)
+
+    @property
+    def further_layers(self) -> tuple[LayerConfig, ...]:
+        """Those of multi-token prediction, which num_layers does not count."""
+        if self.multi_token is None:
+            return ()
+        return (self.multi_token.layer or self.layer(self.num_layers - 1),) * self.multi_token.depths
 
     def groups(self) -> tuple[tuple[str, int, int], ...]:
         """The groups of stacked layers in the order in which they run: (name, repeats, index of the first layer)."""
@@ -175,7 +193,8 @@ class DecoderConfig:
         """The same model at another width: heads and d_ff in proportion (rounded), head size and depth as they are."""
         ratio = Fraction(d_model, self.d_model)
         pattern, leading = (tuple(layer.scaled(ratio) for layer in each) for each in (self.pattern, self.leading))
-        return dataclasses.replace(self, d_model=d_model, pattern=pattern, leading=leading)
+        further = None if self.multi_token is None else self.multi_token.scaled(ratio)
+        return dataclasses.replace(self, d_model=d_model, pattern=pattern, leading=leading, multi_token=further)
 
 
 class Decoder(nnx.Module):
@@ -201,6 +220,13 @@ class Decoder(nnx.Module):
             self.head: Head | None = Head(config.d_model, config.num_outputs, 'outputs')
         else:
             self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
+        self.multi_token = (
+            None
+            if config.multi_token is None
+            else MultiToken(
+                config.multi_token, config.further_layers[0], config.final_norm, config.d_model, config.position
+            )
+        )
         if config.low_rank is not None:
             adapt(self, config.low_rank)
 
@@ -222,6 +248,7 @@ class Decoder(nnx.Module):
         token_index: ArrayLike | None = None,
         token_weights: jax.Array | None = None,
         prefix: jax.Array | None = None,
+        tokens_ahead: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array, Auxiliaries]:
         """What the logits are computed from, [B, S] -> [B, S, D], and the sums of the layers' routers.
 
@@ -237,10 +264,18 @@ class Decoder(nnx.Module):
             token_weights: [B, S], for layers of experts; see Context.
             prefix: [B, S], not 0 on tokens that all of their segment see, also those before them: the prefix of a
                 prefix language model (Raffel et al. 2020, section 3.2.1).
+            tokens_ahead: of multi-token prediction, whose states are wanted too: [B, n, S, D], those of the next token
+                first. See MultiToken.
 
         Raises:
-            UserError: S is more than max_positions.
+            UserError: S is more than max_positions; or multi-token prediction would see what it predicts.
         """
+        if tokens_ahead is not None and prefix is not None:
+            raise UserError(
+                'in a prefix tokens see those after them, and multi-token prediction would read what it predicts',
+                where='DecoderConfig.multi_token',
+                fix='Use None with prefix language modelling.',
+            )
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
@@ -250,8 +285,18 @@ class Decoder(nnx.Module):
             token_weights=token_weights,
             global_keys=None if prefix is None else prefix != 0,
         )
-        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1])
+        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1], tokens_ahead)
         return hidden, sums
+
+    def logits_ahead(self, inputs: jax.Array, tokens_ahead: Sequence[jax.Array] = (), **more: Any) -> jax.Array:
+        """Logits of the tokens 1, 2, ..., n after each of `inputs`, by multi-token prediction: [B, S] -> [B, n, S, V].
+
+        Args:
+            tokens_ahead: see `hidden_and_sums`; () where the heads are parallel.
+        """
+        hidden, _ = self.hidden_and_sums(inputs, tokens_ahead=tokens_ahead, **more)
+        logits = self.logits(hidden.reshape(-1, *hidden.shape[2:]))
+        return logits.reshape(*hidden.shape[:3], -1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
@@ -382,6 +427,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None,
         cache: Cache,
         length: int | None,
+        tokens_ahead: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache, Auxiliaries]:
         config = self.config
         check_length(inputs.shape[1], config.longest, _LONGEST)
@@ -391,9 +437,10 @@ class Decoder(nnx.Module):
         )
         new_cache: Cache = {}
         auxiliary: Auxiliaries = {}
+        trunk = None
         for group, repeats, first in config.groups():
             if layers := getattr(self, group):
-                x, new_cache[group], sums = run_layers(
+                x, new_cache[group], sums, trunk = run_layers(
                     dict(layers.items()),
                     x,
                     context,
@@ -404,10 +451,30 @@ class Decoder(nnx.Module):
                     scan=config.scan_layers,
                     remat=config.remat,
                     remat_names=config.remat_names,
+                    trunk=tokens_ahead is not None,
                 )
                 if sums:
                     auxiliary[group] = sums
-        return self.normalize(x), new_cache, auxiliary
+        hidden = self.normalize(x)
+        if tokens_ahead is not None and self.multi_token is not None and trunk is not None:
+            dtype = jnp.dtype(config.compute_dtype)
+            hidden, sums = self.multi_token(
+                trunk,
+                hidden,
+                tokens_ahead,
+                context,
+                embed=lambda ids: self.embedding(ids, dtype),
+                normalize=self.normalize,
+                # Dropout counts them as layers after the embedding.
+                dropout_keys=lambda depth: (
+                    None if dropout_key is None else jax.random.fold_in(dropout_key, config.num_layers + 1 + depth)
+                ),
+                remat=config.remat,
+                remat_names=config.remat_names,
+            )
+            if sums:
+                auxiliary['multi_token'] = sums
+        return hidden, new_cache, auxiliary
 
     def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""
@@ -415,7 +482,7 @@ class Decoder(nnx.Module):
         if config.position != 'rope':
             return {}
         dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
-        layers = (*config.leading, *config.pattern)
+        layers = (*config.leading, *config.pattern, *config.further_layers)
         kinds = {layer.mixer.rotary for layer in layers if isinstance(layer.mixer, AttendingConfig)}
         return {rotary: rotary_table(rotary, positions, dtype, length) for rotary in kinds}
 

@@ -107,9 +107,13 @@ STARTS: dict[Start, Callable[[jax.Array, ParameterSpec], jax.Array]] = {
 
 
 def residual_branches(specs: dict[str, Any]) -> int:
-    """Number of matrices that end a residual branch, counting every layer of a stack: 2L for a plain Transformer."""
+    """Number of matrices that end a residual branch, counting every layer of a stack: 2L for a plain Transformer.
+
+    Those of multi-token prediction stand beside the decoder, and change nothing in it.
+    """
     stacks = ('layers', 'remainder')
-    return sum(spec.shape[0] if spec.axes[0] in stacks else 1 for _, spec in named_specs(specs) if spec.residual)
+    residual = [spec for _, spec in named_specs(specs) if spec.residual and spec.axes[0] != 'depths']
+    return sum(spec.shape[0] if spec.axes[0] in stacks else 1 for spec in residual)
 
 
 def initialize(

@@ -1,7 +1,6 @@
 """Running stacked layers, scanned or unrolled; both only index the leading repeat axis of the parameters."""
 
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,8 @@ from llm.models.remat import RematKind, rematerialized
 
 # By position in the pattern, the sums that routers make for losses and metrics, one entry a repeat; see Router.
 Auxiliary = dict[str, dict[str, jax.Array]]
+# x, what the last layer reads, and the cache.
+Carry = tuple[jax.Array, jax.Array | None, Cache | None]
 
 
 def run_layers(
@@ -27,7 +28,8 @@ def run_layers(
     remat: RematKind = 'none',
     remat_names: tuple[str, ...] = (),
     shared: bool = False,
-) -> tuple[jax.Array, Cache | None, Auxiliary]:
+    trunk: bool = False,
+) -> tuple[jax.Array, Cache | None, Auxiliary, jax.Array | None]:
     """Run the layers of the pattern in turn, `repeats` times.
 
     Shapes: x [B, S, D] -> [B, S, D].
@@ -41,58 +43,60 @@ def run_layers(
         remat, remat_names: see llm.models.remat; one layer is recomputed at a time.
         shared: all repeats have the same parameters, stored once: their leading axis is 1 (ALBERT, Lan et al. 2020,
             section 3.1).
+        trunk: whether what the last layer reads is wanted.
 
     Returns:
-        x after the last layer, the cache with the new tokens (None if there was none), and the sums of the layers that
-        have some.
+        x after the last layer, the cache with the new tokens (None if there was none), the sums of the layers that have
+        some, and what the last layer reads (None unless wanted).
     """
     scan = scan and repeats > 1
     run_layer = _run_fenced_layer if scan and remat != 'none' else _run_layer
     run_layer = rematerialized(run_layer, remat, remat_names, in_scan=scan)
+    # Carried along by the loop, as x is: all but the last repeat's is written over.
+    read = x if trunk else None
 
     def run_repeat(
-        x: jax.Array, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
-    ) -> tuple[jax.Array, Cache | None, Auxiliary]:
+        x: jax.Array, read: jax.Array | None, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array | None, Cache | None, Auxiliary]:
         cache = None if cache is None else dict(cache)
         auxiliary: Auxiliary = {}
         for position, layer in layers.items():
             key = dropout_key
             if key is not None:
                 key = jax.random.fold_in(key, first + repeat * len(layers) + int(position))
+            read = x if trunk else None
             x, entry, sums = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
             if sums:
                 auxiliary[position] = sums
             if cache is not None:
                 cache[position] = entry
-        return x, cache, auxiliary
+        return x, read, cache, auxiliary
 
     if not scan:
         found = []
         for repeat in range(repeats):
             entry = operator.itemgetter(0 if shared else repeat)
-            x, cache, auxiliary = run_repeat(x, cache, jax.tree.map(entry, layers), repeat)
+            x, read, cache, auxiliary = run_repeat(x, read, cache, jax.tree.map(entry, layers), repeat)
             found.append(auxiliary)
-        return x, cache, jax.tree.map(lambda *each: jnp.stack(each), *found)
+        return x, cache, jax.tree.map(lambda *each: jnp.stack(each), *found), read
 
     if shared:
         only = jax.tree.map(operator.itemgetter(0), layers)
 
-        def again(carry: tuple[jax.Array, Cache | None], repeat: jax.Array) -> tuple[Any, Auxiliary]:
-            x, cache, auxiliary = run_repeat(*carry, only, repeat)
-            return (x, cache), auxiliary
+        def again(carry: Carry, repeat: jax.Array) -> tuple[Carry, Auxiliary]:
+            x, read, cache, auxiliary = run_repeat(*carry, only, repeat)
+            return (x, read, cache), auxiliary
 
-        (x, cache), auxiliary = jax.lax.scan(again, (x, cache), jnp.arange(repeats))
-        return x, cache, auxiliary
+        (x, read, cache), auxiliary = jax.lax.scan(again, (x, read, cache), jnp.arange(repeats))
+        return x, cache, auxiliary, read
 
-    def body(
-        carry: tuple[jax.Array, Cache | None], slices: tuple[dict[str, Layer], jax.Array]
-    ) -> tuple[Any, Auxiliary]:
-        x, cache, auxiliary = run_repeat(*carry, *slices)
-        return (x, cache), auxiliary
+    def body(carry: Carry, slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Carry, Auxiliary]:
+        x, read, cache, auxiliary = run_repeat(*carry, *slices)
+        return (x, read, cache), auxiliary
 
     # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
-    (x, cache), auxiliary = jax.lax.scan(body, (x, cache), (layers, jnp.arange(repeats)))
-    return x, cache, auxiliary
+    (x, read, cache), auxiliary = jax.lax.scan(body, (x, read, cache), (layers, jnp.arange(repeats)))
+    return x, cache, auxiliary, read
 
 
 def _run_layer(

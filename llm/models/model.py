@@ -16,8 +16,8 @@ Model = Decoder | Encoder | EncoderDecoder
 
 
 def layers_of(config: ModelConfig) -> tuple[LayerConfig, ...]:
-    """Every layer of a model: those of the encoder first."""
+    """Every layer of a model: those of the encoder first, those of multi-token prediction last."""
     if isinstance(config, DecoderConfig):
-        return config.layers
+        return config.layers + config.further_layers
     stacks = (config.encoder, config.decoder) if isinstance(config, EncoderDecoderConfig) else (config.layers,)
     return tuple(stack.layer(index) for stack in stacks for index in range(stack.num_layers))

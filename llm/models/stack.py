@@ -146,7 +146,7 @@ class Stack(nnx.Module):
             ('remainder', self.remainder, 1, config.repeats * len(config.pattern)),
         ):
             if layers:
-                x, new, _ = run_layers(
+                x, new, *_ = run_layers(
                     dict(layers.items()),
                     x,
                     context,

@@ -33,7 +33,8 @@ class ParameterCount:
         total: all.
         non_embedding: without embeddings of tokens and positions and without an output projection of its own (Kaplan
             et al. 2020, section 2.1).
-        matmul: those that a token is multiplied with; tied embeddings count once, as the output projection.
+        matmul: those that a token is multiplied with in training; tied embeddings count as the output projection, which
+            counts as often as it is used.
         active: all but the experts that a token is not sent to.
     """
 
@@ -56,6 +57,8 @@ def count(config: ModelConfig, specs: dict[str, Any]) -> ParameterCount:
     else:
         has_own = isinstance(config, DecoderConfig) and config.num_outputs is not None
         tied = config.vocab_size * config.d_model if config.tied_embeddings and not has_own else 0
+        if isinstance(config, DecoderConfig):  # whose output projection serves every depth of multi-token prediction
+            tied += len(config.further_layers) * config.vocab_size * config.d_model
     networks = [layer.feed_forward for layer in layers_of(config)]
     idle = sum(each.idle_parameters(config.d_model) for each in networks if isinstance(each, MoeConfig))
     hidden = sizes[Role.HIDDEN] + sizes[Role.ROUTER]

@@ -26,7 +26,8 @@ class Coordinate:
 
     Attributes:
         width: d_model. step: updates done.
-        activation: 'embedding', 'layer 1', ..., 'logits' or 'target logits', those of the tokens that come. With tied
+        activation: 'embedding', 'layer 1', ..., '2 ahead' and its logits of multi-token prediction, 'logits' or 'target
+            logits', those of the tokens that come. With tied
             embeddings the change of other logits is mostly chance overlap of random vectors, which fades with width.
     """
 
@@ -75,7 +76,9 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
     """The residual stream after the embedding and after each layer, from decoders cut off there, and the logits."""
     activations = {}
     for depth in range(config.num_layers + 1):
-        cut = dataclasses.replace(config, num_layers=max(depth, 1), final_norm=None, tied_embeddings=True)
+        cut = dataclasses.replace(
+            config, num_layers=max(depth, 1), final_norm=None, tied_embeddings=True, multi_token=None
+        )
         some = {
             'embedding': parameters['embedding'],
             'layers': jax.tree.map(lambda x, depth=depth: x[:depth], parameters['layers']),
@@ -90,6 +93,13 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
     whole = nnx.merge(nnx.split(Decoder(config))[0], parameters)
     logits = whole(batch['inputs'], positions=batch['positions'])
     targets = jnp.take_along_axis(logits, batch['targets'][..., None], axis=-1)
+    if config.multi_token is not None:
+        # As if the same tokens came again: what they are is of no matter here.
+        ahead = [batch['targets']] * config.multi_token.depths
+        states, _ = whole.hidden_and_sums(batch['inputs'], positions=batch['positions'], tokens_ahead=ahead)
+        for depth in range(1, config.multi_token.depths + 1):
+            activations[f'{depth + 1} ahead'] = states[:, depth]
+            activations[f'{depth + 1} ahead, logits'] = whole.logits(states[:, depth])
     return activations | {'logits': logits, 'target logits': targets}
 
 

@@ -79,12 +79,17 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     Sums are taken in float64 on the host, batch by batch in order.
     """
     nll = tokens = 0.0
+    ahead = np.zeros((2, 0))
     for index in range(evaluation.num_batches):
         sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index))
         nll += float(sums['nll'])
         tokens += float(sums['tokens'])
+        if 'ahead' in sums:
+            part = np.stack([np.asarray(sums['ahead'][name], np.float64) for name in ('nll', 'tokens')])
+            ahead = ahead + part if index else part
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
+    values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes
     return values if evaluation.score is None else values | evaluation.score(parameters)

@@ -62,7 +62,12 @@ def token_negative_log_likelihood(
 
 
 def summed_loss(
-    projection: Projection, hidden: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float = 0.0
+    projection: Projection,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    groups: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of token losses, to be divided by the global sum of weights; see `summed_cross_entropy`.
 
@@ -71,6 +76,7 @@ def summed_loss(
     Args:
         hidden: [B, S, D]; targets: [B, S] int or float; weights: [B, S], 0 on padding.
         z_loss: coefficient of log_z ** 2 (Chowdhery et al. 2022, "PaLM", section 5), which keeps logits bounded.
+        groups: give the sums of row r mod groups apart, [groups] each.
 
     Returns:
         (sum of nll + z_loss * log_z ** 2 over tokens, {'nll': sum of nll, 'z_loss': sum of the second term,
@@ -92,5 +98,8 @@ def summed_loss(
         bias=projection.bias,
         z_loss=z_loss,
         placement=_placement(projection, targets),
+        groups=groups,
     )
-    return loss, sums | {'tokens': jnp.sum(weights.astype(loss.dtype))}
+    weights = weights.astype(loss.dtype)
+    tokens = jnp.sum(weights) if groups is None else jnp.sum(weights.reshape(-1, groups, weights.shape[1]), (0, 2))
+    return loss, sums | {'tokens': tokens}

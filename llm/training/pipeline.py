@@ -66,7 +66,7 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
         order = token_order(segment_ids.shape[1])
         index = None if order is None else jnp.asarray(order)
         read = Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
-        x, _, sums = run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)
+        x, _, sums, _ = run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)
         losses = {position: each.pop('loss').sum() for position, each in sums.items()}
         return x, losses, sums
 
@@ -190,8 +190,14 @@ def make_pipeline_table(
     """The schedule of a training step whose microbatches have `shape` (rows, length).
 
     Raises:
-        UserError: there are fewer repeats of the layers than blocks, or too few microbatches.
+        UserError: there are fewer repeats of the layers than blocks, too few microbatches, or multi-token prediction.
     """
+    if config.multi_token is not None:
+        raise UserError(
+            'a pipeline does not run multi-token prediction',
+            where='MeshConfig.pipeline',
+            fix='Use 1 and other axes of the mesh, or DecoderConfig.multi_token = None.',
+        )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
     table = make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
     validate(table)

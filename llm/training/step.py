@@ -11,9 +11,18 @@ import optax
 from flax import nnx
 
 from llm.errors import UserError
+from llm.models.multi_token import MultiTokenConfig
 from llm.parallel.sharding import constrain
 from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
+from llm.training.multi_token import (
+    depth_metrics,
+    depths_of,
+    is_of_depths,
+    summed_losses,
+    weighted_depths,
+    with_targets_ahead,
+)
 from llm.training.optimizers import optimized
 from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
@@ -61,14 +70,20 @@ def _summed_loss(
 ) -> tuple[jax.Array, Metrics]:
     module = nnx.merge(model, parameters)
     own = ('targets', 'loss_weights', 'routing_weights')
-    arrays = {name: x for name, x in batch.items() if name not in own}
+    arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
+    targets, weights = depths_of(batch)
+    if len(targets) > 1:
+        arrays['tokens_ahead'] = targets[:-1]
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
     hidden, routing = module.hidden_and_sums(
         **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
     )
-    loss, sums = summed_loss(module.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    if len(targets) > 1:
+        loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)
+    else:
+        loss, sums = summed_loss(module.projection(), hidden, targets[0], weights[0], z_loss)
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
@@ -79,6 +94,7 @@ def make_train_step(
     config: StepConfig,
     specs: Any,
     gradients_of_sums: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None = None,
+    multi_token: MultiTokenConfig | None = None,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure training step.
 
@@ -87,13 +103,14 @@ def make_train_step(
         specs: nested dict of ParameterSpec, which says which ones are.
         gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
             accumulation over microbatches one after the other: a pipeline.
+        multi_token: of the model, if it is a decoder that has it.
 
     Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
     tokens, so padding, accumulation and sharding change neither. A row keeps its dropout mask under accumulation only
     as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
 
     Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens;
-    and with layers of experts those of `routing_metrics`.
+    with layers of experts those of `routing_metrics`, with multi-token prediction those of `depth_metrics`.
     """
     microbatches = config.gradient_accumulation
 
@@ -125,7 +142,8 @@ def make_train_step(
         return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch = with_routing_weights(placed(batch))
+        batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)
+        batch = with_routing_weights(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         if gradients_of_sums is None:
             gradients, sums = accumulated(state['parameters'], batch, key)
@@ -143,6 +161,7 @@ def make_train_step(
             'learning_rate': schedule(state['step']),
             'tokens': sums['tokens'],
             **routing_metrics(sums.get('routing', {}), tokens),
+            **depth_metrics(sums),
         }
         new_state = {
             'parameters': with_trained(state['parameters'], optax.apply_updates(part, updates)),
@@ -155,21 +174,25 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    model: nnx.GraphDef, sums_of: Callable[[Any, Batch, None], tuple[Any, Metrics]] | None = None
+    model: nnx.GraphDef,
+    sums_of: Callable[[Any, Batch, None], tuple[Any, Metrics]] | None = None,
+    multi_token: MultiTokenConfig | None = None,
 ) -> Callable[[Any, Batch], Metrics]:
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
+
+    With multi-token prediction also 'ahead', the same of the further depths, [depths] each.
 
     Args:
         sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
     """
 
     def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
-        batch = placed(batch)
+        batch = placed(with_targets_ahead(batch, multi_token))
         if sums_of is not None:
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {'nll': sums['nll'], 'tokens': sums['tokens']}
+        return {name: sums[name] for name in ('nll', 'tokens', 'ahead') if name in sums}
 
     return evaluation_step
 

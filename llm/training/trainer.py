@@ -15,6 +15,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.model import ModelConfig, layers_of
+from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
@@ -175,14 +176,21 @@ class Trainer:
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
         pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.step_config, self.specs, pipeline)
+        step = make_train_step(
+            self.model, self.optimizer, self.schedule, self.step_config, self.specs, pipeline, self._multi_token
+        )
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
     @functools.cached_property
     def evaluation_step(self) -> Any:
         """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
         pipeline = None if self.pipeline_table is None else self._pipeline(evaluation_table(self.pipeline_table))
-        return jax.jit(self._under_rules(make_evaluation_step(self.model, pipeline)), out_shardings=self.replicated)
+        step = make_evaluation_step(self.model, pipeline, self._multi_token)
+        return jax.jit(self._under_rules(step), out_shardings=self.replicated)
+
+    @property
+    def _multi_token(self) -> MultiTokenConfig | None:
+        return self.model_config.multi_token if isinstance(self.model_config, DecoderConfig) else None
 
     @functools.cached_property
     def prediction_step(self) -> Any:

@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import jax
@@ -13,6 +14,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
+from llm.models.multi_token import MultiTokenConfig
 from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
@@ -108,6 +110,17 @@ def test_attention_counts_the_keys_of_the_mask(window, length):
     # Layers 0 and 2 have the window, layer 1 has none.
     assert flops.causal_attention == pytest.approx(4 * 2 * 4 * (2 * windowed + causal), rel=1e-12)
     assert flops.attention == 4 * 2 * 4 * (2 * min(window or length, length) + length)
+
+
+def test_multi_token_prediction_multiplies_with_the_output_projection_again():
+    layer = LayerConfig(AttentionConfig(2, 1, 4), FeedForwardConfig(8))
+    plain = DecoderConfig(vocab_size=16, d_model=8, num_layers=3, pattern=(layer,), tied_embeddings=True)
+    config = dataclasses.replace(plain, multi_token=MultiTokenConfig(2))
+    before, after = (flops_per_token(each, specs_of(each), 7) for each in (plain, config))
+    products = 8 * 8 * 2 + 2 * 8 * 4 + 8 * 8 * 3  # query and output, key and value, feed-forward
+    assert after.parameters - before.parameters == 2 * 2 * (16 * 8 + 2 * 8 * 8 + products)
+    assert after.attention / before.attention == 5 / 3
+    assert count(config, specs_of(config)).active == count(config, specs_of(config)).total
 
 
 @pytest.mark.parametrize(('activation', 'tied', 'kv_heads'), [('swiglu', True, 2), ('relu', False, 4)])

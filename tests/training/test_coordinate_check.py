@@ -14,6 +14,7 @@ from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
 from llm.models.moe import MoeConfig
+from llm.models.multi_token import MultiTokenConfig
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
@@ -28,7 +29,7 @@ LAYER = LayerConfig(
 RATES = {'adamw': 3e-4, 'sgd': 0.1, 'muon': 3e-4}
 
 
-def measured(kind, widths, *, mup, tied=False, layer=LAYER):
+def measured(kind, widths, *, mup, tied=False, layer=LAYER, multi_token=None):
     """Slope of each activation after two steps: under muP the output starts at zero, and one step moves logits only."""
     model = DecoderConfig(
         vocab_size=64,
@@ -39,6 +40,7 @@ def measured(kind, widths, *, mup, tied=False, layer=LAYER):
         tied_embeddings=tied,
         initialization=Initialization('mup' if mup else 'fan_in', std=1.0),
         mup_base_width=64 if mup else None,
+        multi_token=multi_token,
     )
     optimizer = OptimizerConfig(
         kind=kind,
@@ -51,7 +53,8 @@ def measured(kind, widths, *, mup, tied=False, layer=LAYER):
     # Few tokens: what is common to their directions fades against what is random only where widths are large.
     coordinates = check_coordinates(model, optimizer, StepConfig(4, 8), widths, steps=2)
     found = slopes(coordinates, 2)
-    assert list(found) == ['embedding', 'layer 1', 'logits', 'target logits']
+    further = [] if multi_token is None else ['2 ahead', '2 ahead, logits']
+    assert list(found) == ['embedding', 'layer 1', *further, 'logits', 'target logits']
     assert len(coordinates) == len(found) * len(widths) * 2
     return found
 
@@ -68,6 +71,13 @@ def test_mup_is_flat(kind, widths):
 def test_mup_is_flat_for_mamba(mixer):
     """Also where b and c go from the width to a state of one size and back."""
     found = measured('adamw', (64, 256, 512), mup=True, layer=LayerConfig(mixer, None))
+    assert all(abs(slope) < 0.12 for slope in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['sequential', 'parallel'])
+def test_mup_is_flat_for_multi_token_prediction(kind):
+    found = measured('adamw', (64, 512), mup=True, multi_token=MultiTokenConfig(1, kind))
     assert all(abs(slope) < 0.12 for slope in found.values()), found
 
 

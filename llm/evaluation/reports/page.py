@@ -1,6 +1,7 @@
 """The report of a run as one HTML page: no file, font or address besides it is needed to read it."""
 
 import functools
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -179,11 +180,23 @@ def _charts(run: RunRecord) -> str:
         chart('Gradient norm', [Line('before clipping', run.series('gradient_norm'))], from_zero=True),
         chart('Tokens per second', [Line('by step', run.series('tokens_per_second'))], from_zero=True),
         chart('Model FLOPs utilization, %', utilization, from_zero=True),
+        *_depth_charts(run, chart),
         *_routing_charts(run, chart),
     ]
     if not any(drawn):
         return '<p class="soft">No step has been logged yet.</p>'
     return f'<section class="grid charts">{"".join(drawn)}</section>'
+
+
+def _depth_charts(run: RunRecord, chart: Callable[..., str]) -> list[str]:
+    """Of multi-token prediction; nothing is drawn of runs without it."""
+    known = {name for record in run.train[-1:] for name in record}
+    ahead = sorted(name for name in known if re.fullmatch(r'loss_\d+_ahead', name))
+    if not ahead:
+        return []
+    lines = [Line('next token', run.series('loss'), 0)]
+    lines += [Line(f'{name.split("_")[1]} ahead', run.series(name), colour % 5) for colour, name in enumerate(ahead, 1)]
+    return [chart('Loss by token ahead, nats per token', lines)]
 
 
 def _routing_charts(run: RunRecord, chart: Callable[..., str]) -> list[str]:

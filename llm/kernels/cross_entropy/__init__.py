@@ -80,6 +80,7 @@ class _Options:
     z_loss: float
     chunk: int | None
     placement: Placement
+    groups: int | None = None
 
     def chunked(self, columns: int) -> chunked.Options:
         """Those of one device, which holds `columns` of the kernel."""
@@ -244,7 +245,7 @@ def _summed_cross_entropy(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     def run(hidden: jax.Array, kernel: jax.Array, bias: Any, targets: jax.Array, weights: jax.Array) -> Any:
         losses = _losses(options, hidden, kernel, bias, targets)
-        return _summed(options.placement, *losses, weights, options.z_loss)
+        return _summed(options.placement, *losses, weights, options.z_loss, options.groups)
 
     specs = options.specs()
     sums: tuple[jax.Array, dict[str, jax.Array]] = options.map(run, (*specs, specs[-1]), P())(
@@ -262,7 +263,7 @@ def _summed_forward(options: _Options, *arrays: Any) -> tuple[Any, Any]:
         nll, log_z, *gradients = _losses_and_gradients(options, hidden, kernel, bias, targets, cotangents, weights)
         # Else the compiler scatters the kernel's gradient when it is used, and keeps all of it until then.
         gradients = jax.lax.optimization_barrier(gradients)
-        return _summed(options.placement, nll, log_z, weights, options.z_loss), gradients
+        return _summed(options.placement, nll, log_z, weights, options.z_loss, options.groups), gradients
 
     *places, spec = options.specs()
     sums, gradients = options.map(run, (*places, spec, spec), (P(), places))(*arrays)
@@ -293,6 +294,7 @@ def summed_cross_entropy(
     bias: jax.Array | None = None,
     chunk: int | None = None,
     placement: Placement = Placement(),
+    groups: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of the losses of all tokens, over all devices.
 
@@ -303,10 +305,12 @@ def summed_cross_entropy(
         hidden, kernel, targets, multiplier, soft_cap, bias, chunk, placement: see `token_cross_entropy`.
         weights: [B, S]. Where they are 0 nothing is added, whatever the target.
         z_loss: coefficient of log_z ** 2 (Chowdhery et al. 2022, "PaLM", section 5).
+        groups: give the parts for row r mod groups apart, [groups] each; on a mesh every device must have as many rows
+            of each.
 
     Returns:
         (sum of weights * (nll + z_loss * log_z ** 2), {'nll': sum of its first term, 'z_loss': of its second}).
     """
-    options = _Options(multiplier, soft_cap, z_loss, chunk, placement)
+    options = _Options(multiplier, soft_cap, z_loss, chunk, placement, groups)
     loss, parts = _summed_cross_entropy(options, hidden, kernel, bias, targets, weights)
     return loss, jax.lax.stop_gradient(parts)

@@ -36,21 +36,23 @@ def summed_cross_entropy(
     soft_cap: float | None,
     z_loss: float,
     bias: jax.Array | None = None,
+    groups: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """See `llm.kernels.cross_entropy.summed_cross_entropy`, of which this is the meaning."""
     nll, log_z = token_cross_entropy(hidden, kernel, targets, multiplier=multiplier, soft_cap=soft_cap, bias=bias)
-    return weighted_sums(nll, log_z, weights, z_loss)
+    return weighted_sums(nll, log_z, weights, z_loss, groups)
 
 
 def weighted_sums(
-    nll: jax.Array, log_z: jax.Array, weights: jax.Array, z_loss: float
+    nll: jax.Array, log_z: jax.Array, weights: jax.Array, z_loss: float, groups: int | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The summed loss of tokens and its two terms, from arrays of one shape."""
+    """The summed loss of tokens and its two terms, by group of rows perhaps, from arrays [B, S]."""
     weights = jax.lax.stop_gradient(weights.astype(nll.dtype))
 
     def total(losses: jax.Array) -> jax.Array:
         # Not a product alone: what stands on padding may be NaN.
-        return jnp.sum(jnp.where(weights == 0, 0, losses * weights))
+        losses = jnp.where(weights == 0, 0, losses * weights)
+        return jnp.sum(losses) if groups is None else jnp.sum(losses.reshape(-1, groups, losses.shape[1]), (0, 2))
 
     sums = {'nll': total(nll), 'z_loss': z_loss * total(jnp.square(log_z))}
-    return sums['nll'] + sums['z_loss'], jax.lax.stop_gradient(sums)
+    return jnp.sum(sums['nll'] + sums['z_loss']), jax.lax.stop_gradient(sums)

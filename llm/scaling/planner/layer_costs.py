@@ -235,6 +235,16 @@ def layer_costs(
     return LayerCosts(tuple(activations), residual * size, backward_factor, host_apart=platform != 'cpu')
 
 
+def heads_bytes(model: DecoderConfig, placement: Placement) -> float:
+    """Bytes per token that wait beside the layers' in multi-token prediction: states, and embeddings in sequence."""
+    if model.multi_token is None:
+        return 0.0
+    size = 4 if model.compute_dtype == 'float32' else 8 if model.compute_dtype == 'float64' else 2
+    residual = model.d_model * placement.ways('sequence') / placement.ways('residual')
+    arrays = 2 if model.multi_token.kind == 'sequential' else 1
+    return len(model.further_layers) * arrays * residual * size
+
+
 def _projections(
     mixer: AttendingConfig, d: int, k: int, heads: float, kv_heads: float, size: int
 ) -> tuple[Activation, ...]:

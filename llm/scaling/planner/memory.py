@@ -9,10 +9,11 @@ import dataclasses
 import math
 
 from llm.kernels.cross_entropy.chunked import default_chunk
+from llm.models.model import layers_of
 from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
-from llm.scaling.planner.layer_costs import layer_costs
+from llm.scaling.planner.layer_costs import heads_bytes, layer_costs
 from llm.scaling.planner.pipelines import kept_bytes
 from llm.scaling.planner.run_config import RunConfig
 
@@ -86,9 +87,9 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
 
     made = {
         layer: layer_costs(layer, model, placement, step.sequence_length, platform)
-        for layer in {*model.leading, *model.pattern}
+        for layer in {*model.pattern, *layers_of(model)}
     }
-    costs, layers = [made[layer] for layer in model.pattern], [made[layer] for layer in model.layers]
+    costs, layers = [made[layer] for layer in model.pattern], [made[layer] for layer in layers_of(model)]
     stages = sizes['pipeline']
     host = 0.0
     if stages > 1:
@@ -100,7 +101,9 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         saved += OFFLOADED_LAYERS * host / len(layers)
     at_work = LAYER_AT_ONCE * max(cost.all() for cost in layers) * tokens
     columns = model.vocab_size / placement.ways('vocab')
-    logits = BYTES_OF_LOGITS * min(tokens, default_chunk(math.ceil(columns), platform)) * columns
+    depths = len(model.further_layers)
+    saved += heads_bytes(model, placement) * tokens
+    logits = BYTES_OF_LOGITS * min((1 + depths) * tokens, default_chunk(math.ceil(columns), platform)) * columns
     # The loss takes its gradients along: the head's is whole until all chunks are added.
     head_gradient = 4 * model.d_model * columns
     cast, gathered, head = _weights(run, placement)
@@ -154,7 +157,7 @@ def _weights(run: RunConfig, placement: Placement) -> tuple[float, float, float]
             # Experts stay where they are: tokens go to them.
             kept = math.prod(placement.mesh.shape[n] for n in names(here) if n in names(there) or axis == 'experts')
             part *= length / own
-            whole *= 1 if axis in ('layers', 'remainder') else length / kept
+            whole *= 1 if axis in ('layers', 'remainder', 'depths') else length / kept
         # The loop over layers casts what it needs, unless its backward pass keeps everything (llm.models.layer_stack);
         # a stage of a pipeline always, unless its layers come from others.
         at_once = run.model.remat == 'none' or not run.model.scan_layers

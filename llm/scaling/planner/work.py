@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 from llm.models.layer import AttendingConfig
+from llm.models.model import layers_of
 from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
@@ -44,7 +45,10 @@ def step_flops(run: RunConfig, sizes: dict[str, int], platform: str) -> StepFlop
     tokens = tokens_per_device(run, placement)
     costs = _layers(run, placement, platform)
     share = 1 / sizes['pipeline']
-    head = 2 * run.model.d_model * run.model.vocab_size / placement.ways('vocab')
+    depths = len(run.model.further_layers)
+    head = 2 * (1 + depths) * run.model.d_model * run.model.vocab_size / placement.ways('vocab')
+    if run.model.multi_token is not None and run.model.multi_token.kind == 'sequential':
+        head += 2 * depths * 2 * run.model.d_model**2
     layers = sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
     recomputed = sum(cost.recomputed_flops(run.model) for cost in costs)
     return StepFlops(
@@ -61,9 +65,9 @@ def tokens_per_device(run: RunConfig, placement: Placement) -> float:
 
 
 def _layers(run: RunConfig, placement: Placement, platform: str) -> list[LayerCosts]:
-    kinds = {*run.model.leading, *run.model.pattern}
+    kinds = set(layers_of(run.model))
     costs = {each: layer_costs(each, run.model, placement, run.step.sequence_length, platform) for each in kinds}
-    return [costs[each] for each in run.model.layers]
+    return [costs[each] for each in layers_of(run.model)]
 
 
 def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
@@ -167,8 +171,9 @@ def _split_products(run: RunConfig, placement: Placement, platform: str) -> list
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = tokens_per_device(run, placement)
-    layers = [run.model.layer(index) for index in range(run.model.num_layers)]
-    branches = sum(1 if layer.feed_forward is None else 2 for layer in layers) / placement.mesh.shape['pipeline']
+    branches = (
+        sum(1 if layer.feed_forward is None else 2 for layer in layers_of(run.model)) / placement.mesh.shape['pipeline']
+    )
     kept = run.model.remat in ('none', 'dots', 'dots_no_batch')
     array = tokens * run.model.d_model * _compute_bytes(run)
     microbatches = run.step.gradient_accumulation
@@ -190,7 +195,7 @@ def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> lis
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
     tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
-    mixers = [layer.mixer for layer in run.model.layers]
+    mixers = [layer.mixer for layer in layers_of(run.model)]
     layers = [mixer for mixer in mixers if isinstance(mixer, AttendingConfig)]
     size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
     keys = sum(2 * each.num_kv_heads * each.head_dim for each in layers) / placement.ways('kv_heads')
@@ -215,7 +220,7 @@ def _tokens_to_experts(run: RunConfig, placement: Placement, platform: str) -> l
     """Tokens to the devices that have their experts and back: forward, once more where computed again, and backward."""
     stored = placement.rules.partition(('experts',), placement.mesh, parameters=True)[0]
     axes = tuple(name for name in names(stored) if name in placement.over('batch'))
-    networks = [layer.feed_forward for layer in run.model.layers if isinstance(layer.feed_forward, MoeConfig)]
+    networks = [layer.feed_forward for layer in layers_of(run.model) if isinstance(layer.feed_forward, MoeConfig)]
     if not axes or not networks:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)

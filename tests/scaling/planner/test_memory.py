@@ -1,6 +1,7 @@
 import pytest
 
 from llm.errors import UserError
+from llm.models.multi_token import MultiTokenConfig
 from llm.scaling.planner.abstract import tiled_bytes
 from llm.scaling.planner.memory import LAYER_AT_ONCE, OFFLOADED_LAYERS, WHOLE_MATRICES, estimate_memory
 from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, sizes_of, small_run
@@ -60,6 +61,16 @@ def test_scores_are_held_by_the_reference_alone():
     long = {'batch_size': 1, 'sequence_length': 4096}
     held, blocks = (memory(remat='none', step=long, implementation=each) for each in ('reference', 'pallas_tpu'))
     assert held.layer - blocks.layer == pytest.approx(LAYER_AT_ONCE * 4096 * H * (4096 - 1) * (4 + 2))
+
+
+@pytest.mark.parametrize(('kind', 'arrays'), [('parallel', 1), ('sequential', 2)])
+def test_multi_token_prediction_adds_layers_states_and_parameters(kind, arrays):
+    plain, found = memory(remat='full'), memory(remat='full', multi_token=MultiTokenConfig(2, kind))
+    # Of each depth the layer's input, its state for the loss, and in sequence the embedding of a token.
+    assert found.activations - plain.activations == 2 * (1 + arrays) * ROWS * LENGTH * D * 2
+    layer = 4 * D * H * K + 3 * D * F + 2 * D
+    module = layer + 2 * D * D + 3 * D if kind == 'sequential' else layer
+    assert found.parameters - plain.parameters == 4 * 2 * module
 
 
 def test_accumulation_halves_activations_and_adds_a_sum_of_gradients():
