@@ -20,7 +20,7 @@ from llm.errors import UserError
 from llm.interop import llama2c
 from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
-from llm.jobs.trained_model import VOCABULARY, read_run
+from llm.jobs.trained_model import VOCABULARY, decoder_config, read_run
 from llm.models.decoder import ComputeType, Decoder, DecoderConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.processes import require_one
@@ -166,6 +166,7 @@ class Convert:
 
     def _open_run(self, source: Path) -> _Model:
         config, sequence_length = read_run(source)
+        config = decoder_config(config, source)
         stored = StoredParameters(source, self.checkpoint_step)
         expected = {name: spec.shape for name, spec in named_specs(parameter_specs(Decoder(config)))}
         if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:

@@ -1,4 +1,4 @@
-"""A trained decoder as other jobs need it: its config, vocabulary and parameters, from the directory of its run."""
+"""A trained model as other jobs need it: its config, vocabulary and parameters, from the directory of its run."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from llm.configuration import load_job
 from llm.data.vocabularies import Vocabulary, load_vocabulary
 from llm.errors import UserError
-from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import named_specs, parameter_specs
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.training.checkpoints import Restored, committed_steps, restore_parameters
@@ -27,17 +28,26 @@ class TrainedModel:
 
     Attributes:
         directory: of the run.
-        config: of the decoder.
+        config: of the model.
         sequence_length: tokens per row that it was trained on; None if the run does not say.
         vocabulary: that it was trained with.
         steps: of the checkpoints there are, rising; damaged ones among them.
     """
 
     directory: Path
-    config: DecoderConfig
+    config: ModelConfig
     sequence_length: int | None
     vocabulary: Vocabulary
     steps: tuple[int, ...]
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The config, of a decoder.
+
+        Raises:
+            UserError: it is another model, or one that says something else than the next token.
+        """
+        return decoder_config(self.config, self.directory)
 
     def restore(self, mesh: Mesh, rules: AxisRules, step: int | None = None) -> Restored:
         """The parameters of the newest whole checkpoint, or that of `step`, where the rules put them on the mesh.
@@ -46,7 +56,7 @@ class TrainedModel:
             UserError: there is no whole checkpoint, it does not fit the config, it was trained with another
                 vocabulary, or the mesh cannot divide a parameter.
         """
-        specs = parameter_specs(Decoder(self.config))
+        specs = parameter_specs(self.config.build())
         leaves = [
             jax.ShapeDtypeStruct(
                 spec.shape, jnp.float32, sharding=parameter_sharding(spec.axes, spec.shape, mesh, rules, name)
@@ -77,7 +87,7 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
     """Read the config and the vocabulary of a run, which may still be going on.
 
     Raises:
-        UserError: this is not a directory of a run that trains a decoder, or config and vocabulary do not fit.
+        UserError: this is not a directory of a run that trains a model, or config and vocabulary do not fit.
     """
     directory = Path(run_directory).expanduser()
     config, sequence_length = read_run(directory)
@@ -93,11 +103,32 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
     return TrainedModel(directory, config, sequence_length, vocabulary, steps)
 
 
-def read_run(directory: Path) -> tuple[DecoderConfig, int | None]:
+def decoder_config(config: ModelConfig, directory: Path) -> DecoderConfig:
+    """The config of the model of a run, if that is a decoder that continues texts.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(config, DecoderConfig):
+        raise UserError(
+            f'the model of this run is no decoder but an {type(config).__name__}',
+            where=str(directory),
+            fix='Give the directory of a run that trains a decoder.',
+        )
+    if config.num_outputs is not None:
+        raise UserError(
+            'the model of this run was fine-tuned to something else than saying the next token',
+            where=str(directory),
+            fix='Give the directory of a pretrain run, or of one that was fine-tuned to answer.',
+        )
+    return config
+
+
+def read_run(directory: Path) -> tuple[ModelConfig, int | None]:
     """The model of a run, and the tokens per row that it was trained on, if the run says.
 
     Raises:
-        UserError: this is not a directory of a run that trains a decoder, or of a converted one.
+        UserError: this is not a directory of a run that trains a model, or of a converted one.
     """
     config_file = directory / 'config.gin'
     if not config_file.is_file():
@@ -106,9 +137,9 @@ def read_run(directory: Path) -> tuple[DecoderConfig, int | None]:
         )
     job, _ = load_job([str(config_file)])
     config, step = getattr(job, 'model', None), getattr(job, 'step', None)
-    if not isinstance(config, DecoderConfig):
+    if not isinstance(config, ModelConfig):
         raise UserError(
-            f'the job of this run, {type(job).__name__}, trains no decoder',
+            f'the job of this run, {type(job).__name__}, trains no model',
             where=str(config_file),
             fix='Give the directory of a pretrain run.',
         )
