@@ -1,4 +1,4 @@
-"""What predictions are worth: of classes, spans, numbers and texts.
+"""What predictions are worth: of classes, spans, numbers, texts and vectors.
 
 Accuracy and F1 are scikit-learn's, BLEU is sacrebleu's, ROUGE is rouge-score's: they come with the extra [eval].
 """
@@ -21,7 +21,7 @@ def _library(name: str) -> Any:
         ) from error
 
 
-def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+def _check_lengths(predictions: Sequence[Any] | np.ndarray, references: Sequence[Any]) -> None:
     if len(predictions) != len(references) or not len(references):
         raise ValueError(f'{len(predictions)} predictions for {len(references)} references')
 
@@ -43,16 +43,55 @@ def classification(predictions: Sequence[Any], labels: Sequence[Any]) -> dict[st
 def regression(predictions: Sequence[float], targets: Sequence[float]) -> dict[str, float]:
     """Mean squared error, Pearson's correlation, and Spearman's (of ranks); a constant has correlation 0."""
     _check_lengths(predictions, targets)
+    a, b = np.asarray(predictions, np.float64), np.asarray(targets, np.float64)
+    return {'mean_squared_error': float(np.mean(np.square(a - b))), **_correlations(a, b)}
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     ranks = _library('scipy.stats').rankdata
 
     def correlation(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
 
-    a, b = np.asarray(predictions, np.float64), np.asarray(targets, np.float64)
+    return {'pearson': correlation(a, b), 'spearman': correlation(ranks(a), ranks(b))}
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of the angle between each vector of `a` and that of `b`: [n, D], [n, D] -> [n]; 0 for a vector of zeros."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.einsum('BD,BD->B', a, b) / np.maximum(lengths, 1e-12)
+
+
+def similarity(a: np.ndarray, b: np.ndarray, scores: Sequence[float]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of cosines with how alike people say two texts are (Agirre et al. 2012).
+
+    Args:
+        a, b: [n, D] vectors of the first and the second texts. scores: n numbers.
+    """
+    _check_lengths(a, scores)
+    return _correlations(cosines(a, b), np.asarray(scores, np.float64))
+
+
+def ranks_of(queries: np.ndarray, documents: np.ndarray, relevant: Sequence[int]) -> np.ndarray:
+    """Rank of each query's document by dot product, from 1 on; a document that ties with it comes before: [n].
+
+    Args:
+        queries: [n, D]. documents: [m, D]. relevant: n indices of documents.
+    """
+    _check_lengths(queries, relevant)
+    found = []
+    for begin in range(0, len(queries), 1024):
+        scores = queries[begin : begin + 1024] @ documents.T
+        own = np.take_along_axis(scores, np.asarray(relevant)[begin : begin + 1024, None], axis=1)
+        found.append(np.sum(scores >= own, axis=1))
+    return np.concatenate(found)
+
+
+def retrieval(ranks: np.ndarray) -> dict[str, float]:
+    """Of the ranks of what was looked for: how often it is among the first k, and the mean of 1 / rank (MRR)."""
     return {
-        'mean_squared_error': float(np.mean(np.square(a - b))),
-        'pearson': correlation(a, b),
-        'spearman': correlation(ranks(a), ranks(b)),
+        **{f'recall_at_{k}': float(np.mean(ranks <= k)) for k in (1, 5, 10)},
+        'mrr': float(np.mean(1 / ranks)),
     }
 
 

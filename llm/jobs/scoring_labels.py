@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from llm.data.labelled import LabelledExample, LabelledRows
-from llm.data.loader import Loader
 from llm.data.token_cache import Boundaries
 from llm.data.vocabularies import Vocabulary
 from llm.errors import UserError
 from llm.evaluation import metrics
 from llm.inference.generation import Generator, Prompt
 from llm.inference.sampling import SamplingConfig
-from llm.inference.streaming import stream_text
+from llm.inference.streaming import check_stop, stream_text
 from llm.jobs.prompts import prompt_tokens
 from llm.models.decoder import DecoderConfig
 from llm.training.trainer import Trainer
@@ -29,6 +28,7 @@ class AnswersConfig:
         examples: how many of the evaluation examples are answered at each evaluation, the first ones.
         max_new_tokens: of an answer.
         sampling: how tokens are chosen; temperature 0 takes the likeliest.
+        stop: an answer ends before the first of these strings, as with `generate`.
         pattern: a regular expression whose group is what counts of an answer: r'#### (-?[0-9.,]+)' for GSM8K; how often
             it is right is `answer_accuracy`. None: there is no such figure.
     """
@@ -36,9 +36,11 @@ class AnswersConfig:
     examples: int = 64
     max_new_tokens: int = 256
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    stop: tuple[str, ...] = ()
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        check_stop(self.stop)
         if self.examples < 1 or self.max_new_tokens < 1:
             raise UserError('examples and max_new_tokens must be positive', where='AnswersConfig')
         if self.pattern is not None:
@@ -51,33 +53,33 @@ class AnswersConfig:
 
 
 class Scorer:
-    """Called with parameters, the figures of the model on the evaluation rows; see llm.evaluation.metrics.
+    """Called with parameters and what the model said of each row, the figures; see llm.evaluation.metrics.
 
     Attributes:
         num_batches: of the evaluation rows.
+        step: what says it, and the loss; None where answers are made from the parameters, one token at a time.
         last: the figures found last. predictions: what the model said then, as (example, label said).
     """
 
-    def __init__(
-        self, trainer: Trainer, rows: LabelledRows, batches: Loader, vocabulary: Vocabulary, answers: AnswersConfig
-    ) -> None:
-        self._trainer, self._rows, self._batches = trainer, rows, batches
+    def __init__(self, trainer: Trainer, rows: LabelledRows, vocabulary: Vocabulary, answers: AnswersConfig) -> None:
+        self._trainer, self._rows = trainer, rows
         self._vocabulary, self._answers = vocabulary, answers
+        self.step = None if rows.task == 'generation' else trainer.prediction_step
         size = trainer.step_config.batch_size
         self.num_batches = -(-rows.num_rows // size)
         self.last: dict[str, float] = {}
         self.predictions: list[tuple[LabelledExample, Any]] = []
         self._generator: Generator | None = None
 
-    def __call__(self, parameters: Any) -> dict[str, float]:
-        """Predict, and compare."""
+    def __call__(self, parameters: Any, found: list[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Compare; answers are made first."""
         task, examples = self._rows.task, list(self._rows.examples)
         if task == 'generation':
             examples = examples[: self._answers.examples]
             said: list[Any] = self._answered(parameters, examples)
             self.last = self._answer_scores(said, [str(example.label) for example in examples])
         else:
-            said = self._read(parameters)
+            said = self._read([each['predicted'] for each in found])
             if task == 'classification':
                 self.last = metrics.classification(said, [example.label for example in examples])
             elif task == 'regression':
@@ -96,12 +98,11 @@ class Scorer:
         ]
         return ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
 
-    def _read(self, parameters: Any) -> list[Any]:
+    def _read(self, batches: list[np.ndarray]) -> list[Any]:
         """A label, a number, or the tags of its words for each example."""
         size, labels = self._trainer.step_config.batch_size, self._rows.labels
         found: list[Any] = []
-        for index in range(self.num_batches):
-            outputs = np.asarray(self._trainer.prediction_step(parameters, self._batches.batch(index)))
+        for index, outputs in enumerate(batches):
             indices = np.arange(index * size, min((index + 1) * size, self._rows.num_rows))
             weights = self._rows.rows(indices)['loss_weights']
             for row, positions in enumerate(map(np.flatnonzero, weights)):
@@ -134,7 +135,7 @@ class Scorer:
             ]
             made = [''] * len(prompts)
             decoding = self._generator.start(parameters, prompts, answers.max_new_tokens, stop_tokens=stop)
-            for new in stream_text(decoding, token_bytes):
+            for new in stream_text(decoding, token_bytes, answers.stop):
                 made = [text + more for text, more in zip(made, new, strict=True)]
             texts += made
         return texts

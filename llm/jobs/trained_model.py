@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,10 @@ from llm.training.checkpoints.directory import step_path
 from llm.training.step import StepConfig
 
 VOCABULARY = 'vocabulary'
-C = TypeVar('C', bound=ModelConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel(Generic[C]):
+class TrainedModel:
     """What a run directory says of its model, without the parameters.
 
     Attributes:
@@ -40,11 +39,32 @@ class TrainedModel(Generic[C]):
     """
 
     directory: Path
-    config: C
+    config: ModelConfig
     sequence_length: int | None
     vocabulary: Vocabulary
     steps: tuple[int, ...]
     pooling: PoolingConfig | None = None
+
+    @property
+    def generative(self) -> DecoderConfig | EncoderDecoderConfig:
+        """The config, of a model that says tokens one after the other.
+
+        Raises:
+            UserError: it is another model, or one that says something else than the next token.
+        """
+        if isinstance(self.config, EncoderConfig):
+            raise UserError(
+                'the model of this run is an encoder, which does not generate',
+                where=str(self.directory),
+                fix='Give the run of a decoder or of an encoder-decoder.',
+            )
+        if isinstance(self.config, DecoderConfig) and self.config.num_outputs is not None:
+            raise UserError(
+                'the model of this run was fine-tuned to something else than saying the next token',
+                where=str(self.directory),
+                fix='Give the directory of a pretrain run, or of one that was fine-tuned to answer.',
+            )
+        return self.config
 
     def restore(self, mesh: Mesh, rules: AxisRules, step: int | None = None) -> Restored:
         """The parameters of the newest whole checkpoint, or that of `step`, where the rules put them on the mesh.
@@ -80,30 +100,14 @@ class TrainedModel(Generic[C]):
         return restored
 
 
-def open_trained_model(run_directory: str | Path) -> TrainedModel[DecoderConfig]:
+def open_trained_model(run_directory: str | Path) -> TrainedModel:
     """Read the config and the vocabulary of a run, which may still be going on.
 
     Raises:
-        UserError: this is not a directory of a run that trains a decoder, or config and vocabulary do not fit.
+        UserError: this is not a directory of a run that trains a model, or config and vocabulary do not fit.
     """
     directory = Path(run_directory).expanduser()
     config, sequence_length, pooling = read_run(directory)
-    if not isinstance(config, DecoderConfig):
-        raise UserError(
-            f'the model of this run is no decoder ({type(config).__name__})',
-            where=str(directory),
-            fix='Give the run of a decoder.',
-        )
-    return _opened(directory, config, sequence_length, pooling)
-
-
-def open_any_model(run_directory: str | Path) -> TrainedModel[ModelConfig]:
-    """The same for whatever kind of model."""
-    directory = Path(run_directory).expanduser()
-    return _opened(directory, *read_run(directory))
-
-
-def _opened(directory: Path, config: C, sequence_length: int | None, pooling: PoolingConfig | None) -> TrainedModel[C]:
     vocabulary = load_vocabulary(directory / VOCABULARY)
     if vocabulary.size > config.vocab_size:
         raise UserError(
@@ -120,7 +124,7 @@ def read_run(directory: Path) -> tuple[ModelConfig, int | None, PoolingConfig | 
     """The model of a run; if the run says, the tokens per row that it was trained on, and how its states are pooled.
 
     Raises:
-        UserError: this is not a directory of a run that trains a language model, or of a converted one.
+        UserError: this is not a directory of a run that trains a model, or of a converted one.
     """
     config_file = directory / 'config.gin'
     if not config_file.is_file():
@@ -129,7 +133,7 @@ def read_run(directory: Path) -> tuple[ModelConfig, int | None, PoolingConfig | 
         )
     job, _ = load_job([str(config_file)])
     config, step, pooling = (getattr(job, name, None) for name in ('model', 'step', 'pooling'))
-    if not isinstance(config, (DecoderConfig, EncoderConfig, EncoderDecoderConfig)):
+    if not isinstance(config, ModelConfig):
         raise UserError(
             f'the job of this run, {type(job).__name__}, trains no model',
             where=str(config_file),

@@ -66,7 +66,8 @@ class DecoderConfig:
         remat: what the backward pass computes again; see llm.models.remat.
         remat_names: activations that remat 'names' keeps, or 'offload' moves to the host; from REMAT_NAMES.
         initialization: how parameters start.
-        num_outputs: what the model says of a token if not its successor: so many classes or tags, or one number.
+        num_outputs: what the model says of a token if not its successor: so many classes or tags, or one
+            number; 0 for nothing: states are what it is for.
         low_rank: adapters beside matrices, which are trained in their place; see llm.models.low_rank.
         mup_base_width: width at which muP equals the standard parametrization (Yang et al. 2022, table 8); None for
             the standard one. Here it scales the logits by mup_base_width / d_model; initialisation and learning rates
@@ -123,8 +124,8 @@ class DecoderConfig:
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f'embedding_dropout is {self.embedding_dropout}', where=where, fix='Use a rate in [0, 1).')
         check_remat(self.remat, self.remat_names, where)
-        if self.num_outputs is not None and self.num_outputs < 1:
-            raise UserError(f'num_outputs is {self.num_outputs}', where=where, fix='Use at least 1, or None.')
+        if self.num_outputs is not None and self.num_outputs < 0:
+            raise UserError(f'num_outputs is {self.num_outputs}', where=where, fix='Use at least 0, or None.')
         if self.num_outputs is not None and self.multi_token is not None:
             raise UserError(
                 'multi-token prediction is of tokens, and num_outputs of something else',
@@ -217,7 +218,7 @@ class Decoder(nnx.Module):
                 group[str(p)] = stack(Layer(layer, config.d_model, config.position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, config.d_model) if config.final_norm else None
         if config.num_outputs is not None:
-            self.head: Head | None = Head(config.d_model, config.num_outputs, 'outputs')
+            self.head: Head | None = Head(config.d_model, config.num_outputs, 'outputs') if config.num_outputs else None
         else:
             self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
         self.multi_token = (
@@ -228,7 +229,7 @@ class Decoder(nnx.Module):
             )
         )
         if config.low_rank is not None:
-            adapt(self, config.low_rank)
+            adapt(self, config.low_rank, new=(self.head if config.num_outputs else None,))
 
     def __call__(self, inputs: jax.Array, **more: Any) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
@@ -306,7 +307,9 @@ class Decoder(nnx.Module):
         """What makes logits of the hidden states."""
         base, soft_cap = self.config.mup_base_width, self.config.final_logit_soft_cap
         multiplier = 1.0 if base is None else base / self.config.d_model
-        if self.config.num_outputs is not None and self.head is not None:
+        if self.config.num_outputs is not None:
+            if self.head is None:
+                raise ValueError('the model has no output')
             return Projection(self.head.kernel[...], ('embed', 'outputs'), multiplier, None)
         if self.head is None:
             return Projection(self.embedding.table[...].T, ('vocab', 'embed'), multiplier, soft_cap)

@@ -15,6 +15,7 @@ class Purpose(enum.IntEnum):
     MIXER = 1
     FEED_FORWARD = 2
     CROSS_ATTENTION = 3
+    OUTPUT = 4
 
 
 def dropout(

@@ -27,8 +27,9 @@ from llm.models.embedding import Embedding, Projection
 from llm.models.heads import Classifier, MaskedLanguageModelHead, MaskedLanguageModelHeadConfig, Pooler
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
+from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.normalization import Norm, NormConfig
-from llm.models.parameters import Role, bias, parameter
+from llm.models.parameters import Role, bias, mark_below, parameter
 from llm.models.position import PositionKind, check_length, positions_of, sinusoids
 from llm.models.stack import Stack, StackConfig
 from llm.parallel.sharding import constrain
@@ -52,7 +53,10 @@ class EncoderConfig:
         head: of the masked language model; None makes logits of the last states as they are.
         pooler: whether there is a vector of the whole row: for what is trained on it, and to hold published weights.
         next_sentence: whether the pooler's vector is classified as BERT does: 0 where the second part follows.
-        compute_dtype, initialization, mup_base_width: see DecoderConfig.
+        compute_dtype, initialization, mup_base_width, low_rank: see DecoderConfig.
+        num_outputs: what the model says of a token if not which one it is: so many classes or tags, or one number, of
+            the last states, or of what the pooler makes of them, after dropout at `embedding_dropout`, as in BERT's
+            classifiers. Then there is no head; with 0 there is no output either: states are what it is for.
     """
 
     # What its `hidden` reads: the kind of objective that it trains on.
@@ -74,6 +78,8 @@ class EncoderConfig:
     compute_dtype: ComputeType = 'float32'
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
+    num_outputs: int | None = None
+    low_rank: LowRankConfig | None = None
 
     def __post_init__(self) -> None:
         where = 'EncoderConfig'
@@ -90,7 +96,13 @@ class EncoderConfig:
                 where=where,
                 fix='Set max_positions to the longest sequence, and first_position more.',
             )
-        if self.head is None and self.embedding_size is not None:
+        if self.num_outputs is not None and (self.num_outputs < 0 or self.next_sentence):
+            raise UserError(
+                f'num_outputs is {self.num_outputs}, next_sentence {self.next_sentence}',
+                where=where,
+                fix='Use at least 0 and next_sentence = False, or num_outputs = None.',
+            )
+        if self.head is None and self.embedding_size is not None and self.num_outputs is None:
             raise UserError(
                 'logits of a factorized embedding need a head', where=where, fix='Set head, or embedding_size = None.'
             )
@@ -160,11 +172,16 @@ class Encoder(nnx.Module):
         self.encoder = Stack(config.layers, config.d_model, config.position)
         self.head = (
             None
-            if config.head is None
+            if config.head is None or config.num_outputs is not None
             else MaskedLanguageModelHead(config.head, config.d_model, size, config.vocab_size)
         )
         self.pooler = Pooler(config.d_model) if config.pooler else None
         self.next_sentence = Classifier(config.d_model, 2) if config.next_sentence else None
+        self.classifier = Classifier(config.d_model, config.num_outputs) if config.num_outputs else None
+        mark_below(self, ('embedding_norm', 'widen', 'widen_bias'))
+        if config.low_rank is not None:
+            # A pooler below a classifier may be of the base or not; it is small, and BERT's learns with the classifier.
+            adapt(self, config.low_rank, new=(self.classifier, self.pooler if config.num_outputs else None))
 
     def __call__(self, inputs: jax.Array, **more: jax.Array | None) -> jax.Array:
         """Logits of each of the tokens, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
@@ -173,7 +190,15 @@ class Encoder(nnx.Module):
     def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
         """What the logits are computed from: the states after the head's transform. See `encode` for the arguments."""
         states = self.encode(inputs, **more)
-        return states if self.head is None else self.head(states)
+        if self.classifier is None:
+            return states if self.head is None else self.head(states)
+        if self.pooler is not None:
+            states = constrain(self.pooler.transform(states), ('batch', 'residual', 'embed'))
+        key, index = more.get('dropout_key'), more.get('token_index')
+        # Dropout counts what is above the layers as one more, after the embeddings.
+        key = None if key is None else jax.random.fold_in(key, self.config.layers.num_layers + 1)
+        index = None if index is None else jnp.asarray(index)
+        return dropout(states, self.config.embedding_dropout, key, Purpose.OUTPUT, index)
 
     def hidden_and_sums(
         self, inputs: jax.Array, *, token_weights: jax.Array | None = None, **more: Any
@@ -216,6 +241,12 @@ class Encoder(nnx.Module):
     def projection(self) -> Projection:
         """What makes logits of the hidden states."""
         config = self.config
+        if self.classifier is not None:
+            multiplier = 1.0 if config.mup_base_width is None else config.mup_base_width / config.d_model
+            kernel = self.classifier.kernel[...]
+            return Projection(kernel, ('embed', 'classes'), multiplier, None, self.classifier.bias[...])
+        if config.num_outputs is not None:
+            raise ValueError('the model has no output')
         scaled = config.mup_base_width is not None and config.embedding_size is None
         multiplier = (config.mup_base_width or 1) / config.d_model if scaled else 1.0
         offset = None if self.head is None else self.head.bias[...]

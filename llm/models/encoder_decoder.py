@@ -27,6 +27,7 @@ from llm.models.embedding import Embedding, Head, Projection
 from llm.models.encoder import at_ratio, check_layers
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
+from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.position import PositionKind, positions_of
 from llm.models.stack import Stack, StackConfig
 
@@ -42,7 +43,7 @@ class EncoderDecoderConfig:
         position: 'relative' needs a relative_bias in both; 'rope' and 'none' work too.
         tied_embeddings: whether the logits reuse the token embedding; they are then times D ** -0.5, as in T5 1.0.
         dropout: rate on the embedded tokens.
-        compute_dtype, initialization, mup_base_width: see DecoderConfig.
+        compute_dtype, initialization, mup_base_width, low_rank: see DecoderConfig.
     """
 
     batch_kind: ClassVar[Literal['encoder_decoder']] = 'encoder_decoder'
@@ -57,6 +58,7 @@ class EncoderDecoderConfig:
     compute_dtype: ComputeType = 'float32'
     initialization: Initialization = Initialization()
     mup_base_width: int | None = None
+    low_rank: LowRankConfig | None = None
 
     def __post_init__(self) -> None:
         where = 'EncoderDecoderConfig'
@@ -104,6 +106,8 @@ class EncoderDecoder(nnx.Module):
         self.encoder = Stack(config.encoder, config.d_model, config.position)
         self.decoder = Stack(config.decoder, config.d_model, config.position)
         self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
+        if config.low_rank is not None:
+            adapt(self, config.low_rank)
 
     def __call__(self, inputs: jax.Array, encoder_inputs: jax.Array, **more: jax.Array | None) -> jax.Array:
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""

@@ -64,8 +64,11 @@ class Pooler(nnx.Module):
         self.bias = bias((d_model,), ('pooled',))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        first = x[:, 0]
-        y = jnp.einsum('BD,DF->BF', first, self.dense[...].astype(x.dtype))
+        return self.transform(x[:, :1])[:, 0]
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """The same of every token, for what is read at one of them: [B, S, D] -> [B, S, D]."""
+        y = jnp.einsum('BSD,DF->BSF', x, self.dense[...].astype(x.dtype))
         return jnp.tanh(y + self.bias[...].astype(x.dtype))
 
 

@@ -101,15 +101,21 @@ def _factors(spec: ParameterSpec, rank: int) -> tuple[ParameterSpec, ParameterSp
     return down, dataclasses.replace(up, constant=0.0)
 
 
-def adapt(model: nnx.Module, config: LowRankConfig) -> None:
+def adapt(model: nnx.Module, config: LowRankConfig, new: tuple[nnx.Module | None, ...] = ()) -> None:
     """Put adapters beside the matrices that `config` names, in place; they alone are trained.
+
+    Args:
+        new: parts of the model that begin afresh, and so are trained as they are.
 
     Raises:
         UserError: a target is no matrix between hidden spaces of this model.
     """
     found: set[str] = set()
     matrices: set[str] = set()
+    whole = {id(part) for module in new if module is not None for _, part in nnx.iter_modules(module)}
     for _, part in list(nnx.iter_modules(model)):
+        if id(part) in whole:
+            continue
         for name, value in list(vars(part).items()):
             if not isinstance(value, nnx.Param):
                 continue

@@ -45,6 +45,7 @@ class ParameterSpec:
         full_precision: whether it is used as it is stored, whatever the model computes in.
         sign_rate: no optimizer moves it, but this, against the sign of its gradient; None for an ordinary parameter.
         trainable: whether training changes it; others have no gradient and no optimizer state.
+        below: whether it stands before the first layer, as embeddings do, which need not say so.
     """
 
     shape: tuple[int, ...]
@@ -59,6 +60,7 @@ class ParameterSpec:
     full_precision: bool = False
     sign_rate: float | None = None
     trainable: bool = True
+    below: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -134,6 +136,16 @@ def stack(module: nnx.Module, size: int, axis: str = 'layers') -> nnx.Module:
             if isinstance(value, nnx.Param):
                 setattr(part, name, declare(value.get_metadata('spec').stacked(size, axis)))
     return module
+
+
+def mark_below(module: nnx.Module, names: tuple[str, ...]) -> None:
+    """Declare what `module` has by these names, a parameter or a part, to stand below its layers; in place."""
+    for name in names:
+        value = getattr(module, name)
+        if isinstance(value, nnx.Param):
+            setattr(module, name, declare(dataclasses.replace(value.get_metadata('spec'), below=True)))
+        elif isinstance(value, nnx.Module):
+            mark_below(value, tuple(part for part, each in vars(value).items() if isinstance(each, nnx.Param)))
 
 
 def parameter_specs(module: nnx.Module) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def count(config: ModelConfig, specs: dict[str, Any]) -> ParameterCount:
     for _, spec in named_specs(specs):
         sizes[spec.role] += math.prod(spec.shape)
     if isinstance(config, EncoderConfig):
-        tied = config.vocab_size * (config.embedding_size or config.d_model)
+        own = config.num_outputs is not None
+        tied = 0 if own else config.vocab_size * (config.embedding_size or config.d_model)
         if config.layers.shared_layers:  # each is multiplied with so many times
             shared = sum(math.prod(s.shape) for _, s in named_specs(specs['encoder']) if s.role is Role.HIDDEN)
             tied += (config.layers.repeats - 1) * shared

@@ -32,6 +32,7 @@ class LoopConfig:
         patience: stop early once so many evaluations in a row were no better than the best before (see
             CheckpointConfig.best_metric); 0 never does.
         profile_first_step, profile_steps: write a profiler trace of so many steps to <run>/profile; 0 steps: none.
+        evaluate_first: whether evaluation sets are scored before the first step, too.
     """
 
     total_steps: int
@@ -41,6 +42,7 @@ class LoopConfig:
     patience: int = 0
     profile_first_step: int = 10
     profile_steps: int = 0
+    evaluate_first: bool = False
 
     def __post_init__(self) -> None:
         if self.total_steps < 1 or self.log_every < 1 or min(self.evaluate_every, self.sample_every, self.patience) < 0:
@@ -64,13 +66,15 @@ class Evaluation:
     Attributes:
         batches, num_batches: its batches, and how many there are.
         num_bytes: the raw bytes that they encode; 0 if not known.
-        score: more figures by name, given the parameters.
+        step: compiled (parameters, batch) -> {'nll', 'tokens', and more}; None for the trainer's evaluation_step.
+        score: more figures by name, given the parameters, and of each batch what `step` gave beside the sums.
     """
 
     batches: Batches
     num_batches: int
     num_bytes: int = 0
-    score: Callable[[Any], dict[str, float]] | None = None
+    step: Callable[[Any, Batch], dict[str, Any]] | None = None
+    score: Callable[[Any, list[dict[str, np.ndarray]]], dict[str, float]] | None = None
 
 
 def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[str, float]:
@@ -80,19 +84,23 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     """
     nll = tokens = 0.0
     ahead = np.zeros((2, 0))
+    more: list[dict[str, np.ndarray]] = []
+    step = evaluation.step or trainer.evaluation_step
     for index in range(evaluation.num_batches):
-        sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index))
-        nll += float(sums['nll'])
-        tokens += float(sums['tokens'])
-        if 'ahead' in sums:
-            part = np.stack([np.asarray(sums['ahead'][name], np.float64) for name in ('nll', 'tokens')])
-            ahead = ahead + part if index else part
+        found = dict(step(parameters, evaluation.batches.batch(index)))
+        nll += float(found.pop('nll'))
+        tokens += float(found.pop('tokens'))
+        if 'ahead' in found:
+            part = found.pop('ahead')
+            summed = np.stack([np.asarray(part[name], np.float64) for name in ('nll', 'tokens')])
+            ahead = ahead + summed if index else summed
+        more.append({name: np.asarray(value) for name, value in found.items()})
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
     values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes
-    return values if evaluation.score is None else values | evaluation.score(parameters)
+    return values if evaluation.score is None else values | evaluation.score(parameters, more)
 
 
 @dataclasses.dataclass
@@ -135,6 +143,8 @@ class TrainingLoop:
         self._patience = Patience.of_run(self.checkpointer.config, self.config.patience, self.run_directory)
         with stop_requests() as stop, Progress(total, step, enabled=jax.process_index() == 0) as progress:
             self._progress = progress
+            if step == 0 and self.config.evaluate_first:
+                self._evaluate(step, state)
             clock = time.perf_counter()
             pending: tuple[int, Any] | None = None
             while step < total and not self._patience.exhausted and not stop.due(step):
@@ -173,22 +183,26 @@ class TrainingLoop:
         def due(every: int) -> bool:
             return step == self.config.total_steps or bool(every and step % every == 0)
 
-        scores: dict[str, float] = {}
-        if due(self.config.evaluate_every):
-            for name, evaluation in self.evaluations.items():
-                start = time.perf_counter()
-                values = evaluate(self.trainer, state['parameters'], evaluation)
-                timing = {'seconds': time.perf_counter() - start}
-                if not math.isfinite(values['loss']):  # the update was bad: its checkpoint must not push out good ones
-                    raise self._not_finite(f'the loss on {name} is {values["loss"]}', step)
-                self.writer.write(step, 'evaluation', {'set': name, **values}, timing=timing)
-                scores |= {f'{name}/{key}': value for key, value in values.items()}
-            self._progress.update(step, scores)
-            self._patience.add(scores)
+        scores = self._evaluate(step, state) if due(self.config.evaluate_every) else {}
         if self.sample and due(self.config.sample_every):
             self.sample(state['parameters'], step)
         if due(self.checkpointer.config.save_every):
             self._save(step, state, scores)
+
+    def _evaluate(self, step: int, state: State) -> dict[str, float]:
+        """Score every evaluation set; the figures by set and name."""
+        scores: dict[str, float] = {}
+        for name, evaluation in self.evaluations.items():
+            start = time.perf_counter()
+            values = evaluate(self.trainer, state['parameters'], evaluation)
+            timing = {'seconds': time.perf_counter() - start}
+            if not math.isfinite(values['loss']):  # the update was bad: its checkpoint must not push out good ones
+                raise self._not_finite(f'the loss on {name} is {values["loss"]}', step)
+            self.writer.write(step, 'evaluation', {'set': name, **values}, timing=timing)
+            scores |= {f'{name}/{key}': value for key, value in values.items()}
+        self._progress.update(step, scores)
+        self._patience.add(scores)
+        return scores
 
     def _save(self, step: int, state: State, scores: dict[str, float] | None = None) -> None:
         self.writer.sync()  # a checkpoint vouches for the metrics before it

@@ -16,6 +16,8 @@ import numpy as np
 from llm.models.parameters import ParameterSpec, Role
 
 Family = Literal['adam', 'muon', 'sgd']
+# Of stacked layers, in the order in which they run; see llm.models.decoder.
+_GROUPS = ('leading', 'layers', 'remainder')
 
 
 def optimizer_families(specs: Any, kind: Literal['adamw', 'muon', 'sgd']) -> Any:
@@ -73,43 +75,64 @@ def weight_decay_multipliers(specs: Any) -> Any:
 def by_depth(specs: Any, factor: Callable[[int, int], float]) -> Any:
     """What `factor` says of each parameter's depth; an array along the leading axis for the stacks of layers.
 
-    Embeddings are at depth 0, layer i at i + 1, the rest at L + 1.
+    Embeddings and what else is below the layers are at depth 0, layer i at i + 1, the rest at L + 1. An
+    encoder-decoder's layers are counted from the encoder's first; what follows the encoder's last is where the
+    decoder's first is.
 
     Args:
         specs: nested dict of ParameterSpec of a whole model.
         factor: (depth, L + 1) -> factor.
     """
-    stacks = {group: specs.get(group) or {} for group in ('leading', 'layers', 'remainder')}
-    repeats = {group: _stack_size(positions) for group, positions in stacks.items()}
-    first, last = {}, 0
-    for group, positions in stacks.items():
-        first[group] = last
-        last += repeats[group] * len(positions)
-    last += 1
+    encoded = _num_layers(specs.get('encoder') or {})
+    last = encoded + _num_layers(specs.get('decoder') or {}) + _num_layers(specs) + 1
+    starts = {'encoder': 0, 'decoder': encoded}
+
+    def of(depth: int) -> float:
+        return factor(depth, last)
+
+    rest = {name: part for name, part in specs.items() if name not in starts}
+    found = _by_depth(rest, of, 0, above=last)
+    for name in specs.keys() & starts.keys():
+        found[name] = _by_depth(specs[name], of, starts[name], above=starts[name] + _num_layers(specs[name]) + 1)
+    return {name: found[name] for name in specs}
+
+
+def _by_depth(specs: Any, factor: Callable[[int], float], before: int, above: int) -> Any:
+    """`by_depth` of one stack, with `before` layers below it, and of what lies beside it, which is at `above`."""
+    groups = {group: specs[group] for group in _GROUPS if specs.get(group)}
+    first = {}
+    for group, positions in groups.items():
+        first[group] = before
+        before += _repeats(positions) * len(positions)
 
     def of_position(group: str, position: str, spec: ParameterSpec) -> Any:
-        layers = first[group] + int(position) + np.arange(repeats[group]) * len(stacks[group])
-        factors = np.array([factor(int(layer) + 1, last) for layer in layers], np.float32)
+        layers = first[group] + int(position) + np.arange(_repeats(groups[group])) * len(groups[group])
+        factors = np.array([factor(int(layer) + 1) for layer in layers], np.float32)
         # One number keeps a step without discriminative rates the program that it is.
         same = bool((factors == factors[0]).all())
         return float(factors[0]) if same else factors.reshape(-1, *(1,) * (len(spec.shape) - 1))
 
     found = {}
     for name, part in specs.items():
-        if name in stacks:
+        if name in groups:
             found[name] = {
                 position: jax.tree.map(functools.partial(of_position, name, position), layer)
                 for position, layer in part.items()
             }
         else:
-            depths = jax.tree.map(lambda spec: 0 if spec.role is Role.EMBEDDING else last, part)
-            found[name] = jax.tree.map(lambda depth: factor(depth, last), depths)
+            found[name] = jax.tree.map(
+                lambda spec: factor(0 if spec.role is Role.EMBEDDING or spec.below else above), part
+            )
     return found
 
 
-def _stack_size(positions: Any) -> int:
-    leaves = jax.tree.leaves(positions)
-    return leaves[0].shape[0] if leaves else 0
+def _num_layers(specs: Any) -> int:
+    """Of the groups of a stack: those that share parameters count once."""
+    return sum(_repeats(specs[group]) * len(specs[group]) for group in _GROUPS if specs.get(group))
+
+
+def _repeats(positions: Any) -> int:
+    return jax.tree.leaves(positions)[0].shape[0]
 
 
 def layer_rates(specs: Any, decay: float, frozen_layers: int) -> Any:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from llm.errors import UserError
 from llm.models.multi_token import MultiTokenConfig
-from llm.parallel.sharding import constrain
+from llm.parallel.sharding import Axes, constrain
 from llm.training.layout import placed, token_order
 from llm.training.losses import summed_loss
 from llm.training.multi_token import (
@@ -65,21 +65,35 @@ class StepConfig:
             )
 
 
-def _summed_loss(
-    model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
-) -> tuple[jax.Array, Metrics]:
-    module = nnx.merge(model, parameters)
+def microbatches_of(x: jax.Array, count: int, axes: Axes) -> jax.Array:
+    """An array of a batch in microbatches: [B, ...] with these logical axes -> [count, B / count, ...].
+
+    Row r goes to microbatch r mod count, so that each device cuts up the rows that it already holds.
+    """
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(x, (None, *axes))
+
+
+def _hidden(module: Any, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array, Metrics]:
     own = ('targets', 'loss_weights', 'routing_weights')
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
-    targets, weights = depths_of(batch)
+    targets, _ = depths_of(batch)
     if len(targets) > 1:
         arrays['tokens_ahead'] = targets[:-1]
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    hidden, routing = module.hidden_and_sums(
+    return module.hidden_and_sums(
         **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
     )
+
+
+def _summed_loss(
+    model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
+) -> tuple[jax.Array, Metrics]:
+    module = nnx.merge(model, parameters)
+    hidden, routing = _hidden(module, batch, dropout_key)
+    targets, weights = depths_of(batch)
     if len(targets) > 1:
         loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)
     else:
@@ -101,8 +115,8 @@ def make_train_step(
     Args:
         optimizer: of the parameters that are trained.
         specs: nested dict of ParameterSpec, which says which ones are.
-        gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss, its sums) in place of
-            accumulation over microbatches one after the other: a pipeline.
+        gradients_of_sums: (parameters, batch, key of the step) -> (gradients of the summed loss for what is trained,
+            its sums) in place of accumulation over microbatches one after the other: a pipeline, or another loss.
         multi_token: of the model, if it is a decoder that has it.
 
     Gradients and losses are summed over tokens in every microbatch and divided once by the batch's number of real
@@ -124,17 +138,12 @@ def make_train_step(
         if microbatches == 1:
             return gradient_of_sum(parameters, batch, key)
 
-        # Row r goes to microbatch r mod A, so that each device cuts up the rows that it already holds.
-        def split(x: jax.Array) -> jax.Array:
-            x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-            return constrain(x, (None, 'batch', 'sequence'))
-
         def body(total: Any, index_and_rows: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, rows = index_and_rows
             part = gradient_of_sum(parameters, rows, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, part), None
 
-        rows = jax.tree.map(split, batch)
+        rows = {name: microbatches_of(x, microbatches, ('batch', 'sequence')) for name, x in batch.items()}
         first = jax.tree.map(lambda x: x[0], rows)
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of_sum, parameters, first, key)
@@ -145,11 +154,7 @@ def make_train_step(
         batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)
         batch = with_routing_weights(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        if gradients_of_sums is None:
-            gradients, sums = accumulated(state['parameters'], batch, key)
-        else:
-            gradients, sums = gradients_of_sums(state['parameters'], batch, key)
-            gradients = trained(gradients, specs)
+        gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         part = trained(state['parameters'], specs)
@@ -197,15 +202,18 @@ def make_evaluation_step(
     return evaluation_step
 
 
-def make_prediction_step(model: nnx.GraphDef) -> Callable[[Any, Batch], jax.Array]:
-    """A pure function of (parameters, batch) to what the model says of each token: [B, S, outputs]."""
+def make_prediction_step(model: nnx.GraphDef) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """A pure function of (parameters, batch) to what `make_evaluation_step`'s gives, and in the same pass 'predicted':
+    what the model says of each token, [B, S, outputs], for models of few outputs."""
 
-    def prediction_step(parameters: Any, batch: Batch) -> jax.Array:
+    def prediction_step(parameters: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = placed(batch)
-        order = token_order(batch['inputs'].shape[1])
-        predicted = nnx.merge(model, parameters)(
-            batch['inputs'], positions=batch['positions'], segment_ids=batch['segment_ids'], token_index=order
-        )
-        return predicted if order is None else predicted[:, np.argsort(order)]
+        module = nnx.merge(model, parameters)
+        hidden, projection = _hidden(module, batch, None)[0], module.projection()
+        sums = summed_loss(projection, hidden, batch['targets'], batch['loss_weights'])[1]
+        predicted, order = projection(hidden), token_order(batch['inputs'].shape[1])
+        if order is not None:
+            predicted = predicted[:, np.argsort(order)]
+        return {'nll': sums['nll'], 'tokens': sums['tokens'], 'predicted': predicted}
 
     return prediction_step

@@ -15,6 +15,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.model import ModelConfig, layers_of
+from llm.models.moe import MoeConfig
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
@@ -22,6 +23,7 @@ from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules
+from llm.training.contrastive import ContrastiveConfig, make_contrastive_gradients, make_contrastive_prediction
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
 from llm.training.parametrization import trained
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
@@ -49,6 +51,7 @@ class Trainer:
         abstract_state, state_shardings: ShapeDtypeStruct and NamedSharding of every array of the train state.
         batch_sharding: NamedSharding of each array of a batch, [B, S].
         pipeline_table: the schedule, where the mesh has more than one pipeline stage; else None.
+        contrastive: the loss, of batches of pairs, in place of that of tokens; else None.
     """
 
     def __init__(
@@ -61,10 +64,13 @@ class Trainer:
         rules: AxisRules = AxisRules(),
         devices: list[jax.Device] | None = None,
         pipeline: PipelineConfig = PipelineConfig(),
+        contrastive: ContrastiveConfig | None = None,
     ):
         self.model_config, self.step_config, self.rules = model, step, rules
+        self.contrastive = contrastive
         self.mesh: Mesh = make_mesh(mesh, devices)
         self._check_batch()
+        self._check_contrastive()
         self._check_length()
         self._check_sequence()
         module = model.build()
@@ -107,6 +113,22 @@ class Trainer:
                 f'(mesh axes {self.rules.partition(("batch",), self.mesh, parameters=False)[0]})',
                 where='StepConfig.batch_size',
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
+            )
+
+    def _check_contrastive(self) -> None:
+        if self.contrastive is None:
+            return
+        if self.mesh.shape[PIPELINE_AXIS] > 1:
+            raise UserError(
+                'pairs are compared across a whole batch, which a pipeline never holds',
+                where='MeshConfig.pipeline',
+                fix='Use 1, and other axes of the mesh.',
+            )
+        if any(isinstance(layer.feed_forward, MoeConfig) for layer in layers_of(self.model_config)):
+            raise UserError(
+                'contrastive training has no losses for routers, and the model has layers of experts',
+                where='Trainer.contrastive',
+                fix='Use a dense model.',
             )
 
     def _pipeline_table(self, pipeline: PipelineConfig) -> Table | None:
@@ -175,9 +197,9 @@ class Trainer:
     @functools.cached_property
     def train_step(self) -> Any:
         """Compiled (state, batch) -> (state, metrics); the state passed in is donated."""
-        pipeline = None if self.pipeline_table is None else self._pipeline(self.pipeline_table)
+        gradients = self._gradients_of_sums()
         step = make_train_step(
-            self.model, self.optimizer, self.schedule, self.step_config, self.specs, pipeline, self._multi_token
+            self.model, self.optimizer, self.schedule, self.step_config, self.specs, gradients, self._multi_token
         )
         return jax.jit(self._under_rules(step), donate_argnums=0, out_shardings=(self.state_shardings, self.replicated))
 
@@ -194,8 +216,32 @@ class Trainer:
 
     @functools.cached_property
     def prediction_step(self) -> Any:
-        """Compiled (parameters, batch) -> what the model says of each token, [B, S, outputs]; stages take turns."""
-        return jax.jit(self._under_rules(make_prediction_step(self.model)), out_shardings=self.replicated)
+        """Compiled (parameters, batch) -> {'nll', 'tokens', 'predicted'}, in one pass; stages take turns.
+
+        Predicted is what the model says of each token, [B, S, outputs], or the vectors of pairs, [B, n, D].
+        """
+        contrastive = self.contrastive
+        step = (
+            make_prediction_step(self.model)
+            if contrastive is None
+            else make_contrastive_prediction(self.model, contrastive)
+        )
+        return jax.jit(self._under_rules(step), out_shardings=self.replicated)
+
+    def _gradients_of_sums(self) -> Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None:
+        """What stands in for the token loss, and microbatches one after the other."""
+        if self.contrastive is not None:
+            accumulation = self.step_config.gradient_accumulation
+            return make_contrastive_gradients(self.model, self.contrastive, self.specs, accumulation)
+        if self.pipeline_table is None:
+            return None
+        pipeline = self._pipeline(self.pipeline_table)
+
+        def gradients(parameters: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+            found, sums = pipeline(parameters, batch, key)
+            return trained(found, self.specs), sums
+
+        return gradients
 
     def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
         assert isinstance(self.model_config, DecoderConfig)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from llm.data.sources.files import find_files, split_stream, stream_bytes
 from llm.errors import UserError
 
-# What a label is: one of several classes, a number, a tag for each word, or a text that answers.
-Task = Literal['classification', 'regression', 'tagging', 'generation']
+# What a label is: one of several classes, a number, a tag for each word, or a text that answers. Pairs of texts for an
+# embedding have none, or in evaluation how alike they are, a number.
+Task = Literal['classification', 'regression', 'tagging', 'generation', 'embedding']
 
 _TABLES = {'.csv': ',', '.tsv': '\t'}
 _TAGGED = ('.conll', '.conllu', '.iob')
@@ -32,13 +33,15 @@ class LabelledFiles:
             each also as .gz and .zst.
         text: template of the text.
         second_text: template of the other text of a pair; None where there is none.
-        label: template of the label.
+        label: template of the label; None where there is none, as of pairs.
+        negative: template of a text that does not belong to the first, for embeddings; None where there is none.
     """
 
     files: str | tuple[str, ...]
     text: str = '{text}'
     second_text: str | None = None
-    label: str = '{label}'
+    label: str | None = '{label}'
+    negative: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,8 @@ class LabelledExample:
     """One example.
 
     Attributes:
-        texts: one or two; of tagged words, each word.
-        label: as text; a tag for each word where words are tagged.
+        texts: one or two, for embeddings up to three; of tagged words, each word.
+        label: as text; a tag for each word where words are tagged; '' where there is none.
         where: file and line.
     """
 
@@ -62,6 +65,7 @@ def read_labelled(config: LabelledFiles, task: Task) -> list[LabelledExample]:
     Raises:
         UserError: a file or a record cannot be read, or the files hold no example; it says which.
     """
+    _check_templates(config, task)
     found: list[LabelledExample] = []
     for path in find_files(config.files, _SUFFIXES):
         kind = path.removesuffix('.gz').removesuffix('.zst')
@@ -79,6 +83,17 @@ def read_labelled(config: LabelledFiles, task: Task) -> list[LabelledExample]:
     if not found:
         raise UserError('the files hold no example', where=str(config.files), fix='Check the globs.')
     return found
+
+
+def _check_templates(config: LabelledFiles, task: Task) -> None:
+    if config.label is None and task != 'embedding':
+        raise UserError(f'{task} needs labels', where='LabelledFiles.label', fix="Name their field, as '{label}'.")
+    if config.negative is not None and (task != 'embedding' or config.second_text is None):
+        raise UserError(
+            'a negative is for an embedding of pairs',
+            where='LabelledFiles.negative',
+            fix='Set second_text too, or negative = None.',
+        )
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -149,8 +164,9 @@ def _example(config: LabelledFiles, record: dict[str, Any], where: str) -> Label
                 f'the template {template!r} is wrong: {error}', where='LabelledFiles', fix="Write fields as '{name}'."
             ) from error
 
-    texts = (config.text,) if config.second_text is None else (config.text, config.second_text)
-    return LabelledExample(tuple(map(filled, texts)), filled(config.label), where)
+    templates = (config.text, config.second_text, config.negative)
+    texts = tuple(filled(template) for template in templates if template is not None)
+    return LabelledExample(texts, '' if config.label is None else filled(config.label), where)
 
 
 def _tagged(path: str, *, universal: bool) -> Iterator[LabelledExample]:

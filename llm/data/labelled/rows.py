@@ -7,6 +7,7 @@ of an answer. So classification, tagging and generation are one loss, and no oth
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,6 +34,45 @@ def label_names(examples: Sequence[LabelledExample], task: Task) -> tuple[str, .
     return ()
 
 
+def text_rows(rows: int, length: int, *, pad: int, side: str = '') -> Example:
+    """What a model reads of `rows` texts of up to `length` tokens, still padding; names begin with `side`."""
+    return {
+        f'{side}inputs': np.full((rows, length), pad, np.int32),
+        f'{side}segment_ids': np.zeros((rows, length), np.int32),
+        f'{side}positions': np.zeros((rows, length), np.int32),
+    }
+
+
+def write_row(arrays: Example, row: int, tokens: Sequence[int], side: str = '') -> None:
+    """Put a text into a row of `text_rows`."""
+    arrays[f'{side}inputs'][row, : len(tokens)] = tokens
+    arrays[f'{side}segment_ids'][row, : len(tokens)] = 1
+    arrays[f'{side}positions'][row, : len(tokens)] = np.arange(len(tokens))
+
+
+def digest_of(arrays: Example, settings: object) -> str:
+    """Of rows: SHA-256 of their arrays and of what they were made with."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def number_of(example: LabelledExample, label: str) -> float:
+    """A label that is a number.
+
+    Raises:
+        UserError: it is none, or not a finite one.
+    """
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f'the label {label!r} is not a number', where=example.where, fix='Check it.')
+    return number
+
+
 class LabelledRows:
     """Rows [n, S] of examples, one each: inputs, targets, loss_weights, segment_ids, positions.
 
@@ -41,6 +81,9 @@ class LabelledRows:
     Args:
         labels: the classes or tags, by id; see `label_names`.
         read_at: see ReadAt.
+        token_types: whether rows say which tokens are of the second text, as BERT reads them.
+        target_length: tokens of an answer, for encoder-decoders: the encoder reads the text, the decoder the answer,
+            which begins with padding as T5's does. None for decoders and encoders.
 
     Attributes:
         examples: as given.
@@ -58,35 +101,43 @@ class LabelledRows:
         sequence_length: int,
         labels: tuple[str, ...],
         read_at: ReadAt = 'last',
+        *,
+        token_types: bool = False,
+        target_length: int | None = None,
     ) -> None:
         self.examples, self.task, self.labels, self.read_at = tuple(examples), task, labels, read_at
         self.num_rows, self.cut = len(self.examples), 0
         self._vocabulary, self._boundaries = vocabulary, Boundaries.of(vocabulary)
         self._ids = {label: index for index, label in enumerate(labels)}
-        shape = (self.num_rows + 1, sequence_length)  # the last is padding
-        pad = self._boundaries.pad
-        number = np.float32 if task == 'regression' else np.int32
-        self._arrays: Example = {
-            'inputs': np.full(shape, pad, np.int32),
-            'targets': np.zeros(shape, number),
-            'loss_weights': np.zeros(shape, np.float32),
-            'segment_ids': np.zeros(shape, np.int32),
-            'positions': np.zeros(shape, np.int32),
-        }
         if sequence_length < 4:
             raise UserError('rows are too short for examples', where='StepConfig.sequence_length', fix='Use more.')
+        self._room = sequence_length
+        shape = (self.num_rows + 1, target_length or sequence_length)  # the last is padding
+        number = np.float32 if task == 'regression' else np.int32
+        self._arrays: Example = {
+            **text_rows(*shape, pad=self._boundaries.pad),
+            'targets': np.zeros(shape, number),
+            'loss_weights': np.zeros(shape, np.float32),
+        }
+        if token_types:
+            self._arrays['token_types'] = np.zeros(shape, np.int32)
+        if target_length is not None:
+            self._arrays |= text_rows(shape[0], sequence_length, pad=self._boundaries.pad, side='encoder_')
         for row, example in enumerate(self.examples):
-            tokens, read = self._generation(example) if task == 'generation' else self._labelled(example)
-            self._arrays['inputs'][row, : len(tokens)] = tokens
-            self._arrays['segment_ids'][row, : len(tokens)] = 1
-            self._arrays['positions'][row, : len(tokens)] = np.arange(len(tokens))
+            read: Sequence[tuple[int, int | float]]
+            if target_length is not None:
+                source, tokens, read = self._two_sided(example, target_length)
+                write_row(self._arrays, row, source, 'encoder_')
+            else:
+                tokens, read = self._generation(example) if task == 'generation' else self._labelled(example)
+            write_row(self._arrays, row, tokens)
+            if token_types and task != 'tagging' and len(example.texts) == 2:
+                second = tokens.index(self._boundaries.end, 1) + 1
+                self._arrays['token_types'][row, second : len(tokens)] = 1
             for position, target in read:
                 self._arrays['targets'][row, position] = target
                 self._arrays['loss_weights'][row, position] = 1
-        digest = hashlib.sha256(json.dumps([task, labels, vocabulary.digest, read_at, sequence_length]).encode())
-        for name in sorted(self._arrays):
-            digest.update(self._arrays[name].tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = digest_of(self._arrays, [task, labels, vocabulary.digest, read_at, sequence_length])
 
     def rows(self, indices: npt.ArrayLike) -> Example:
         """Rows by number; a number of num_rows or more gives a row of padding."""
@@ -96,10 +147,7 @@ class LabelledRows:
     def target(self, example: LabelledExample, label: str) -> int | float:
         """The number that stands for a label: of its class, or itself."""
         if self.task == 'regression':
-            try:
-                return float(label)
-            except ValueError:
-                raise UserError(f'the label {label!r} is not a number', where=example.where, fix='Check it.') from None
+            return number_of(example, label)
         if label not in self._ids:
             known = ', '.join(self.labels[:20])
             raise UserError(
@@ -108,10 +156,6 @@ class LabelledRows:
                 fix=f'There is {known}{" ..." if len(self.labels) > 20 else ""}.',
             )
         return self._ids[label]
-
-    @property
-    def _room(self) -> int:
-        return self._arrays['inputs'].shape[1]
 
     def _labelled(self, example: LabelledExample) -> tuple[list[int], list[tuple[int, int | float]]]:
         """(tokens, [(position, target)]) of a text, a pair, or tagged words."""
@@ -161,3 +205,17 @@ class LabelledRows:
         tokens = [*prompt, *answer]
         read = [(position, tokens[position + 1]) for position in range(len(prompt) - 1, len(tokens) - 1)]
         return tokens[:-1], read
+
+    def _two_sided(
+        self, example: LabelledExample, target_length: int
+    ) -> tuple[list[int], list[int], list[tuple[int, int | float]]]:
+        """(what the encoder reads, what the decoder reads, [(position, target)]) of a text and its answer."""
+        end = self._boundaries.end
+        source = [token for text in example.texts for token in [*self._vocabulary.encode(text), end]]
+        answer = [*self._vocabulary.encode(str(example.label)), end]
+        if len(source) > self._room or len(answer) > target_length:
+            self.cut += 1
+            source = source[: self._room]
+            answer = answer[:target_length]
+        read: list[tuple[int, int | float]] = [*enumerate(answer)]
+        return source, [self._boundaries.pad, *answer[:-1]], read
