@@ -16,7 +16,7 @@ from llm.jobs.trained_model import TrainedModel, open_any_model
 from llm.models.decoder import DecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, parameter_specs
-from llm.models.pooling import PoolingConfig
+from llm.models.pooling import PoolingConfig, PoolingKind
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules
 
@@ -34,8 +34,8 @@ class Embed:
             its line.
         output_file: a new .npy file, float32 [texts, D], in the order of the texts; beside it, their ids, a line each,
             in a file of the same name and the ending .ids.
-        pooling: how states become a vector; None for what the run says, else the mean of an encoder's states, or the
-            last of a decoder's.
+        pooling, normalize: how states become a vector, see PoolingConfig; None for what the run says, else for the mean
+            of an encoder's states, or the last of a decoder's, as they are.
         max_length: tokens of a text, which is cut off after them; None for as many as the model was made for.
         batch_size: texts embedded together.
         checkpoint_step: which checkpoint; None for the newest that is whole.
@@ -46,7 +46,8 @@ class Embed:
     output_file: str
     text_field: str = 'text'
     id_field: str | None = None
-    pooling: PoolingConfig | None = None
+    pooling: PoolingKind | None = None
+    normalize: bool | None = None
     max_length: int | None = None
     batch_size: int = 64
     checkpoint_step: int | None = None
@@ -58,6 +59,8 @@ class Embed:
             raise UserError(f'Embed.batch_size is {self.batch_size}', fix='Use at least 1.')
         if self.max_length is not None and self.max_length < 3:
             raise UserError(f'Embed.max_length is {self.max_length}', fix='Use at least 3.')
+        if self.pooling is not None:
+            PoolingConfig(self.pooling)
         if not self.output_file.endswith('.npy'):
             raise UserError(f'Embed.output_file is {self.output_file!r}', fix='Give a name that ends in .npy.')
 
@@ -65,7 +68,7 @@ class Embed:
         """Embed; UserError for whatever is wrong with the run, the texts or the output file."""
         model = open_any_model(self.run_directory)
         texts = read_texts(self.text_file, self.text_field, 'text', 'text_field', self.id_field)
-        pooling = self.pooling or model.pooling or _usual_pooling(model.config)
+        pooling = self._pooling(model)
         most = self._most(model)
         rows = [self._tokens(model, text, None) for text, _ in texts]
         cut = sum(most is not None and len(row) > most for row in rows)
@@ -74,7 +77,8 @@ class Embed:
         what = (
             f'{len(rows):,} texts of up to {max(map(len, rows)):,} tokens'
             f'{f", {cut:,} of them cut off after {most:,}" if cut else ""}, '
-            f'{pooling.kind} of the states{", normalised" if pooling.normalize else ""}, in {model.config.d_model} dimensions'
+            f'{pooling.kind} of the states{", normalised" if pooling.normalize else ""}, '
+            f'in {model.config.d_model} dimensions'
         )
         if invocation.dry_run:
             parameters = count_parameters(parameter_specs(model.config.build()))
@@ -101,6 +105,11 @@ class Embed:
             _write(output, names, vectors, [name for _, name in texts])
             print(f'{output}: {what}')
 
+    def _pooling(self, model: TrainedModel[ModelConfig]) -> PoolingConfig:
+        said = model.pooling or PoolingConfig('last' if isinstance(model.config, DecoderConfig) else 'mean')
+        normalize = said.normalize if self.normalize is None else self.normalize
+        return PoolingConfig(self.pooling or said.kind, normalize)
+
     def _most(self, model: TrainedModel[ModelConfig]) -> int | None:
         """Tokens of a text."""
         longest = model.config.longest
@@ -115,10 +124,6 @@ class Embed:
         if isinstance(model.config, DecoderConfig):
             return prompt_tokens(model.vocabulary, text)[:most]
         return encoder_tokens(model.vocabulary, text, most)
-
-
-def _usual_pooling(config: ModelConfig) -> PoolingConfig:
-    return PoolingConfig('last' if isinstance(config, DecoderConfig) else 'mean')
 
 
 def _write(output: Path, names: Path, vectors: np.ndarray, ids: list[str]) -> None:

@@ -35,8 +35,8 @@ def read_texts(
         # Not splitlines(), for which form feeds and the like end a line too.
         lines = path.read_text(encoding='utf-8-sig').split('\n')
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b'\n') + 1
-        raise UserError('this is not UTF-8 text', where=f'{path}:{line}', fix='Save the file as UTF-8.') from None
+        at = error.object[: error.start].count(b'\n') + 1
+        raise UserError('this is not UTF-8 text', where=f'{path}:{at}', fix='Save the file as UTF-8.') from None
     except OSError as error:
         raise UserError(f'cannot read the {what}s ({error.strerror})', where=str(path), fix='Check the path.') from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
