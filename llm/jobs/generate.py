@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from llm.configuration import Invocation
 from llm.data.token_cache import Boundaries
@@ -17,8 +19,10 @@ from llm.inference.generation import Decoding, End, Generator, Prompt
 from llm.inference.sampling import SamplingConfig, check_seed
 from llm.inference.streaming import check_stop, stream_text
 from llm.jobs.compilation_cache import enable_compilation_cache
-from llm.jobs.prompts import prompt_tokens, read_prompts
+from llm.jobs.prompts import encoder_tokens, prompt_tokens, read_prompts
 from llm.jobs.trained_model import TrainedModel, open_trained_model
+from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.parameters import count_parameters, parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules
@@ -31,7 +35,8 @@ _ENDS: dict[End | None, str] = {'stop_token': 'end of document', 'length': 'leng
 class Generate:
     """Continue prompts with a trained model, on the terminal as the text comes, or into a file.
 
-    A prompt is the beginning of a document; a continuation ends where the model ends the document.
+    A prompt is the beginning of a document; a continuation ends where the model ends the document. An encoder-decoder
+    reads a prompt with its encoder, and what it writes is the continuation.
 
     Attributes:
         run_directory: of the run that trained the model; it may still be going on.
@@ -78,19 +83,27 @@ class Generate:
         model = open_trained_model(self.run_directory)
         config = model.generative
         texts = [self.prompt or ''] if self.prompt_file is None else read_prompts(self.prompt_file, self.prompt_field)
-        tokens = [prompt_tokens(model.vocabulary, text) for text in texts]
+        encodes = isinstance(config, EncoderDecoderConfig)
+        read = encoder_tokens if encodes else prompt_tokens
+        tokens = [read(model.vocabulary, text) for text in texts]
         if invocation.dry_run:
             print(self._describe(model, tokens))
             return
         enable_compilation_cache()
         mesh = make_mesh(self.mesh)
         restored = model.restore(mesh, self.rules, self.checkpoint_step)
-        longest = max(map(len, tokens)) + self.max_new_tokens
+        longest = max(map(len, tokens)) + (0 if encodes else self.max_new_tokens)
         if model.sequence_length is not None and longest > model.sequence_length:
             _warn(f'texts of up to {longest} tokens, but the model was trained on {model.sequence_length}')
 
         generator = Generator(config, self.sampling, mesh, self.rules, num_tokens=model.vocabulary.size)
-        prompts = [Prompt(t, i, sample) for i, t in enumerate(tokens) for sample in range(self.num_samples)]
+        # A decoder that has an encoder begins with padding, as it does in training.
+        first = (Boundaries.of(model.vocabulary).pad,)
+        prompts = [
+            Prompt(first, i, sample, encoder_tokens=t) if encodes else Prompt(t, i, sample)
+            for i, t in enumerate(tokens)
+            for sample in range(self.num_samples)
+        ]
         batches = [prompts[i : i + self.batch_size] for i in range(0, len(prompts), self.batch_size)]
         # All before the first runs, so that a prompt that is too long costs nobody's time.
         decodings = [
@@ -104,17 +117,19 @@ class Generate:
             for batch in batches
         ]
         token_bytes = model.vocabulary.token_bytes()
-        with self._output(texts) as output:
+        with self._output(texts, repeats=not encodes) as output:
             for batch, decoding in zip(batches, decodings, strict=True):
                 for new in stream_text(decoding, token_bytes, self.stop):
                     output.show(batch, decoding, new)
 
     @contextlib.contextmanager
-    def _output(self, texts: list[str]) -> Iterator['_Output']:
+    def _output(self, texts: list[str], *, repeats: bool) -> Iterator['_Output']:
+        """Where to; `repeats` shows a prompt before its continuation."""
         if jax.process_index() > 0:
             yield _Nowhere()
         elif self.output_file is None:
-            yield _Terminal(texts, sys.stdout, titles=len(texts) * self.num_samples > 1)
+            shown = texts if repeats else [''] * len(texts)
+            yield _Terminal(shown, sys.stdout, titles=len(texts) * self.num_samples > 1)
         else:
             path = Path(self.output_file).expanduser()
             try:
@@ -131,17 +146,16 @@ class Generate:
 
     def _describe(self, model: TrainedModel, tokens: list[tuple[int, ...]]) -> str:
         """What --dry_run shows."""
-        decoder: Any = model.generative.build()
         step = self.checkpoint_step or max(model.steps, default=None)
+        parameters = count_parameters(parameter_specs(model.config.build()))
         together = min(self.batch_size, len(tokens) * self.num_samples)
-        length = max(map(len, tokens)) + self.max_new_tokens
-        cache = jax.eval_shape(lambda: decoder.init_cache(together, length))
+        cache = _cache_shapes(model.generative, together, max(map(len, tokens)), self.max_new_tokens)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         chosen = {name: value for name, value in dataclasses.asdict(self.sampling).items() if value is not None}
         ends = ['the end of the document', *map(repr, self.stop)]
         return '\n'.join(
             (
-                f'model       {model.directory}: {count_parameters(parameter_specs(decoder)):,} parameters, '
+                f'model       {model.directory}: {parameters:,} parameters, '
                 + ('no checkpoint yet' if step is None else f'checkpoint of step {step}'),
                 f'vocabulary  {model.vocabulary.kind}, {model.vocabulary.size:,} tokens',
                 f'prompts     {len(tokens):,} of up to {max(map(len, tokens)):,} tokens, {self.num_samples} '
@@ -152,6 +166,20 @@ class Generate:
                 f'output      {self.output_file or "the terminal"}',
             )
         )
+
+
+def _cache_shapes(config: DecoderConfig | EncoderDecoderConfig, rows: int, prompt: int, new: int) -> Any:
+    """Arrays of the cache, by shape, for prompts of `prompt` tokens and `new` after them."""
+    module = config.build()
+    if isinstance(module, Decoder):
+        return jax.eval_shape(lambda: module.init_cache(rows, prompt + new))
+    graph, state = nnx.split(module)
+
+    def cache(state: Any) -> Any:
+        memory = jnp.zeros((rows, prompt, config.d_model), config.compute_dtype)
+        return nnx.merge(graph, state).init_cache(memory, 1 + new)
+
+    return jax.eval_shape(cache, state)
 
 
 class _Output(Protocol):
