@@ -10,9 +10,12 @@ from llm.errors import UserError
 from llm.inference.generation import Generator, Prompt
 from llm.inference.sampling import SamplingConfig
 from llm.models.decoder import Decoder
+from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
+from llm.models.moe import MoeConfig
+from llm.models.normalization import NormConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, parameter_sharding
@@ -32,7 +35,11 @@ HYBRID = decoder_config(
 RECURRENT = {
     'mamba': (LayerConfig(MambaConfig(32, 2, 4), None),),
     'mamba2': (LayerConfig(Mamba2Config(4, 8, 6, num_groups=2), None),),
-    'hybrid': (LayerConfig(MambaConfig(32, 2, 4), None), LAYER, LayerConfig(Mamba2Config(4, 8, 6), None)),
+    'hybrid': (
+        LayerConfig(MambaConfig(32, 2, 4, state_norm=NormConfig()), MoeConfig(4, 2, FeedForwardConfig(16))),
+        LAYER,
+        LayerConfig(Mamba2Config(4, 8, 6), None),
+    ),
 }
 PROMPTS = [Prompt(tuple(tokens(1, length, seed=length)[0].tolist()), index) for index, length in enumerate((5, 1, 9))]
 

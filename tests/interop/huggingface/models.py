@@ -26,8 +26,7 @@ LATENT = {
     'max_position_embeddings': 128,
 }
 MAMBA = {'vocab_size': V, 'hidden_size': D, 'num_hidden_layers': L, 'state_size': 6, 'layer_norm_epsilon': 1e-4}
-JAMBA = GROUPED | {'num_hidden_layers': 5, 'mamba_d_state': 6, 'mamba_dt_rank': 3, 'attn_layer_period': 3}
-JAMBA |= {'attn_layer_offset': 1, 'expert_layer_offset': 0}
+JAMBA = GROUPED | {'mamba_d_state': 6, 'mamba_dt_rank': 3, 'attn_layer_offset': 1, 'expert_layer_offset': 0}
 # No token that ends or fills anything: all ids are as good as another.
 TOKENS = {'bos_token_id': None, 'eos_token_id': None, 'pad_token_id': None}
 
@@ -171,7 +170,7 @@ CASES: dict[str, Case] = {
         | {'use_conv_bias': False, 'tie_word_embeddings': True},
         decodes=False,
     ),
-    'jamba': Case('Jamba', JAMBA | {'num_experts': 5, 'num_experts_per_tok': 2}),
+    'jamba': Case('Jamba', JAMBA | {'num_hidden_layers': 4, 'attn_layer_period': 2, 'num_experts': 5}),
     'jamba biases, tied, dense': Case(
         'Jamba',
         JAMBA
