@@ -5,6 +5,8 @@
     for new_tokens in decoding:      # a list of token ids per prompt
         ...
 
+An encoder-decoder reads `Prompt.encoder_tokens`, once; its decoder goes on from `Prompt.tokens`.
+
 What a prompt is continued with depends neither on the prompts beside it nor on padding (but for rounding, which differs
 between shapes): its randomness is keyed by seed, index, sample and the position of each token.
 """
@@ -25,6 +27,7 @@ from llm.errors import UserError
 from llm.inference.sampling import SamplingConfig, row_keys, sample, token_keys
 from llm.models.context import CACHED_TOKENS
 from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from llm.parallel.sharding import Axes, AxisRules, names, use_rules
 
 # Why a row ended: it chose a stop token; it has all tokens asked for, or no position left; the caller ended it.
@@ -40,12 +43,14 @@ class Prompt:
 
     Attributes:
         tokens: ids, the token that begins a document first.
+        encoder_tokens: of an encoder-decoder, ids that its encoder reads, at least one.
         index, sample: which prompt, and which sample of it: with the seed they decide its random numbers.
     """
 
     tokens: tuple[int, ...]
     index: int = 0
     sample: int = 0
+    encoder_tokens: tuple[int, ...] = ()
 
 
 class Generator:
@@ -54,7 +59,7 @@ class Generator:
     Batch sizes and lengths are rounded up to powers of two, so that few programs are compiled.
 
     Args:
-        model: the decoder.
+        model: the decoder, or encoder-decoder.
         sampling: how tokens are chosen.
         mesh, rules: where the parameters live, and the cache will: keys and values, or states of constant size.
         num_tokens: ids from here on are never chosen; default: the whole vocabulary of the model.
@@ -63,7 +68,7 @@ class Generator:
 
     def __init__(
         self,
-        model: DecoderConfig,
+        model: DecoderConfig | EncoderDecoderConfig,
         sampling: SamplingConfig,
         mesh: Mesh,
         rules: AxisRules = AxisRules(),
@@ -71,10 +76,16 @@ class Generator:
         num_tokens: int | None = None,
         tokens_per_call: int = 8,
     ) -> None:
+        if isinstance(model, DecoderConfig) and model.num_outputs is not None:
+            raise UserError(
+                'the model was fine-tuned to something else than saying the next token',
+                where='DecoderConfig.num_outputs',
+                fix='Use one that was pretrained, or fine-tuned to answer.',
+            )
         self.config, self.sampling, self.mesh, self.rules = model, sampling, mesh, rules
         self.num_tokens = model.vocab_size if num_tokens is None else num_tokens
         self.tokens_per_call = tokens_per_call
-        decoder = Decoder(model)
+        decoder = model.build()
         self._graph: nnx.GraphDef = nnx.split(decoder)[0]
         axes = decoder.cache_axes()
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -114,7 +125,7 @@ class Generator:
 
     def room(self, prompt: Prompt) -> int | None:
         """How many tokens can follow `prompt`; None for any number."""
-        longest = self.config.max_positions if self.config.position == 'learned' else None
+        longest = self.config.longest
         return None if longest is None else longest - len(prompt.tokens)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +136,9 @@ class Generator:
 
         return wrapped
 
-    def _choose(self, model: Decoder, hidden: jax.Array, keys: jax.Array, positions: jax.Array) -> jax.Array:
+    def _choose(
+        self, model: Decoder | EncoderDecoder, hidden: jax.Array, keys: jax.Array, positions: jax.Array
+    ) -> jax.Array:
         """Tokens [B] for `positions` [B] from hidden states [B, 1, D]."""
         logits = model.logits(hidden)[:, 0]
         logits = jnp.where(jnp.arange(logits.shape[-1]) < self.num_tokens, logits, -jnp.inf)
@@ -134,7 +147,12 @@ class Generator:
     def _prefill_step(self, parameters: Any, batch: dict[str, Any], *, cache_length: int) -> dict[str, Any]:
         model = nnx.merge(self._graph, parameters)
         inputs, lengths = batch['inputs'], batch['lengths']
-        cache = model.init_cache(inputs.shape[0], cache_length)
+        if isinstance(model, EncoderDecoder):
+            real = jnp.arange(batch['encoder_inputs'].shape[1]) < batch['encoder_lengths'][:, None]
+            memory = model.encode(batch['encoder_inputs'], segment_ids=real.astype(jnp.int32))
+            cache = model.init_cache(memory, cache_length, real.astype(jnp.int32))
+        else:
+            cache = model.init_cache(inputs.shape[0], cache_length)
         hidden, cache = model.decode_hidden(inputs, cache, 0, lengths=lengths)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         keys = row_keys(batch['seed'], batch['indices'], batch['samples'])
@@ -194,10 +212,12 @@ class Decoding:
         for prompt in prompts:
             if not prompt.tokens:
                 raise ValueError('a prompt needs at least one token: begin it with the one that begins a document')
+            if bool(prompt.encoder_tokens) != isinstance(generator.config, EncoderDecoderConfig):
+                raise ValueError('an encoder-decoder, and nothing else, needs tokens for its encoder')
             room = generator.room(prompt)
             if room is not None and room < 1:
                 raise UserError(
-                    f'the prompt has {len(prompt.tokens)} tokens, but the model has {generator.config.max_positions} '
+                    f'the prompt has {len(prompt.tokens)} tokens, but the model has {generator.config.longest} '
                     'positions, and needs one for the next token',
                     where=f'prompt {prompt.index + 1}',
                     fix='Shorten the prompt.',
@@ -234,17 +254,28 @@ class Decoding:
         lengths = [len(prompt.tokens) for prompt in self._prompts]
         cache_length = _power_of_two(max(_SHORTEST, *self._limits)) if generator.cache_grows else 0
         width = _power_of_two(max(_SHORTEST, *lengths))
-        if (longest := generator.config.max_positions) is not None and generator.config.position == 'learned':
+        if (longest := generator.config.longest) is not None:
             cache_length, width = min(cache_length, longest), min(width, longest)
 
         def padded(values: Sequence[int], filling: int) -> np.ndarray:
             return np.array([*values, *[filling] * (rows - len(values))], np.int32)
 
-        inputs = np.zeros((rows, width), np.int32)
-        for row, prompt in enumerate(self._prompts):
-            inputs[row, : lengths[row]] = prompt.tokens
-        batch = {
-            'inputs': inputs,
+        def array(width: int, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+            found = np.zeros((rows, width), np.int32)
+            for row, each in enumerate(tokens):
+                found[row, : len(each)] = each
+            return found
+
+        encoder: dict[str, np.ndarray] = {}
+        if isinstance(generator.config, EncoderDecoderConfig):
+            width = _power_of_two(max(lengths))  # 1, the token that decoders start with
+            texts = [prompt.encoder_tokens for prompt in self._prompts]
+            encoder = {
+                'encoder_inputs': array(_power_of_two(max(_SHORTEST, *map(len, texts))), texts),
+                'encoder_lengths': padded(list(map(len, texts)), 1),
+            }
+        batch = encoder | {
+            'inputs': array(width, [prompt.tokens for prompt in self._prompts]),
             'lengths': padded(lengths, 1),
             'limits': padded(self._limits, 0),
             'indices': padded([prompt.index for prompt in self._prompts], 0),

@@ -20,7 +20,7 @@ from llm.errors import UserError
 from llm.interop import llama2c
 from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
-from llm.jobs.trained_model import VOCABULARY, decoder_config, read_run
+from llm.jobs.trained_model import VOCABULARY, read_run
 from llm.models.decoder import ComputeType, Decoder, DecoderConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.processes import require_one
@@ -165,8 +165,9 @@ class Convert:
         return model
 
     def _open_run(self, source: Path) -> _Model:
-        config, sequence_length = read_run(source)
-        config = decoder_config(config, source)
+        config, sequence_length, _ = read_run(source)
+        if not isinstance(config, DecoderConfig):
+            raise UserError('the model of this run is no decoder', where=str(source), fix='Give the run of a decoder.')
         stored = StoredParameters(source, self.checkpoint_step)
         expected = {name: spec.shape for name, spec in named_specs(parameter_specs(Decoder(config)))}
         if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:

@@ -25,7 +25,7 @@ from llm.jobs.describe import describe
 from llm.jobs.finetuned_model import check_task, finetuned_model, has_dropout, num_outputs, parameters_to_start
 from llm.jobs.scoring_labels import AnswersConfig, Scorer
 from llm.jobs.scoring_pairs import PairScorer
-from llm.jobs.trained_model import TrainedModel, open_trained_model
+from llm.jobs.trained_model import TrainedModel, open_any_model
 from llm.jobs.training_run import (
     COMPLETE,
     VOCABULARY,
@@ -39,6 +39,7 @@ from llm.models.encoder import EncoderConfig
 from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.low_rank import LowRankConfig
 from llm.models.model import ModelConfig
+from llm.models.pooling import PoolingConfig
 from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -114,6 +115,11 @@ class Finetune:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f'dropout is {self.dropout}', where=where, fix='Use a rate in [0, 1), or None.')
 
+    @property
+    def pooling(self) -> PoolingConfig | None:
+        """How states become the vector of a text, if that is what is learnt: other jobs read it with the model."""
+        return self.contrastive.pooling if self.task == 'embedding' else None
+
     def __call__(self, invocation: Invocation) -> int:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""
         self._check_best_metric()
@@ -122,7 +128,7 @@ class Finetune:
         examples = read_labelled(self.training, self.task)
         held_out = read_labelled(self.evaluation, self.task)
         labels = label_names(examples, self.task)
-        base = None if (directory / VOCABULARY).exists() and self.model is not None else open_trained_model(self.base)
+        base = None if (directory / VOCABULARY).exists() and self.model is not None else open_any_model(self.base)
         model = self._model(base, labels)
         if invocation.dry_run:
             total_steps = self.loop.total_steps
@@ -235,7 +241,7 @@ class Finetune:
                 fix='Use more, as 64.',
             )
 
-    def _model(self, base: TrainedModel | None, labels: tuple[str, ...]) -> ModelConfig:
+    def _model(self, base: TrainedModel[ModelConfig] | None, labels: tuple[str, ...]) -> ModelConfig:
         """The model that is trained: the one given, or what becomes of the base's."""
         if self.model is None:
             assert base is not None
@@ -280,14 +286,14 @@ class Finetune:
             target_length=(self.target_length or length) if two_sided else None,
         )
 
-    def _vocabulary(self, directory: Path, base: TrainedModel | None) -> Vocabulary:
+    def _vocabulary(self, directory: Path, base: TrainedModel[ModelConfig] | None) -> Vocabulary:
         """The run's own copy of its base's vocabulary."""
         if base is not None:
             keep_vocabulary(directory, base.vocabulary)
         return load_vocabulary(directory / VOCABULARY)
 
     def _state(
-        self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str], base: TrainedModel | None
+        self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str], base: TrainedModel[ModelConfig] | None
     ) -> tuple[State, list[str]]:
         """The train state to go on from, and what was wrong with newer checkpoints."""
         restored = restored_state(
@@ -296,7 +302,7 @@ class Finetune:
         if restored is not None:
             return restored
         state = trainer.fresh_state()
-        base = base or open_trained_model(self.base)
+        base = base or open_any_model(self.base)
         found = base.restore(trainer.mesh, trainer.rules).state
         state['parameters'] = parameters_to_start(found, state['parameters'], trainer.model_config, base.config)
         return state, []

@@ -77,7 +77,6 @@ class Generate:
     def __call__(self, invocation: Invocation) -> None:
         """Generate; UserError for whatever is wrong with the run, the prompts or the output file."""
         model = open_trained_model(self.run_directory)
-        config = model.decoder
         texts = [self.prompt or ''] if self.prompt_file is None else read_prompts(self.prompt_file, self.prompt_field)
         tokens = [prompt_tokens(model.vocabulary, text) for text in texts]
         if invocation.dry_run:
@@ -90,7 +89,7 @@ class Generate:
         if model.sequence_length is not None and longest > model.sequence_length:
             _warn(f'texts of up to {longest} tokens, but the model was trained on {model.sequence_length}')
 
-        generator = Generator(config, self.sampling, mesh, self.rules, num_tokens=model.vocabulary.size)
+        generator = Generator(model.config, self.sampling, mesh, self.rules, num_tokens=model.vocabulary.size)
         prompts = [Prompt(t, i, sample) for i, t in enumerate(tokens) for sample in range(self.num_samples)]
         batches = [prompts[i : i + self.batch_size] for i in range(0, len(prompts), self.batch_size)]
         # All before the first runs, so that a prompt that is too long costs nobody's time.
@@ -132,7 +131,7 @@ class Generate:
 
     def _describe(self, model: TrainedModel, tokens: list[tuple[int, ...]]) -> str:
         """What --dry_run shows."""
-        decoder = Decoder(model.decoder)
+        decoder = Decoder(model.config)
         step = self.checkpoint_step or max(model.steps, default=None)
         together = min(self.batch_size, len(tokens) * self.num_samples)
         length = max(map(len, tokens)) + self.max_new_tokens

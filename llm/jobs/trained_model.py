@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,22 @@ from llm.configuration import load_job
 from llm.data.vocabularies import Vocabulary, load_vocabulary
 from llm.errors import UserError
 from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import named_specs, parameter_specs
+from llm.models.pooling import PoolingConfig
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.training.checkpoints import Restored, committed_steps, restore_parameters
 from llm.training.checkpoints.directory import step_path
 from llm.training.step import StepConfig
 
 VOCABULARY = 'vocabulary'
+C = TypeVar('C', bound=ModelConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(Generic[C]):
     """What a run directory says of its model, without the parameters.
 
     Attributes:
@@ -32,22 +36,15 @@ class TrainedModel:
         sequence_length: tokens per row that it was trained on; None if the run does not say.
         vocabulary: that it was trained with.
         steps: of the checkpoints there are, rising; damaged ones among them.
+        pooling: how its states become one vector of a text; None if the run does not say.
     """
 
     directory: Path
-    config: ModelConfig
+    config: C
     sequence_length: int | None
     vocabulary: Vocabulary
     steps: tuple[int, ...]
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The config, of a decoder.
-
-        Raises:
-            UserError: it is another model, or one that says something else than the next token.
-        """
-        return decoder_config(self.config, self.directory)
+    pooling: PoolingConfig | None = None
 
     def restore(self, mesh: Mesh, rules: AxisRules, step: int | None = None) -> Restored:
         """The parameters of the newest whole checkpoint, or that of `step`, where the rules put them on the mesh.
@@ -83,14 +80,30 @@ class TrainedModel:
         return restored
 
 
-def open_trained_model(run_directory: str | Path) -> TrainedModel:
+def open_trained_model(run_directory: str | Path) -> TrainedModel[DecoderConfig]:
     """Read the config and the vocabulary of a run, which may still be going on.
 
     Raises:
-        UserError: this is not a directory of a run that trains a model, or config and vocabulary do not fit.
+        UserError: this is not a directory of a run that trains a decoder, or config and vocabulary do not fit.
     """
     directory = Path(run_directory).expanduser()
-    config, sequence_length = read_run(directory)
+    config, sequence_length, pooling = read_run(directory)
+    if not isinstance(config, DecoderConfig):
+        raise UserError(
+            f'the model of this run is no decoder ({type(config).__name__})',
+            where=str(directory),
+            fix='Give the run of a decoder.',
+        )
+    return _opened(directory, config, sequence_length, pooling)
+
+
+def open_any_model(run_directory: str | Path) -> TrainedModel[ModelConfig]:
+    """The same for whatever kind of model."""
+    directory = Path(run_directory).expanduser()
+    return _opened(directory, *read_run(directory))
+
+
+def _opened(directory: Path, config: C, sequence_length: int | None, pooling: PoolingConfig | None) -> TrainedModel[C]:
     vocabulary = load_vocabulary(directory / VOCABULARY)
     if vocabulary.size > config.vocab_size:
         raise UserError(
@@ -100,35 +113,14 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
             fix='Bring back the vocabulary that the run was trained with.',
         )
     steps = tuple(committed_steps(directory / 'checkpoints'))
-    return TrainedModel(directory, config, sequence_length, vocabulary, steps)
+    return TrainedModel(directory, config, sequence_length, vocabulary, steps, pooling)
 
 
-def decoder_config(config: ModelConfig, directory: Path) -> DecoderConfig:
-    """The config of the model of a run, if that is a decoder that continues texts.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not isinstance(config, DecoderConfig):
-        raise UserError(
-            f'the model of this run is no decoder but an {type(config).__name__}',
-            where=str(directory),
-            fix='Give the directory of a run that trains a decoder.',
-        )
-    if config.num_outputs is not None:
-        raise UserError(
-            'the model of this run was fine-tuned to something else than saying the next token',
-            where=str(directory),
-            fix='Give the directory of a pretrain run, or of one that was fine-tuned to answer.',
-        )
-    return config
-
-
-def read_run(directory: Path) -> tuple[ModelConfig, int | None]:
-    """The model of a run, and the tokens per row that it was trained on, if the run says.
+def read_run(directory: Path) -> tuple[ModelConfig, int | None, PoolingConfig | None]:
+    """The model of a run; if the run says, the tokens per row that it was trained on, and how its states are pooled.
 
     Raises:
-        UserError: this is not a directory of a run that trains a model, or of a converted one.
+        UserError: this is not a directory of a run that trains a language model, or of a converted one.
     """
     config_file = directory / 'config.gin'
     if not config_file.is_file():
@@ -136,8 +128,8 @@ def read_run(directory: Path) -> tuple[ModelConfig, int | None]:
             'this is not the directory of a run: it has no config.gin', where=str(directory), fix='Check the path.'
         )
     job, _ = load_job([str(config_file)])
-    config, step = getattr(job, 'model', None), getattr(job, 'step', None)
-    if not isinstance(config, ModelConfig):
+    config, step, pooling = (getattr(job, name, None) for name in ('model', 'step', 'pooling'))
+    if not isinstance(config, (DecoderConfig, EncoderConfig, EncoderDecoderConfig)):
         raise UserError(
             f'the job of this run, {type(job).__name__}, trains no model',
             where=str(config_file),
@@ -145,4 +137,5 @@ def read_run(directory: Path) -> tuple[ModelConfig, int | None]:
         )
     # A converted model says it itself.
     said = getattr(job, 'sequence_length', None)
-    return config, step.sequence_length if isinstance(step, StepConfig) else said
+    length = step.sequence_length if isinstance(step, StepConfig) else said
+    return config, length, pooling if isinstance(pooling, PoolingConfig) else None

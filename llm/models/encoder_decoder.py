@@ -196,16 +196,33 @@ class EncoderDecoder(nnx.Module):
         cache = {'layers': self.decoder.init_cache(memory.shape[0], length, dtype, memory)}
         return cache if segment_ids is None else cache | {'memory_segment_ids': segment_ids}
 
+    def cache_axes(self) -> Cache:
+        """Logical axes of each array of `init_cache` with segment ids, in dicts like it."""
+        return {'layers': self.decoder.cache_axes(), 'memory_segment_ids': ('batch', None)}
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""
+        return self.projection()(hidden)
+
     def decode(self, inputs: jax.Array, cache: Cache, offset: jax.Array | int) -> tuple[jax.Array, Cache]:
-        """Logits [B, S, V] of `inputs` [B, S], and the cache that holds them too.
+        """Logits [B, S, V] of `inputs` [B, S], and the cache that holds them too; see `decode_hidden`."""
+        hidden, cache = self.decode_hidden(inputs, cache, offset)
+        return self.logits(hidden), cache
+
+    def decode_hidden(
+        self, inputs: jax.Array, cache: Cache, offset: jax.Array | int, *, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Run `inputs` of the decoder after what `cache` holds: [B, S] -> [B, S, D], and the cache that holds them too.
 
         Args:
             offset: [] or [B] number of tokens that the cache holds; see Decoder.decode_hidden.
+            lengths: as there; attention does without.
         """
+        del lengths
         positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(inputs.shape[1], dtype=jnp.int32)
         context = Context(offset=offset, memory_segment_ids=cache.get('memory_segment_ids'))
         hidden, layers = self.decoder(self._embed(inputs, 1, None, None), positions, context, None, cache['layers'])
-        return self.projection()(hidden), cache | {'layers': layers}
+        return hidden, cache | {'layers': layers}
 
     def _embed(
         self, inputs: jax.Array, side: int, dropout_key: jax.Array | None, token_index: jax.Array | None

@@ -174,6 +174,11 @@ class Stack(nnx.Module):
                 }
         return cache
 
+    def cache_axes(self) -> Cache:
+        """Logical axes of the arrays of `init_cache`, those of cross-attention among them if layers have it."""
+        groups = (('layers', self.layers), ('remainder', self.remainder))
+        return {group: {p: _layer_cache_axes(e) for p, e in layers.items()} for group, layers in groups if layers}
+
     def _rotary(self, positions: jax.Array, dtype: jnp.dtype) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         if self.position != 'rope':
             return {}
@@ -194,6 +199,13 @@ def _room(cache: Cache) -> int:
     entry = next(iter(next(iter(cache.values())).values()))
     length: int = entry.get('mixer', entry)['key'].shape[2]
     return length
+
+
+def _layer_cache_axes(layer: Layer) -> Cache:
+    own = layer.cache_axes()
+    if layer.cross is None:
+        return own
+    return {'mixer': own, 'cross': dict.fromkeys(('key', 'value'), (None, 'batch', None, 'kv_heads', None))}
 
 
 def _layer_cache(
