@@ -76,6 +76,12 @@ class Generator:
         num_tokens: int | None = None,
         tokens_per_call: int = 8,
     ) -> None:
+        if isinstance(model, DecoderConfig) and model.num_outputs is not None:
+            raise UserError(
+                'the model was fine-tuned to something else than saying the next token',
+                where='DecoderConfig.num_outputs',
+                fix='Use one that was pretrained, or fine-tuned to answer.',
+            )
         self.config, self.sampling, self.mesh, self.rules = model, sampling, mesh, rules
         self.num_tokens = model.vocab_size if num_tokens is None else num_tokens
         self.tokens_per_call = tokens_per_call

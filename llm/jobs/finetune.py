@@ -39,6 +39,7 @@ from llm.models.encoder import EncoderConfig
 from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.low_rank import LowRankConfig
 from llm.models.model import ModelConfig
+from llm.models.pooling import PoolingConfig
 from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -113,6 +114,11 @@ class Finetune:
             raise UserError(f'target_length is {self.target_length}', where=where, fix='Use at least 2.')
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f'dropout is {self.dropout}', where=where, fix='Use a rate in [0, 1), or None.')
+
+    @property
+    def pooling(self) -> PoolingConfig | None:
+        """How states become the vector of a text, if that is what is learnt: other jobs read it with the model."""
+        return self.contrastive.pooling if self.task == 'embedding' else None
 
     def __call__(self, invocation: Invocation) -> int:
         """Run it: a fresh run starts, a stopped one resumes, a finished one says so; TRY_AGAIN if it stops early."""

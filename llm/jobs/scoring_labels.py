@@ -17,6 +17,7 @@ from llm.inference.sampling import SamplingConfig
 from llm.inference.streaming import check_stop, stream_text
 from llm.jobs.prompts import prompt_tokens
 from llm.models.decoder import DecoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.training.trainer import Trainer
 
 
@@ -117,7 +118,7 @@ class Scorer:
     def _answered(self, parameters: Any, examples: list[LabelledExample]) -> list[str]:
         trainer, answers = self._trainer, self._answers
         if self._generator is None:
-            assert isinstance(trainer.model_config, DecoderConfig)
+            assert isinstance(trainer.model_config, DecoderConfig | EncoderDecoderConfig)
             self._generator = Generator(
                 trainer.model_config,
                 answers.sampling,
@@ -127,18 +128,23 @@ class Scorer:
                 tokens_per_call=min(64, answers.max_new_tokens),
             )
         size, texts = trainer.step_config.batch_size, []
-        stop, token_bytes = (Boundaries.of(self._vocabulary).end,), self._vocabulary.token_bytes()
+        boundaries, token_bytes = Boundaries.of(self._vocabulary), self._vocabulary.token_bytes()
         for begin in range(0, len(examples), size):
-            prompts = [
-                Prompt(prompt_tokens(self._vocabulary, example.texts[0]), index=begin + i)
-                for i, example in enumerate(examples[begin : begin + size])
-            ]
+            prompts = [self._prompt(number) for number in range(begin, min(begin + size, len(examples)))]
             made = [''] * len(prompts)
-            decoding = self._generator.start(parameters, prompts, answers.max_new_tokens, stop_tokens=stop)
+            decoding = self._generator.start(parameters, prompts, answers.max_new_tokens, stop_tokens=(boundaries.end,))
             for new in stream_text(decoding, token_bytes, answers.stop):
                 made = [text + more for text, more in zip(made, new, strict=True)]
             texts += made
         return texts
+
+    def _prompt(self, number: int) -> Prompt:
+        """What comes before the answer: what was read in training, too."""
+        row = self._rows.rows([number])
+        if 'encoder_inputs' in row:
+            read = row['encoder_inputs'][0, row['encoder_segment_ids'][0] > 0]
+            return Prompt((Boundaries.of(self._vocabulary).pad,), number, encoder_tokens=tuple(read.tolist()))
+        return Prompt(prompt_tokens(self._vocabulary, self._rows.examples[number].texts[0]), number)
 
     def _answer_scores(self, said: list[str], real: list[str]) -> dict[str, float]:
         scores = metrics.generation(said, real)
