@@ -27,7 +27,9 @@ from llm.errors import UserError
 from llm.inference.sampling import SamplingConfig, row_keys, sample, token_keys
 from llm.models.context import CACHED_TOKENS
 from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.encoder import EncoderConfig
 from llm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from llm.models.model import ModelConfig
 from llm.parallel.sharding import Axes, AxisRules, names, use_rules
 
 # Why a row ended: it chose a stop token; it has all tokens asked for, or no position left; the caller ended it.
@@ -53,6 +55,25 @@ class Prompt:
     encoder_tokens: tuple[int, ...] = ()
 
 
+def generating(model: ModelConfig) -> DecoderConfig | EncoderDecoderConfig:
+    """The model, if it says tokens one after the other.
+
+    Raises:
+        UserError: it is an encoder, or was fine-tuned to say something else.
+    """
+    if isinstance(model, EncoderConfig):
+        raise UserError(
+            'the model is an encoder, which does not generate', fix='Use a decoder or an encoder-decoder, or `embed`.'
+        )
+    if isinstance(model, DecoderConfig) and model.num_outputs is not None:
+        raise UserError(
+            'the model was fine-tuned to something else than saying the next token',
+            where='DecoderConfig.num_outputs',
+            fix='Use one that was pretrained, or fine-tuned to answer.',
+        )
+    return model
+
+
 class Generator:
     """The compiled programs that continue prompts with one model; parameters are passed in, so they may change.
 
@@ -76,13 +97,7 @@ class Generator:
         num_tokens: int | None = None,
         tokens_per_call: int = 8,
     ) -> None:
-        if isinstance(model, DecoderConfig) and model.num_outputs is not None:
-            raise UserError(
-                'the model was fine-tuned to something else than saying the next token',
-                where='DecoderConfig.num_outputs',
-                fix='Use one that was pretrained, or fine-tuned to answer.',
-            )
-        self.config, self.sampling, self.mesh, self.rules = model, sampling, mesh, rules
+        self.config, self.sampling, self.mesh, self.rules = generating(model), sampling, mesh, rules
         self.num_tokens = model.vocab_size if num_tokens is None else num_tokens
         self.tokens_per_call = tokens_per_call
         decoder = model.build()

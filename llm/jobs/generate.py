@@ -81,7 +81,7 @@ class Generate:
     def __call__(self, invocation: Invocation) -> None:
         """Generate; UserError for whatever is wrong with the run, the prompts or the output file."""
         model = open_trained_model(self.run_directory)
-        config = model.generative
+        config = generating(model.config)
         texts = [self.prompt or ''] if self.prompt_file is None else read_prompts(self.prompt_file, self.prompt_field)
         encodes = isinstance(config, EncoderDecoderConfig)
         read = encoder_tokens if encodes else prompt_tokens
@@ -149,7 +149,7 @@ class Generate:
         step = self.checkpoint_step or max(model.steps, default=None)
         parameters = count_parameters(parameter_specs(model.config.build()))
         together = min(self.batch_size, len(tokens) * self.num_samples)
-        cache = _cache_shapes(model.generative, together, max(map(len, tokens)), self.max_new_tokens)
+        cache = _cache_shapes(generating(model.config), together, max(map(len, tokens)), self.max_new_tokens)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         chosen = {name: value for name, value in dataclasses.asdict(self.sampling).items() if value is not None}
         ends = ['the end of the document', *map(repr, self.stop)]

@@ -11,9 +11,6 @@ from jax.sharding import Mesh
 from llm.configuration import load_job
 from llm.data.vocabularies import Vocabulary, load_vocabulary
 from llm.errors import UserError
-from llm.models.decoder import DecoderConfig
-from llm.models.encoder import EncoderConfig
-from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import named_specs, parameter_specs
 from llm.models.pooling import PoolingConfig
@@ -44,27 +41,6 @@ class TrainedModel:
     vocabulary: Vocabulary
     steps: tuple[int, ...]
     pooling: PoolingConfig | None = None
-
-    @property
-    def generative(self) -> DecoderConfig | EncoderDecoderConfig:
-        """The config, of a model that says tokens one after the other.
-
-        Raises:
-            UserError: it is another model, or one that says something else than the next token.
-        """
-        if isinstance(self.config, EncoderConfig):
-            raise UserError(
-                'the model of this run is an encoder, which does not generate',
-                where=str(self.directory),
-                fix='Give the run of a decoder or of an encoder-decoder.',
-            )
-        if isinstance(self.config, DecoderConfig) and self.config.num_outputs is not None:
-            raise UserError(
-                'the model of this run was fine-tuned to something else than saying the next token',
-                where=str(self.directory),
-                fix='Give the directory of a pretrain run, or of one that was fine-tuned to answer.',
-            )
-        return self.config
 
     def restore(self, mesh: Mesh, rules: AxisRules, step: int | None = None) -> Restored:
         """The parameters of the newest whole checkpoint, or that of `step`, where the rules put them on the mesh.
