@@ -222,7 +222,7 @@ def test_what_is_no_trained_model(tmp_path, run_directory):
     with pytest.raises(UserError, match=r'there is no checkpoint of step 15\. There are those of 10, 20'):
         Generate(str(run_directory), 'a', checkpoint_step=15, mesh=ONE_DEVICE)(RUN)
     (tmp_path / 'config.gin').write_text(render(Generate(str(run_directory))))
-    with pytest.raises(UserError, match='the job of this run, Generate, trains no decoder'):
+    with pytest.raises(UserError, match='the job of this run, Generate, trains no model'):
         Generate(str(tmp_path), 'a')(RUN)
 
 
