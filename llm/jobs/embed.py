@@ -60,11 +60,11 @@ class Embed:
             raise UserError(f'Embed.max_length is {self.max_length}', fix='Use at least 3.')
         if self.pooling is not None:
             PoolingConfig(self.pooling)
-        if not self.output_file.endswith('.npy'):
-            raise UserError(f'Embed.output_file is {self.output_file!r}', fix='Give a name that ends in .npy.')
 
     def __call__(self, invocation: Invocation) -> None:
         """Embed; UserError for whatever is wrong with the run, the texts or the output file."""
+        if not self.output_file.endswith('.npy'):
+            raise UserError(f'Embed.output_file is {self.output_file!r}', fix='Give a name that ends in .npy.')
         model = open_trained_model(self.run_directory)
         texts = read_texts(self.text_file, self.text_field, 'text', 'text_field', self.id_field)
         pooling = self._pooling(model)

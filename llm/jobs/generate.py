@@ -15,7 +15,7 @@ from flax import nnx
 from llm.configuration import Invocation
 from llm.data.token_cache import Boundaries
 from llm.errors import UserError
-from llm.inference.generation import Decoding, End, Generator, Prompt
+from llm.inference.generation import Decoding, End, Generator, Prompt, generating
 from llm.inference.sampling import SamplingConfig, check_seed
 from llm.inference.streaming import check_stop, stream_text
 from llm.jobs.compilation_cache import enable_compilation_cache

@@ -205,7 +205,7 @@ def test_vectors_of_an_encoder_decoder_and_of_a_decoder_are_those_of_transformer
 def test_what_is_wrong_is_said(t5, llama, tmp_path):
     (tmp_path / 'texts.txt').write_text('one\n\ntwo\n')
     with pytest.raises(UserError, match='ends in .npy'):
-        Embed(str(llama[2]), str(tmp_path / 'texts.txt'), 'out.json')
+        Embed(str(llama[2]), str(tmp_path / 'texts.txt'), 'out.json')(RUN)
     with pytest.raises(UserError, match="kind is 'max'"):
         Embed(str(llama[2]), str(tmp_path / 'texts.txt'), 'out.npy', pooling='max')
     (tmp_path / 'out.npy').write_text('')

@@ -227,3 +227,59 @@ def test_a_directory_that_cannot_be_written_is_an_error(vocabulary, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='cannot write a tokenizer'):
         write_vocabulary(vocabulary, tmp_path / 'file')
+
+
+def _t5(directory, texts):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=200,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=3,
+    )
+    (directory / 'spiece.model').write_bytes(model.getvalue())
+    return {'eos': '</s>', 'unk': '<unk>', 'pad': '<pad>'}
+
+
+def _roberta(directory, texts):
+    names = {'bos': '<s>', 'pad': '<pad>', 'eos': '</s>', 'unk': '<unk>', 'mask': '<mask>'}
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=400, special_tokens=list(names.values()), show_progress=False)
+    tokenizer.save_model(str(directory))
+    return names | {'sep': '</s>', 'cls': '<s>'}
+
+
+def _bert(directory, texts):
+    del texts
+    names = {role: f'[{role.upper()}]' for role in ('pad', 'unk', 'cls', 'sep', 'mask')}
+    letters = 'abcdefghijklmnopqrstuvwxyz.,'
+    words = [*names.values(), *letters, *(f'##{letter}' for letter in letters), 'small', 'model']
+    (directory / 'vocab.txt').write_text('\n'.join(words))
+    return names
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(('kind', 'make'), [('T5', _t5), ('Roberta', _roberta), ('Bert', _bert)])
+def test_files_of_encoders_have_the_ids_of_transformers_and_those_written_too(kind, make, tmp_path, documents):
+    import transformers
+
+    roles = make(tmp_path, documents[:20])
+    content = {'tokenizer_class': f'{kind}Tokenizer', **{f'{role}_token': name for role, name in roles.items()}}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(content))
+    vocabulary, oracle = load_vocabulary(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    write_vocabulary(vocabulary, tmp_path / 'out', ends=True)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert vocabulary.size == len(oracle) == len(again)
+    before = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
+    for text in ['A small model, and another.', 'Äsop  is old', *documents[20:23]]:
+        ids = oracle(text)['input_ids']
+        assert ids == [*before, *vocabulary.encode(text), vocabulary.eos_id] == again(text)['input_ids']
+    names = ['<extra_id_0>', '<extra_id_99>'] if kind == 'T5' else [roles['mask']]
+    for name in names:
+        wanted = oracle.convert_tokens_to_ids(name)
+        assert vocabulary.special_ids[name] == wanted == again.convert_tokens_to_ids(name)
+    assert again.mask_token == roles.get('mask')
