@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from llm.errors import UserError
@@ -92,3 +93,33 @@ def test_lengths_must_agree():
 def test_a_missing_library_is_named():
     with pytest.raises(UserError, match=r'no_such_library is not installed.*\[eval\]'):
         metrics._library('no_such_library')
+
+
+def test_similarity_is_the_correlation_of_cosines():
+    from scipy import stats
+    from scipy.spatial.distance import cosine
+
+    generator = np.random.default_rng(0)
+    a, b, scores = generator.normal(size=(9, 4)), generator.normal(size=(9, 4)), generator.integers(0, 5, 9).tolist()
+    cosines = [1 - cosine(*pair) for pair in zip(a, b, strict=True)]
+    np.testing.assert_allclose(metrics.cosines(a, b), cosines)
+    found = metrics.similarity(a, b, scores)
+    assert found['pearson'] == pytest.approx(stats.pearsonr(cosines, scores).statistic)
+    assert found['spearman'] == pytest.approx(stats.spearmanr(cosines, scores).statistic)
+
+
+def test_retrieval():
+    documents = np.eye(12)
+    queries = np.zeros((4, 12))
+    queries[0, 3] = 1  # found first
+    queries[1, [3, 4]] = 2, 1  # second
+    queries[2, :7] = range(7, 0, -1)  # the sixth is looked for
+    ranks = metrics.ranks_of(queries, documents, [3, 4, 5, 0])
+    # What says the same of everything has found nothing.
+    np.testing.assert_array_equal(ranks, [1, 2, 6, 12])
+    assert metrics.retrieval(ranks) == {
+        'recall_at_1': 0.25,
+        'recall_at_5': 0.5,
+        'recall_at_10': 0.75,
+        'mrr': pytest.approx((1 + 1 / 2 + 1 / 6 + 1 / 12) / 4),
+    }

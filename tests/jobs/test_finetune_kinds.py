@@ -9,6 +9,8 @@ import pytest
 from llm.configuration import Invocation, render
 from llm.data.labelled import LabelledFiles
 from llm.errors import UserError
+from llm.inference.generation import Generator
+from llm.inference.sampling import SamplingConfig
 from llm.jobs.finetune import Finetune
 from llm.jobs.pretrain import Pretrain
 from llm.jobs.scoring_labels import AnswersConfig
@@ -28,6 +30,7 @@ from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 from tests.jobs.test_finetune import _records
 from tests.jobs.test_generate import ONE_DEVICE, RUN, VOCABULARY, pretrain
+from tests.models.small_decoders import decoder_config
 from tests.models.small_encoders import bert, t5
 
 
@@ -175,3 +178,5 @@ def test_mistakes_are_named(tmp_path, encoder, encoder_decoder):
     refused(tmp_path, encoder_decoder, 'an encoder-decoder does not do embedding')
     model = dataclasses.replace(bert(1, vocab=300), num_outputs=3)
     refused(tmp_path, encoder, 'num_outputs = 3, and the task needs 0', model=model)
+    with pytest.raises(UserError, match='something else than saying the next token'):
+        Generator(decoder_config(num_outputs=2), SamplingConfig(), make_mesh(ONE_DEVICE))

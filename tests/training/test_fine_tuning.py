@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from llm.models.low_rank import LowRankConfig
-from llm.models.parameters import named_specs
+from llm.models.parameters import named_specs, parameter_specs
 from llm.parallel.mesh import MeshConfig
 from llm.training.optimizers import OptimizerConfig
+from llm.training.parametrization import by_depth
 from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.models.small_encoders import bert, t5
 from tests.training.parity_cases import BATCH, GRADIENT, LAYER, LENGTH, SMALL, batch
 
 MODEL = dataclasses.replace(SMALL, num_layers=4)
@@ -131,3 +133,32 @@ def test_layer_decay_divides_the_rate_by_depth():
     np.testing.assert_allclose(ratio('head', 'kernel'), 1.0, rtol=1e-6)
     embedding = np.abs(part['embedding']['table']).sum() / np.abs(whole['embedding']['table']).sum()
     np.testing.assert_allclose(embedding, 0.5**5, rtol=1e-6)
+
+
+def test_a_new_head_is_trained_beside_adapters():
+    model = dataclasses.replace(ADAPTED, num_outputs=3)
+    specs = parameter_specs(model.build())
+    assert specs['head']['kernel'].trainable
+    assert not specs['embedding']['table'].trainable
+
+
+def test_depths_of_encoders_and_encoder_decoders():
+    def depths(config):
+        rates = dict(named_specs(by_depth(parameter_specs(config.build()), lambda depth, last: depth + 100 * last)))
+        return {name: np.ravel(rate).tolist() for name, rate in rates.items()}
+
+    found = depths(dataclasses.replace(bert(2, embedding_size=16), num_outputs=2, pooler=True))
+    below = {name for name, (rate, *_) in found.items() if rate == 300}
+    # The norm and the widening of the embeddings are as far down as they are.
+    assert {name.split('/')[0] for name in below} == {
+        *('embedding', 'positions', 'token_types', 'embedding_norm', 'widen', 'widen_bias')
+    }
+    assert found['encoder/layers/0/mixer/query'] == [301, 302]
+    assert found['classifier/kernel'] == found['pooler/dense'] == [303]
+
+    found = depths(t5(2))
+    assert found['embedding/table'] == found['encoder/relative_bias/table'] == [500]
+    assert found['encoder/layers/0/mixer/query'] == [501, 502]
+    assert found['decoder/layers/0/cross/query'] == found['decoder/layers/0/mixer/query'] == [503, 504]
+    assert (found['encoder/final_norm/scale'], found['decoder/final_norm/scale']) == ([503], [505])
+    assert found['head/kernel'] == [505]

@@ -79,7 +79,7 @@ def read_labelled(config: LabelledFiles, task: Task) -> list[LabelledExample]:
             found += _tagged(path, universal=kind.endswith('.conllu'))
         else:
             records = _json_records(path) if kind.endswith(('.jsonl', '.json')) else _table(path, _TABLES[kind[-4:]])
-            found += [_example(config, record, where) for record, where in records]
+            found += [_example(config, record, where, task) for record, where in records]
     if not found:
         raise UserError('the files hold no example', where=str(config.files), fix='Check the globs.')
     return found
@@ -147,7 +147,7 @@ class _Fields(string.Formatter):
 _FIELDS = _Fields()
 
 
-def _example(config: LabelledFiles, record: dict[str, Any], where: str) -> LabelledExample:
+def _example(config: LabelledFiles, record: dict[str, Any], where: str, task: Task) -> LabelledExample:
     def filled(template: str) -> str:
         try:
             return _FIELDS.vformat(template, (), record)
@@ -166,7 +166,10 @@ def _example(config: LabelledFiles, record: dict[str, Any], where: str) -> Label
 
     templates = (config.text, config.second_text, config.negative)
     texts = tuple(filled(template) for template in templates if template is not None)
-    return LabelledExample(texts, '' if config.label is None else filled(config.label), where)
+    label = '' if config.label is None else filled(config.label)
+    if config.label is not None and not label and task != 'generation':
+        raise UserError('the label is empty', where=where, fix='Leave the record out, or complete it.')
+    return LabelledExample(texts, label, where)
 
 
 def _tagged(path: str, *, universal: bool) -> Iterator[LabelledExample]:

@@ -53,6 +53,7 @@ def test_universal_dependencies(tmp_path):
         ('a.conll', 'word X\n', 'classification', 'does not hold examples for classification'),
         ('a.jsonl', '{"text": "x", "label": 1}', 'tagging', 'does not hold examples for tagging'),
         ('a.jsonl', '\n', 'classification', 'hold no example'),
+        ('a.tsv', 'text\tlabel\ngood\t\n', 'classification', r'a\.tsv:2.*the label is empty'),
         ('a.txt', 'x', 'classification', 'a kind that is not read'),
     ],
 )

@@ -93,3 +93,23 @@ def test_equal_digests_are_equal_rows():
 
     assert digest('x') == digest('x')
     assert len({digest('x'), digest('y'), digest('x', length=13), digest('x', read_at='first')}) == 4
+
+
+def test_an_encoder_reads_the_text_and_a_decoder_the_answer():
+    row = _rows('generation', (('ab', 'c'), 'de'), target_length=4).rows([0])
+    np.testing.assert_array_equal(row['encoder_inputs'][0, :5], [*_ids('ab'), _end(), *_ids('c'), _end()])
+    np.testing.assert_array_equal(row['encoder_segment_ids'][0], [1] * 5 + [0] * 7)
+    np.testing.assert_array_equal(row['inputs'][0], [BYTES.pad_id, *_ids('de'), BYTES.pad_id])
+    np.testing.assert_array_equal(row['targets'][0], [*_ids('de'), _end(), 0])
+    np.testing.assert_array_equal(row['loss_weights'][0], [1, 1, 1, 0])
+
+
+def test_the_second_text_of_a_pair_has_its_own_type():
+    rows = _rows('classification', (('ab', 'cde'), 'y'), (('ab',), 'y'), labels=('y',), token_types=True).rows([0, 1])
+    np.testing.assert_array_equal(rows['token_types'], [[0] * 4 + [1] * 4 + [0] * 4, [0] * 12])
+
+
+@pytest.mark.parametrize('label', ['nan', 'inf', 'high', ''])
+def test_numbers_are_finite(label):
+    with pytest.raises(UserError, match='is not a number'):
+        _rows('regression', (('ab',), label))
