@@ -16,6 +16,7 @@ from llm.training.checkpoints import Checkpointer
 from llm.training.early_stopping import Patience
 from llm.training.metrics import MetricsWriter
 from llm.training.progress import Progress
+from llm.training.sentence_pairs import pair_metrics
 from llm.training.step import Batch, State
 from llm.training.stopping import stop_requests
 from llm.training.trainer import Trainer
@@ -79,7 +80,7 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     Sums are taken in float64 on the host, batch by batch in order.
     """
     nll = tokens = 0.0
-    ahead = np.zeros((2, 0))
+    ahead, pairs = np.zeros((2, 0)), dict.fromkeys(('nll', 'correct', 'pairs'), 0.0)
     for index in range(evaluation.num_batches):
         sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index))
         nll += float(sums['nll'])
@@ -87,8 +88,11 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
         if 'ahead' in sums:
             part = np.stack([np.asarray(sums['ahead'][name], np.float64) for name in ('nll', 'tokens')])
             ahead = ahead + part if index else part
+        for name, value in sums.get('pairs', {}).items():
+            pairs[name] += float(value)
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
+    values |= pair_metrics({'pairs': pairs}) if pairs['pairs'] else {}
     values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes

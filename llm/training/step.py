@@ -26,6 +26,7 @@ from llm.training.multi_token import (
 from llm.training.optimizers import optimized
 from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
+from llm.training.sentence_pairs import pair_metrics, summed_pairs, with_pair_weights
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
 # targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
@@ -69,7 +70,7 @@ def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     module = nnx.merge(model, parameters)
-    own = ('targets', 'loss_weights', 'routing_weights')
+    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights')
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
     targets, weights = depths_of(batch)
     if len(targets) > 1:
@@ -77,13 +78,21 @@ def _summed_loss(
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    hidden, routing = module.hidden_and_sums(
-        **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
-    )
+    arrays |= {**orders, 'dropout_key': dropout_key}
+    pairs: dict[str, Any] = {}
+    pair_loss: jax.Array | float = 0.0
+    if 'next_sentence' in batch:
+        hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
+        routing: Any = {}
+        pair_loss, pairs['pairs'] = summed_pairs(pair_logits, batch)
+    else:
+        hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
     if len(targets) > 1:
         loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)
     else:
         loss, sums = summed_loss(module.projection(), hidden, targets[0], weights[0], z_loss)
+    if pairs:
+        loss, sums = loss + pair_loss, sums | pairs
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
@@ -110,7 +119,8 @@ def make_train_step(
     as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
 
     Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens;
-    with layers of experts those of `routing_metrics`, with multi-token prediction those of `depth_metrics`.
+    with layers of experts those of `routing_metrics`, with multi-token prediction those of `depth_metrics`,
+    with pairs of texts those of `pair_metrics`.
     """
     microbatches = config.gradient_accumulation
 
@@ -143,7 +153,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)
-        batch = with_routing_weights(batch)
+        batch = with_pair_weights(with_routing_weights(batch))
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         if gradients_of_sums is None:
             gradients, sums = accumulated(state['parameters'], batch, key)
@@ -162,6 +172,7 @@ def make_train_step(
             'tokens': sums['tokens'],
             **routing_metrics(sums.get('routing', {}), tokens),
             **depth_metrics(sums),
+            **pair_metrics(sums),
         }
         new_state = {
             'parameters': with_trained(state['parameters'], optax.apply_updates(part, updates)),
@@ -180,7 +191,8 @@ def make_evaluation_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
 
-    With multi-token prediction also 'ahead', the same of the further depths, [depths] each.
+    With multi-token prediction also 'ahead', the same of the further depths, [depths] each; with pairs of texts
+    'pairs', see `summed_pairs`.
 
     Args:
         sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
@@ -192,7 +204,7 @@ def make_evaluation_step(
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {name: sums[name] for name in ('nll', 'tokens', 'ahead') if name in sums}
+        return {name: sums[name] for name in ('nll', 'tokens', 'ahead', 'pairs') if name in sums}
 
     return evaluation_step
 
