@@ -297,7 +297,7 @@ def _check_same(examples: list[ShuffledExamples], names: list[str]) -> None:
             raise UserError(
                 f'rows of {names[0]} have {shapes[0]} and those of {name} {shape}',
                 where='DataConfig.components',
-                fix='Give their objectives the same target_length.',
+                fix='Give their objectives the same target_length, or the same rate.',
             )
 
 

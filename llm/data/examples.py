@@ -64,7 +64,7 @@ class ShuffledExamples(Examples):
 
     def rows(self, indices: npt.ArrayLike) -> Example:
         epochs, records = self._shuffle.locate(indices)
-        return _processed(self.records.rows(records), self.post_cache, self._record_seed, epochs, records)
+        return _processed(self.records, self.post_cache, self._record_seed, epochs, records)
 
 
 class FixedExamples(Examples):
@@ -82,9 +82,7 @@ class FixedExamples(Examples):
 
     def rows(self, indices: npt.ArrayLike) -> Example:
         records = np.minimum(np.asarray(indices, np.int64), self.records.num_rows)
-        return _processed(
-            self.records.rows(records), self.post_cache, self._record_seed, np.zeros_like(records), records
-        )
+        return _processed(self.records, self.post_cache, self._record_seed, np.zeros_like(records), records)
 
 
 class MixedExamples(Examples):
@@ -108,16 +106,27 @@ class MixedExamples(Examples):
 
 
 def _processed(
-    batch: Example, functions: Sequence[PostCache], seed: int, epochs: npt.ArrayLike, records: npt.ArrayLike
+    source: Records, functions: Sequence[PostCache], seed: int, epochs: npt.ArrayLike, records: npt.ArrayLike
 ) -> Example:
-    """Rows after post-cache functions, each with the randomness of its epoch and record."""
+    """Rows after post-cache functions, each with the randomness of its epoch and record.
+
+    A function that says `reads_another` finds the arrays of another row beside the row's own, as `other_<name>`: any
+    other with equal chance, by that randomness. Of a single row it is padding.
+    """
+    batch, total = source.rows(records), source.num_rows
     if not functions:
         return batch
+    keys = list(zip(np.asarray(epochs).tolist(), np.asarray(records).tolist(), strict=True))
+    generators = [record_generator(seed, epoch, record) for epoch, record in keys]
+    if any(getattr(function, 'reads_another', False) for function in functions):
+        others = [
+            (record + 1 + int(generator.integers(total - 1))) % total if total > 1 else total
+            for (_, record), generator in zip(keys, generators, strict=True)
+        ]
+        batch = batch | {f'other_{name}': array for name, array in source.rows(others).items()}
     examples = [
-        apply_post_cache(
-            functions, {name: array[i] for name, array in batch.items()}, record_generator(seed, epoch, record)
-        )
-        for i, (epoch, record) in enumerate(zip(np.asarray(epochs).tolist(), np.asarray(records).tolist(), strict=True))
+        apply_post_cache(functions, {name: array[i] for name, array in batch.items()}, generator)
+        for i, generator in enumerate(generators)
     ]
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 

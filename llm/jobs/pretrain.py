@@ -10,6 +10,7 @@ from llm.configuration import Invocation
 from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
 from llm.data.examples import FixedExamples, MixedExamples
 from llm.data.loader import Loader
+from llm.data.objectives.sentence_pairs import SentencePairs
 from llm.data.packing import PackedRows
 from llm.data.sources import ReadCounts, read_documents
 from llm.data.sources.standard_library import StandardLibrary
@@ -31,6 +32,7 @@ from llm.jobs.training_run import (
     say,
 )
 from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
 from llm.models.model import ModelConfig
 from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
@@ -199,6 +201,13 @@ class Pretrain:
                 'multi-token prediction goes with causal language modelling alone',
                 where='DecoderConfig.multi_token',
                 fix='Use None, or no objective.',
+            )
+        pairs = any(isinstance(each, SentencePairs) for each in self.data.objectives())
+        if pairs and not (isinstance(self.model, EncoderConfig) and self.model.next_sentence):
+            raise UserError(
+                'the objective is pairs of texts, and the model does not classify them',
+                where='EncoderConfig.next_sentence',
+                fix='Set it and pooler to True, and token_types to 2; or use another objective.',
             )
         if self.mesh.pipeline != 1 and any(self.data.objectives()):
             raise UserError(

@@ -155,6 +155,15 @@ def at_ratio(config: StackConfig, ratio: Fraction) -> StackConfig:
     return dataclasses.replace(config, pattern=tuple(layer.scaled(ratio) for layer in config.pattern))
 
 
+def _picked(states: jax.Array, index: jax.Array, token_index: ArrayLike | None) -> jax.Array:
+    """The states of some tokens of each row: [B, S, D], index [B, M] -> [B, M, D]; see `Encoder.encode`."""
+    if token_index is not None:
+        index = jnp.argsort(jnp.asarray(token_index))[index]
+    # Any token of a row may be wanted by any device that shares it.
+    states = constrain(states, ('batch', None, 'embed'))
+    return constrain(jnp.take_along_axis(states, index[..., None], axis=1), ('batch', 'residual', 'embed'))
+
+
 class Encoder(nnx.Module):
     """A bidirectional encoder; see the module's docstring."""
 
@@ -187,17 +196,40 @@ class Encoder(nnx.Module):
         """Logits of each of the tokens, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
         return self.projection()(self.hidden(inputs, **more))
 
-    def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
-        """What the logits are computed from: the states after the head's transform. See `encode` for the arguments."""
+    def hidden(self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any) -> jax.Array:
+        """What the logits are computed from: the states after the head's transform. See `encode` for other arguments.
+
+        Args:
+            predicted: [B, M], indices in the row of the tokens whose logits are wanted; default: all. [B, M, D].
+        """
+        return self._transformed(self.encode(inputs, **more), predicted, **more)
+
+    def hidden_and_pair_logits(
+        self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and of each row whether its second part follows the first; see `next_sentence_logits`."""
         states = self.encode(inputs, **more)
+        # The row's first token is the first also where devices share rows.
+        pairs = self.next_sentence_logits(states)
+        return self._transformed(states, predicted, **more), pairs
+
+    def _transformed(
+        self,
+        states: jax.Array,
+        predicted: jax.Array | None,
+        token_index: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+        **_: Any,
+    ) -> jax.Array:
+        if predicted is not None:
+            states = _picked(states, predicted, token_index)
         if self.classifier is None:
             return states if self.head is None else self.head(states)
         if self.pooler is not None:
             states = constrain(self.pooler.transform(states), ('batch', 'residual', 'embed'))
-        key, index = more.get('dropout_key'), more.get('token_index')
         # Dropout counts what is above the layers as one more, after the embeddings.
-        key = None if key is None else jax.random.fold_in(key, self.config.layers.num_layers + 1)
-        index = None if index is None else jnp.asarray(index)
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, self.config.layers.num_layers + 1)
+        index = None if token_index is None else jnp.asarray(token_index)
         return dropout(states, self.config.embedding_dropout, key, Purpose.OUTPUT, index)
 
     def hidden_and_sums(

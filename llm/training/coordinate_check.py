@@ -26,8 +26,8 @@ class Coordinate:
 
     Attributes:
         width: d_model. step: updates done.
-        activation: 'embedding', 'layer 1', ..., '2 ahead' and its logits of multi-token prediction, 'logits' or 'target
-            logits', those of the tokens that come. With tied
+        activation: 'embedding', 'layer 1', ..., '2 ahead' and '2 ahead, target logits' of multi-token prediction,
+            'logits' or 'target logits', those of the tokens that come. With tied
             embeddings the change of other logits is mostly chance overlap of random vectors, which fades with width.
     """
 
@@ -94,12 +94,13 @@ def _activations(config: DecoderConfig, parameters: Any, batch: Batch) -> dict[s
     logits = whole(batch['inputs'], positions=batch['positions'])
     targets = jnp.take_along_axis(logits, batch['targets'][..., None], axis=-1)
     if config.multi_token is not None:
-        # As if the same tokens came again: what they are is of no matter here.
-        ahead = [batch['targets']] * config.multi_token.depths
-        states, _ = whole.hidden_and_sums(batch['inputs'], positions=batch['positions'], tokens_ahead=ahead)
-        for depth in range(1, config.multi_token.depths + 1):
-            activations[f'{depth + 1} ahead'] = states[:, depth]
-            activations[f'{depth + 1} ahead, logits'] = whole.logits(states[:, depth])
+        depths, length = config.multi_token.depths, batch['inputs'].shape[1]
+        ahead = [jnp.roll(batch['targets'], -depth, axis=1) for depth in range(depths + 1)]
+        states, _ = whole.hidden_and_sums(batch['inputs'], positions=batch['positions'], tokens_ahead=ahead[:-1])
+        for depth in range(1, depths + 1):
+            known = states[:, depth, : length - depth]  # of which the token is in the row
+            of_targets = jnp.take_along_axis(whole.logits(known), ahead[depth][:, : length - depth, None], axis=-1)
+            activations |= {f'{depth + 1} ahead': known, f'{depth + 1} ahead, target logits': of_targets}
     return activations | {'logits': logits, 'target logits': targets}
 
 

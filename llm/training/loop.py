@@ -16,6 +16,7 @@ from llm.training.checkpoints import Checkpointer
 from llm.training.early_stopping import Patience
 from llm.training.metrics import MetricsWriter
 from llm.training.progress import Progress
+from llm.training.sentence_pairs import pair_metrics
 from llm.training.step import Batch, State
 from llm.training.stopping import stop_requests
 from llm.training.trainer import Trainer
@@ -83,7 +84,7 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     Sums are taken in float64 on the host, batch by batch in order.
     """
     nll = tokens = 0.0
-    ahead = np.zeros((2, 0))
+    ahead, pairs = np.zeros((2, 0)), dict.fromkeys(('nll', 'correct', 'pairs'), 0.0)
     more: list[dict[str, np.ndarray]] = []
     step = evaluation.step or trainer.evaluation_step
     for index in range(evaluation.num_batches):
@@ -94,9 +95,12 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
             part = found.pop('ahead')
             summed = np.stack([np.asarray(part[name], np.float64) for name in ('nll', 'tokens')])
             ahead = ahead + summed if index else summed
+        for name, value in found.pop('pairs', {}).items():
+            pairs[name] += float(value)
         more.append({name: np.asarray(value) for name, value in found.items()})
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
+    values |= pair_metrics({'pairs': pairs}) if pairs['pairs'] else {}
     values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes

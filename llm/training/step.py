@@ -26,6 +26,7 @@ from llm.training.multi_token import (
 from llm.training.optimizers import optimized
 from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
+from llm.training.sentence_pairs import pair_metrics, summed_pairs, with_pair_weights
 
 State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
 # targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
@@ -74,8 +75,9 @@ def microbatches_of(x: jax.Array, count: int, axes: Axes) -> jax.Array:
     return constrain(x, (None, *axes))
 
 
-def _hidden(module: Any, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-    own = ('targets', 'loss_weights', 'routing_weights')
+def _read_by_model(batch: Batch, dropout_key: jax.Array | None) -> dict[str, Any]:
+    """What `hidden` of the model takes, of what is in a batch."""
+    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights')
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
     targets, _ = depths_of(batch)
     if len(targets) > 1:
@@ -83,21 +85,28 @@ def _hidden(module: Any, batch: Batch, dropout_key: jax.Array | None) -> tuple[j
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    return module.hidden_and_sums(
-        **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
-    )
+    return arrays | {**orders, 'dropout_key': dropout_key}
 
 
 def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     module = nnx.merge(model, parameters)
-    hidden, routing = _hidden(module, batch, dropout_key)
+    arrays = _read_by_model(batch, dropout_key)
+    routing: Any = {}
+    pairs: tuple[Any, Metrics] | None = None
+    if 'next_sentence' in batch:
+        hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
+        pairs = summed_pairs(pair_logits, batch)
+    else:
+        hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
     targets, weights = depths_of(batch)
     if len(targets) > 1:
         loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)
     else:
         loss, sums = summed_loss(module.projection(), hidden, targets[0], weights[0], z_loss)
+    if pairs is not None:
+        loss, sums = loss + pairs[0], sums | {'pairs': pairs[1]}
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
@@ -124,7 +133,8 @@ def make_train_step(
     as far as microbatches are drawn apart: masks depend on (seed, step, microbatch, layer) and position.
 
     Metrics, all fp32 scalars: loss (mean nll in nats), z_loss, gradient_norm (before clipping), learning_rate, tokens;
-    with layers of experts those of `routing_metrics`, with multi-token prediction those of `depth_metrics`.
+    with layers of experts those of `routing_metrics`, with multi-token prediction those of `depth_metrics`,
+    with pairs of texts those of `pair_metrics`.
     """
     microbatches = config.gradient_accumulation
 
@@ -152,7 +162,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)
-        batch = with_routing_weights(batch)
+        batch = with_pair_weights(with_routing_weights(batch))
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
@@ -167,6 +177,7 @@ def make_train_step(
             'tokens': sums['tokens'],
             **routing_metrics(sums.get('routing', {}), tokens),
             **depth_metrics(sums),
+            **pair_metrics(sums),
         }
         new_state = {
             'parameters': with_trained(state['parameters'], optax.apply_updates(part, updates)),
@@ -185,7 +196,8 @@ def make_evaluation_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
 
-    With multi-token prediction also 'ahead', the same of the further depths, [depths] each.
+    With multi-token prediction also 'ahead', the same of the further depths, [depths] each; with pairs of texts
+    'pairs', see `summed_pairs`.
 
     Args:
         sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
@@ -197,7 +209,7 @@ def make_evaluation_step(
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {name: sums[name] for name in ('nll', 'tokens', 'ahead') if name in sums}
+        return {name: sums[name] for name in ('nll', 'tokens', 'ahead', 'pairs') if name in sums}
 
     return evaluation_step
 
@@ -209,7 +221,7 @@ def make_prediction_step(model: nnx.GraphDef) -> Callable[[Any, Batch], dict[str
     def prediction_step(parameters: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = placed(batch)
         module = nnx.merge(model, parameters)
-        hidden, projection = _hidden(module, batch, None)[0], module.projection()
+        hidden, projection = module.hidden(**_read_by_model(batch, None)), module.projection()
         sums = summed_loss(projection, hidden, batch['targets'], batch['loss_weights'])[1]
         predicted, order = projection(hidden), token_order(batch['inputs'].shape[1])
         if order is not None:

@@ -1,6 +1,7 @@
 """Masked language modelling for an encoder: single tokens, whole words or spans of them are to be found again."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +18,10 @@ Unit = Literal['token', 'word', 'span']
 class MaskedLanguageModelling:
     """Devlin et al. 2019, section 3.1: of the chosen tokens 80% become a mask token, 10% a random one, 10% stay.
 
-    In each document of a row, `rate` of its tokens are chosen (rounded, at least one), boundaries never.
+    In each document of a row, `rate` of its tokens are chosen (rounded, at least one), boundaries never. A batch names
+    the chosen, up to `most` a row, so that a model makes logits of these alone: `predicted` [B, M], their indices in
+    the row, with `targets` and `loss_weights` [B, M]. A row with so many small documents that there would be more
+    leaves out units of them at random.
 
     Attributes:
         rate: share of the tokens that are chosen.
@@ -69,6 +73,11 @@ class MaskedLanguageModelling:
         """As much as there are tokens."""
         return lengths
 
+    def most(self, sequence_length: int) -> int:
+        """M: a tenth more than `rate` of a row, rounded up to what a mesh can share among as many devices as rows."""
+        step = max(8, sequence_length // 16)
+        return min(sequence_length, step * math.ceil((1.1 * self.rate * sequence_length + 1) / step))
+
     def bind(self, vocabulary: Tokenizer, sequence_length: int) -> PostCache:
         """The function on rows.
 
@@ -87,7 +96,8 @@ class MaskedLanguageModelling:
         never = {*special.values(), boundaries.start, boundaries.end, boundaries.pad}
         ordinary = np.setdiff1d(np.arange(vocabulary.size), sorted(never))
         opens, closes = (None, None) if self.unit == 'token' else word_edges(vocabulary)
-        return _Masking(self, vocabulary.digest, mask, ordinary, opens, closes)
+        most = self.most(sequence_length)
+        return _Masking(self, vocabulary.digest, mask, most, ordinary, opens, closes)
 
 
 def word_edges(vocabulary: Any) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -112,22 +122,37 @@ class _Masking:
     config: MaskedLanguageModelling
     vocabulary: str
     mask: int
+    most: int
     ordinary: npt.NDArray[np.int64] = dataclasses.field(repr=False)
     opens: npt.NDArray[np.bool_] | None = dataclasses.field(repr=False)
     closes: npt.NDArray[np.bool_] | None = dataclasses.field(repr=False)
 
     def __call__(self, example: Example, generator: np.random.Generator) -> Example:
-        """A row of packed documents, whose targets are the tokens; each array [S]."""
+        """A row of packed documents, whose targets are the tokens: inputs and the like [S], of the chosen [M]."""
         tokens = example['targets'].astype(np.int32)
-        inputs, weights = tokens.copy(), np.zeros(len(tokens), np.float32)
+        inputs = tokens.copy()
         maskable = np.isin(tokens, self.ordinary)
-        for span in spans_of(example['segment_ids']):
-            for unit in self._units(tokens[span], maskable[span], generator):
-                where = span.start + unit
-                weights[where] = 1
-                inputs[where] = self._replaced(tokens[where], generator)
+        units = [
+            span.start + unit
+            for span in spans_of(example['segment_ids'])
+            for unit in self._units(tokens[span], maskable[span], generator)
+        ]
+        if sum(map(len, units)) > self.most:
+            kept = _within(self.most, [units[i] for i in generator.permutation(len(units))])
+            units = sorted((unit[: self.most] for unit in kept), key=lambda unit: int(unit[0]))
+        for where in units:
+            inputs[where] = self._replaced(tokens[where], generator)
+        chosen = np.sort(np.concatenate(units)) if units else np.zeros(0, np.int64)
+        predicted, weights = np.zeros(self.most, np.int32), np.zeros(self.most, np.float32)
+        predicted[: len(chosen)], weights[: len(chosen)] = chosen, 1
         rest = {name: example[name] for name in ('segment_ids', 'positions')}
-        return {'inputs': inputs, 'targets': tokens, 'loss_weights': weights, **rest}
+        return {
+            'inputs': inputs,
+            'predicted': predicted,
+            'targets': tokens[predicted],
+            'loss_weights': weights,
+            **rest,
+        }
 
     def _replaced(self, tokens: npt.NDArray[np.int32], generator: np.random.Generator) -> npt.NDArray[np.int32]:
         config = self.config

@@ -173,6 +173,7 @@ def _charts(run: RunRecord) -> str:
         Line(words, [(step, 100 * share) for step, share in run.series(name)], colour)
         for colour, (name, words) in enumerate(conventions)
     ]
+    accuracy = [(step, 100 * share) for step, share in run.series('next_sentence_accuracy')]
     drawn = [
         chart('Bits per byte, held out', scores, levels=levels, wide=True),
         chart('Loss, nats per token', losses, wide=True),
@@ -181,6 +182,7 @@ def _charts(run: RunRecord) -> str:
         chart('Tokens per second', [Line('by step', run.series('tokens_per_second'))], from_zero=True),
         chart('Model FLOPs utilization, %', utilization, from_zero=True),
         *_depth_charts(run, chart),
+        chart('Pairs of texts told apart, %', [Line('training', accuracy)]),
         *_routing_charts(run, chart),
     ]
     if not any(drawn):

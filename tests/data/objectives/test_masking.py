@@ -24,7 +24,14 @@ def row(*texts, width=256):
 
 
 def masked(objective, example, index=0):
-    return objective.bind(VOCABULARY, len(example['targets']))(example, record_generator(0, 0, index))
+    """With targets and weights of the chosen at their places in the row, which is its text elsewhere."""
+    batch = objective.bind(VOCABULARY, len(example['targets']))(example, record_generator(0, 0, index))
+    weights = np.zeros(len(example['targets']), np.float32)
+    chosen = batch['predicted'][batch['loss_weights'] > 0]
+    weights[chosen] = 1
+    assert len(set(chosen.tolist())) == len(chosen) and sorted(chosen) == chosen.tolist()
+    np.testing.assert_array_equal(batch['targets'], example['targets'][batch['predicted']])
+    return batch | {'targets': example['targets'], 'loss_weights': weights}
 
 
 @pytest.mark.parametrize('rate', [0.15, 0.4])
@@ -55,6 +62,21 @@ def test_eighty_percent_become_the_mask_and_ten_a_random_token(unit):
         assert not specials & set(inputs.tolist())
     # One of 256 random tokens is the old one.
     np.testing.assert_allclose(counts / counts.sum(), [0.8, 0.1 + 0.1 / 256, 0.1 - 0.1 / 256], atol=0.03)
+
+
+@pytest.mark.parametrize('unit', ['token', 'word'])
+def test_what_a_row_of_many_documents_has_no_room_for_is_left_out_at_random(unit):
+    objective = MaskedLanguageModelling(unit=unit, mask_share=1.0, random_share=0.0)
+    example = row(*['x'] * 100)  # each document would have one
+    most = objective.most(256)
+    chosen = [masked(objective, example, index)['loss_weights'] for index in range(40)]
+    assert most == 48 and all(weights.sum() == most for weights in chosen)
+    # Every document about as often as any other: 19.2 of 40, with standard deviation 3.2.
+    often = np.sum(chosen, axis=0)[:200:2]
+    assert often.sum() == 40 * most and often.min() > 6 and often.max() < 33
+    # A lone word longer than the row has room for is cut.
+    long = masked(MaskedLanguageModelling(unit='word'), row('x' * 200))
+    assert long['loss_weights'].sum() == most
 
 
 def words_of(text):

@@ -111,12 +111,13 @@ def test_complete_run_shows_its_figures(tmp_path):
     assert page.source.count('class="level"') == 3
 
 
-def test_losses_of_multi_token_prediction_are_drawn(tmp_path):
+def test_what_some_objectives_measure_is_drawn(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
         for step in (1, 2, 3):
-            writer.write(step, 'train', {'loss': 4.0 / step, 'loss_2_ahead': 5.0 / step, 'loss_3_ahead': 6.0 / step})
+            further = {'loss_2_ahead': 5.0 / step, 'loss_3_ahead': 6.0 / step, 'next_sentence_accuracy': 0.5}
+            writer.write(step, 'train', {'loss': 4.0 / step, **further})
     source = write_report(tmp_path).read_text()
-    assert 'Loss by token ahead, nats per token' in source
+    assert 'Loss by token ahead, nats per token' in source and 'Pairs of texts told apart, %' in source
     assert all(f'data-name="{name}"' in source for name in ('next token', '2 ahead', '3 ahead'))
 
 
