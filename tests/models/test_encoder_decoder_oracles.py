@@ -1,5 +1,6 @@
 """The encoder-decoder against transformers' T5, both versions: logits, loss, gradients, greedy decoding."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -82,6 +83,7 @@ def test_logits_loss_gradients_and_greedy_decoding(gated):
         for parameter in theirs.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         theirs.shared.weight.mul_(0.3)  # else a tied model says again what it reads
+    theirs = theirs.double()  # scores are not scaled, and make much of the last digits of float32
     rng = np.random.default_rng(0)
     lengths = np.array([T, 9, 5])
     real = np.arange(T) < lengths[:, None]
@@ -97,31 +99,32 @@ def test_logits_loss_gradients_and_greedy_decoding(gated):
     )
     output.loss.backward()
     state = {key: x.detach().numpy() for key, x in theirs.state_dict().items()}
-    params = t5_parameters(state, 2)
     gradients = {key: x.grad.numpy() for key, x in theirs.named_parameters(remove_duplicate=False)}
 
     config = t5(gated=gated)
-    graph = nnx.split(config.build())[0]
     sides = {
         'encoder_inputs': jnp.asarray(sources),
         'encoder_segment_ids': jnp.asarray(real.astype(np.int32)),
         'segment_ids': jnp.ones((B, S), jnp.int32),
     }
+    with jax.enable_x64():
+        double = nnx.split(dataclasses.replace(config, compute_dtype='float64').build())[0]
 
-    def loss(params: Any) -> Any:
-        model = nnx.merge(graph, params)
-        hidden = model.hidden(jnp.asarray(inputs), **sides)
-        total = summed_loss(model.projection(), hidden, jnp.asarray(targets), jnp.asarray(weights))[0]
-        return total / weights.sum(), model.projection()(hidden)
+        def loss(params: Any) -> Any:
+            model = nnx.merge(double, params)
+            hidden = model.hidden(jnp.asarray(inputs), **sides)
+            total = summed_loss(model.projection(), hidden, jnp.asarray(targets), jnp.asarray(weights))[0]
+            return total / weights.sum(), model.projection()(hidden)
 
-    (value, logits), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    close(logits, output.logits.detach().numpy(), 'logits')
-    assert float(value) == pytest.approx(output.loss.item(), rel=1e-4)
-    for (path, gradient), expected in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(t5_parameters(gradients, 2)), strict=True
-    ):
-        close(gradient, expected, jax.tree_util.keystr(path))
+        (value, logits), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(t5_parameters(state, 2))
+        close(logits, output.logits.detach().numpy(), 'logits')
+        assert float(value) == pytest.approx(output.loss.item(), rel=1e-4)
+        for (path, gradient), expected in zip(
+            jax.tree.leaves_with_path(found), jax.tree.leaves(t5_parameters(gradients, 2)), strict=True
+        ):
+            close(gradient, expected, jax.tree_util.keystr(path))
 
+    graph, params = nnx.split(config.build())[0], t5_parameters(state, 2)
     steps = 12
     decoded = theirs.generate(
         torch.tensor(sources),
