@@ -204,19 +204,12 @@ class Attention(nnx.Module):
         **sides: Any,
     ) -> jax.Array:
         """`attend` with what this layer is configured to do."""
-        config, causal = self.config, self.config.causal
+        config = self.config
         extra: dict[str, jax.Array] = {}
         if self.position == 'relative':
-            if context.bias is None:
+            if context.distance_bias is None:
                 raise ValueError("position 'relative' needs a bias in the context")
-            extra['bias'] = context.bias
-            if cut is not None:  # every device sees all keys, and its part of the queries and of the bias
-                sides['whole_keys'] = True
-                if causal:  # by index in the row, which a device's part does not tell
-                    index = jnp.arange(key.shape[1]) if context.token_index is None else context.token_index
-                    hidden = jnp.where(index[:, None] < index, jnp.finfo(context.bias.dtype).min / 2, 0)
-                    extra['bias'] = context.bias + hidden.astype(context.bias.dtype)
-                    causal = False
+            extra['distance_bias'] = context.distance_bias
         if self.position == 'alibi':
             dtype = jnp.promote_types(query.dtype, jnp.float32)
             extra['alibi_slopes'] = jnp.asarray(alibi_slopes(config.num_heads), dtype)
@@ -229,7 +222,7 @@ class Attention(nnx.Module):
             context,
             cut,
             extra,
-            causal=causal,
+            causal=config.causal,
             scale=config.score_scale,
             window=config.window,
             soft_cap=config.logit_soft_cap,
@@ -271,7 +264,7 @@ def attend(
     """Softmax attention on each device's rows, tokens and heads. Shapes: as dot_product_attention.
 
     Args:
-        cut: how rows are cut up, if they are. extra: 'alibi_slopes', 'sinks' and 'bias', of dot_product_attention, as
+        cut: how rows are cut up, if they are. extra: alibi_slopes, sinks and distance_bias of dot_product_attention, as
             are options.
         memory_segment_ids: [B, T], of the keys where they are not those of the queries.
         whole_keys: where rows are cut along a mesh axis, whether each device gets all keys.
@@ -298,7 +291,6 @@ def attend(
     keys = None if whole_keys else sequence
     # A key that all heads share is whole on every device.
     kv_heads = 'kv_heads' if key.shape[2] > 1 else None
-    bias = arrays.get('bias')
     axes: dict[str, Axes] = {
         'query': ('batch', sequence, 'heads', 'head_dim'),
         'key': ('batch', keys, kv_heads, 'head_dim'),
@@ -306,7 +298,7 @@ def attend(
         'query_segment_ids': ('batch', sequence),
         'key_segment_ids': ('batch', keys),
         'global_keys': ('batch', keys),
-        'bias': ('batch' if bias is not None and bias.shape[0] > 1 else None, 'heads', sequence, None),
+        'distance_bias': ('heads', None),
         'alibi_slopes': ('heads',),
         'sinks': ('heads',),
         'query_offset': ('batch',) * jnp.ndim(0 if context.offset is None else context.offset),

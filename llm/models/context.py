@@ -30,8 +30,9 @@ class Context:
             and 0 in segment 0.
         lengths: [B], how many tokens of each row are real when decoding with a cache; those after them are padding,
             which a recurrent state must not see. None: all.
-        bias: [1 or B, H, S, T] added to the scores of self-attention, for position 'relative'; see RelativeBias.
+        distance_bias: [H, 2 M + 1], for position 'relative'; see RelativeBias.
         global_keys: [B, T] bool or None; tokens that all of their segment see, whatever causal and window say.
+        global_tokens: [B, S] bool or None; tokens that see all of their segment too, in layers of LongAttention.
         memory: [B, T, D], what cross-attention reads: the output of the encoder; memory_segment_ids: [B, T] or None,
             a segment reads the one of its own number. Not needed where a cache holds the keys and values.
     """
@@ -43,8 +44,9 @@ class Context:
     token_ids: jax.Array | None = None
     token_weights: jax.Array | None = None
     lengths: jax.Array | None = None
-    bias: jax.Array | None = None
+    distance_bias: jax.Array | None = None
     global_keys: jax.Array | None = None
+    global_tokens: jax.Array | None = None
     memory: jax.Array | None = None
     memory_segment_ids: jax.Array | None = None
 

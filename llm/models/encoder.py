@@ -27,6 +27,7 @@ from llm.models.embedding import Embedding, Projection
 from llm.models.heads import Classifier, MaskedLanguageModelHead, MaskedLanguageModelHeadConfig, Pooler
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig
+from llm.models.long_attention import LongAttentionConfig
 from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, mark_below, parameter
@@ -50,6 +51,7 @@ class EncoderConfig:
         token_types: kinds of tokens that have an embedding, the two sentences of BERT; 0 for none.
         embedding_norm: on the sum of the embeddings; None for none.
         embedding_dropout: rate after it.
+        first_is_global: whether the first token of every segment (but padding, 0) is global; see LongAttentionConfig.
         head: of the masked language model; None makes logits of the last states as they are.
         pooler: whether there is a vector of the whole row: for what is trained on it, and to hold published weights.
         next_sentence: whether the pooler's vector is classified as BERT does: 0 where the second part follows.
@@ -72,6 +74,7 @@ class EncoderConfig:
     token_types: int = 0
     embedding_norm: NormConfig | None = None
     embedding_dropout: float = 0.0
+    first_is_global: bool = False
     head: MaskedLanguageModelHeadConfig | None = MaskedLanguageModelHeadConfig()
     pooler: bool = False
     next_sentence: bool = False
@@ -111,11 +114,23 @@ class EncoderConfig:
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f'embedding_dropout is {self.embedding_dropout}', where=where, fix='Use a rate in [0, 1).')
         check_layers(self.layers.pattern, causal=False, cross=False, where=f'{where}.layers')
+        if self.first_is_global:
+            self.check_global_tokens()
 
     @property
     def pattern(self) -> tuple[LayerConfig, ...]:
         """All kinds of layers."""
         return self.layers.pattern
+
+    def check_global_tokens(self) -> None:
+        """Raises UserError where a layer has no room for global tokens."""
+        for layer in self.layers.pattern:
+            if not isinstance(layer.mixer, LongAttentionConfig) or not layer.mixer.global_tokens:
+                raise UserError(
+                    'there are global tokens, and layers without room for them',
+                    where='EncoderConfig.layers',
+                    fix='Use LongAttentionConfig, with global_tokens of at least 1.',
+                )
 
     @property
     def longest(self) -> int | None:
@@ -245,6 +260,7 @@ class Encoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        global_tokens: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
     ) -> jax.Array:
@@ -255,11 +271,13 @@ class Encoder(nnx.Module):
             positions: [B, S] or [1, S]; default: from 0 in each segment.
             segment_ids: [B, S]; tokens attend within their own segment only, padding is one too. Default: a row is one.
             token_types: [B, S]; default: 0.
+            global_tokens: [B, S], not 0 on tokens that see and are seen by all of their segment (Longformer); default:
+                none, or those that `first_is_global` names.
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`.
 
         Raises:
-            UserError: S is more than the learned positions.
+            UserError: S is more than the learned positions; there are global tokens, and layers without them.
         """
         config = self.config
         check_length(inputs.shape[1], config.longest, 'EncoderConfig.max_positions')
@@ -267,8 +285,21 @@ class Encoder(nnx.Module):
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
         x = self._embed(inputs, positions, token_types, dropout_key, index)
-        context = Context(segment_ids, token_index=index)
+        context = Context(
+            segment_ids, token_index=index, global_tokens=self._global(global_tokens, segment_ids, inputs)
+        )
         return self.encoder(x, positions, context, dropout_key)[0]
+
+    def _global(self, given: jax.Array | None, segment_ids: jax.Array | None, inputs: jax.Array) -> jax.Array | None:
+        """Which tokens are global, [B, S]; None for none."""
+        if given is None and self.config.first_is_global:
+            segment_ids = jnp.ones_like(inputs) if segment_ids is None else segment_ids
+            before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+            given = (segment_ids != before) & (segment_ids != 0)
+        if given is None:
+            return None
+        self.config.check_global_tokens()
+        return given != 0
 
     def projection(self) -> Projection:
         """What makes logits of the hidden states."""

@@ -62,8 +62,8 @@ class RelativeBias(nnx.Module):
             (config.num_buckets, num_heads), ('buckets', 'heads'), Role.EMBEDDING, inputs=(0,), outputs=(1,)
         )
 
-    def __call__(self, query_index: jax.Array, key_index: jax.Array) -> jax.Array:
-        """Index in its row of each query, [1 or B, S], and key, [T] -> bias [1 or B, H, S, T] in fp32 at least."""
-        buckets = self.config.buckets(key_index - query_index[:, :, None])
+    def __call__(self) -> jax.Array:
+        """The bias of distances -M to M, beyond which all are alike: [H, 2 M + 1] in fp32 at least."""
+        buckets = self.config.buckets(jnp.arange(-self.config.max_distance, self.config.max_distance + 1))
         table = self.table[...].astype(jnp.promote_types(self.table[...].dtype, jnp.float32))
-        return jnp.moveaxis(table[buckets], -1, 1)
+        return table[buckets].T

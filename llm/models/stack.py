@@ -136,10 +136,8 @@ class Stack(nnx.Module):
             cache: by group ('layers', 'remainder') and position in the pattern.
         """
         config = self.config
-        keys = x.shape[1] if cache is None else _room(cache)
-        context = dataclasses.replace(
-            context, rotary=self._rotary(positions, x.dtype), bias=self._bias(context, x.shape[1], keys)
-        )
+        bias = None if self.relative_bias is None else self.relative_bias()
+        context = dataclasses.replace(context, rotary=self._rotary(positions, x.dtype), distance_bias=bias)
         new_cache: Cache = {}
         for group, layers, repeats, start in (
             ('layers', self.layers, config.repeats, 0),
@@ -184,21 +182,6 @@ class Stack(nnx.Module):
             return {}
         kinds = {layer.attention.rotary for layer in self.config.pattern}
         return {rotary: rotary_table(rotary, positions, jnp.promote_types(dtype, jnp.float32)) for rotary in kinds}
-
-    def _bias(self, context: Context, queries: int, keys: int) -> jax.Array | None:
-        if self.relative_bias is None:
-            return None
-        if context.token_index is not None:
-            return self.relative_bias(context.token_index[None], context.token_index)
-        offset = jnp.reshape(jnp.asarray(0 if context.offset is None else context.offset, jnp.int32), (-1, 1))
-        return self.relative_bias(offset + jnp.arange(queries), jnp.arange(keys))
-
-
-def _room(cache: Cache) -> int:
-    """How many tokens the keys of self-attention are for."""
-    entry = next(iter(next(iter(cache.values())).values()))
-    length: int = entry.get('mixer', entry)['key'].shape[2]
-    return length
 
 
 def _layer_cache_axes(layer: Layer) -> Cache:

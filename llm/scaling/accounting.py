@@ -19,6 +19,7 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.encoder import EncoderConfig
 from llm.models.layer import AttendingConfig
+from llm.models.long_attention import LongAttentionConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
@@ -118,6 +119,9 @@ def flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length:
         if isinstance(mixer, AttentionConfig) and not mixer.causal:
             window = sequence_length if mixer.window is None else min(2 * mixer.window - 1, sequence_length)
             seen = window * sequence_length
+        if isinstance(mixer, LongAttentionConfig):  # each token sees the global ones, and they see it
+            window += 2 * mixer.global_tokens
+            seen += 2 * mixer.global_tokens * sequence_length
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
     return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)

@@ -30,12 +30,13 @@ def bert(
     heads: int = H,
     d_ff: int = F,
     epsilon: float = 1e-12,
+    mixer: AttentionConfig | None = None,
     **changes: Any,
 ) -> EncoderConfig:
     """BERT: layers normalised after each branch, biases everywhere."""
     norm = NormConfig('layer', epsilon, bias=True)
-    mixer = AttentionConfig(heads, heads, width // heads, causal=False, qkv_bias=True, output_bias=True)
-    layer = LayerConfig(mixer, FeedForwardConfig(d_ff, 'gelu', bias=True), norm, 'post')
+    plain = AttentionConfig(heads, heads, width // heads, causal=False, qkv_bias=True, output_bias=True)
+    layer = LayerConfig(mixer or plain, FeedForwardConfig(d_ff, 'gelu', bias=True), norm, 'post')
     config = EncoderConfig(
         vocab_size=vocab,
         d_model=width,

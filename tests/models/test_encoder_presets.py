@@ -21,6 +21,7 @@ ENCODERS = {
     'bert_large': 336_226_108,
     'roberta_base': 124_697_433,
     'albert_base': 11_221_680,
+    'longformer_base_4096': 148_711_257,
     'encoder_tiny': None,
 }
 ENCODER_DECODERS = {
@@ -79,6 +80,8 @@ def test_transformers_counts_the_same():
     assert total('BertForPreTraining', 'BertConfig', **large) == ENCODERS['bert_large']
     roberta = {'vocab_size': 50_265, 'max_position_embeddings': 514, 'type_vocab_size': 1}
     assert total('RobertaForMaskedLM', 'RobertaConfig', **roberta) == ENCODERS['roberta_base']
+    longformer = roberta | {'max_position_embeddings': 4098, 'attention_window': 512}
+    assert total('LongformerForMaskedLM', 'LongformerConfig', **longformer) == ENCODERS['longformer_base_4096']
     albert = {'hidden_size': 768, 'num_attention_heads': 12, 'intermediate_size': 3072}
     assert total('AlbertForMaskedLM', 'AlbertConfig', **albert) == ENCODERS['albert_base']
     xxl = {'d_model': 4096, 'd_kv': 64, 'd_ff': 10_240, 'num_layers': 24, 'num_heads': 64}

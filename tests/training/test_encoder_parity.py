@@ -13,10 +13,11 @@ import pytest
 
 from llm.errors import UserError
 from llm.models.decoder import DecoderConfig
+from llm.models.long_attention import LongAttentionConfig
 from llm.parallel.mesh import MeshConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
-from tests.models.small_encoders import V, bert, t5
+from tests.models.small_encoders import H, K, V, bert, t5
 from tests.training.parity_cases import GRADIENT, LAYER, SMALL
 
 ROWS, S, T = 8, 8, 16
@@ -39,10 +40,14 @@ def recomputed(config, **stack):
     return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **stack) for name in names})
 
 
+LONG = LongAttentionConfig(
+    H, H, K, window=3, causal=False, qkv_bias=True, output_bias=True, dilations=(1, 2), global_tokens=3
+)
 ALBERT = wider(bert(2, embedding_size=16))
 MODELS = {
     'bert': wider(bert(token_types=0)),
     'albert': dataclasses.replace(ALBERT, layers=dataclasses.replace(ALBERT.layers, shared_layers=True)),
+    'longformer': wider(bert(token_types=0, mixer=LONG)),
     't5': wider(t5(gated=False)),
     't5 v1.1': wider(t5()),
     'prefix': dataclasses.replace(SMALL, pattern=(dataclasses.replace(LAYER, dropout=0.1),), num_layers=2),
@@ -74,6 +79,8 @@ def batch(kind):
         arrays |= {'predicted': index, **picked}
     if kind == 'prefix':
         arrays['prefix'] = (positions < 3).astype(np.int32)
+    if kind == 'longformer':
+        arrays['global_tokens'] = (positions == 0).astype(np.int32)
     return arrays
 
 
@@ -134,6 +141,7 @@ COLLECTIVES = {'data': 'all-reduce', 'fsdp': 'all-gather', 'tensor': 'all-reduce
     [
         ('bert', 'fsdp x sequence x tensor'),
         ('albert', 'data x fsdp x tensor'),
+        ('longformer', 'data x fsdp x tensor'),
         ('t5', 'fsdp x sequence x tensor'),
         ('t5 v1.1', 'data x fsdp x tensor'),
     ],
@@ -156,7 +164,7 @@ def test_logits_of_some_tokens_alone_give_the_loss_of_those():
 
 def test_a_prefix_language_model_on_a_mesh():
     agrees(run('prefix', MESHES['data x fsdp x tensor']), run('prefix', MeshConfig(data=1)))
-    with pytest.raises(UserError, match='neither a bias nor global keys'):
+    with pytest.raises(UserError, match='have no global keys'):
         run('prefix', MESHES['fsdp x sequence x tensor'])
 
 
@@ -189,3 +197,9 @@ def test_what_encoders_cannot_do_is_named():
     with pytest.raises(UserError, match='sequences of 41 tokens are longer than the 40 learned positions'):
         Trainer(MODELS['bert'], GRADIENT, StepConfig(ROWS, 41), 10, MeshConfig(data=1))
     assert isinstance(MODELS['prefix'], DecoderConfig)
+
+
+def test_windows_do_not_go_with_rows_that_are_cut():
+    mesh = MeshConfig(data=1, sequence=2)
+    with pytest.raises(UserError, match='long attention needs whole rows'):
+        run('longformer', mesh)

@@ -56,15 +56,13 @@ def choose(
     gpu = chip_of(device, 'gpu')
     if implementation == 'pallas_gpu' and gpu is not None:  # without a GPU it is interpreted
         pallas_gpu.check_gpu(implementation, gpu)
-    for what, there, able in (('bias', bias, ('reference',)), ('global_keys', global_keys, ('reference', 'chunked'))):
-        if there and implementation not in ('auto', *able):
-            raise UserError(
-                f'cannot do {what}', where=f'attention {implementation!r}', fix=f"Use {able[-1]!r} or 'auto'."
-            )
+    for what, there in (('distance_bias', bias), ('global_keys', global_keys)):
+        if there and implementation not in ('auto', 'reference', 'chunked'):
+            raise UserError(f'cannot do {what}', where=f'attention {implementation!r}', fix="Use 'chunked' or 'auto'.")
     if implementation != 'auto':
         return implementation
     if bias or global_keys:
-        return 'reference' if bias or queries == 1 else 'chunked'
+        return 'reference' if queries == 1 else 'chunked'
     # One token at a time (decoding) has nothing to cut up.
     if queries == 1:
         return 'reference'
@@ -88,7 +86,7 @@ def dot_product_attention(
     key_lengths: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     global_keys: jax.Array | None = None,
     sequence_axis: SequenceAxis | None = None,
     implementation: Implementation = 'auto',
@@ -100,8 +98,9 @@ def dot_product_attention(
     all of these hold: t <= i if `causal`; i - t < window (without `causal` |i - t| < window); equal segment ids;
     t < key_lengths. Keys that are global are seen whatever the first two say. Scores are `scale * q.k`, then
     `soft_cap * tanh(score / soft_cap)` (Gemma 2), then minus `slope * |i - t|` (ALiBi, Press et al. 2022), then plus
-    `bias` (T5, Raffel et al. 2020, section 2.1); softmax runs in at least fp32, over these and, with `sinks`, one more
-    score per head whose value is zero (gpt-oss; Miller 2023). A query that may attend to no key gets zeros.
+    the bias of t - i (T5, Raffel et al. 2020, section 2.1); softmax runs in at least fp32, over these and, with
+    `sinks`, one more score per head whose value is zero (gpt-oss; Miller 2023). A query that may attend to no key gets
+    zeros.
 
     Args:
         query: [B, S, H, K].
@@ -113,7 +112,8 @@ def dot_product_attention(
         key_lengths: [B] integers; keys from there on are padding.
         alibi_slopes: [H], one positive slope per head; no gradient flows to them.
         sinks: [H].
-        bias: [1 or B, H, S, T]. By 'reference' alone, which holds all scores anyway.
+        distance_bias: [H, 2 M + 1], for t - i from -M to M; what is farther away has that of M. By 'reference' and
+            'chunked' alone.
         global_keys: [B, T] bool: the prefix of a prefix language model (Raffel et al. 2020, section 3.2.1), global
             tokens (Beltagy et al. 2020, section 3.1). By 'reference' and 'chunked' alone.
         sequence_axis: rows are cut along this mesh axis, and S = T tokens are one device's piece (inside
@@ -139,11 +139,11 @@ def dot_product_attention(
         key_lengths=key_lengths,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
-        bias=bias,
+        distance_bias=distance_bias,
         global_keys=global_keys,
     )
     device = jax.devices()[0] if device is None else device
-    present = {'bias': bias is not None, 'global_keys': global_keys is not None}
+    present = {'bias': distance_bias is not None, 'global_keys': global_keys is not None}
     implementation = choose(implementation, device, query.shape[1], **present)
     slopes = None
     if alibi_slopes is not None:
@@ -158,9 +158,9 @@ def dot_product_attention(
             )
         if key_lengths is not None or not (isinstance(query_offset, int) and query_offset == 0):
             raise ValueError('a row that is cut along a mesh axis has no query_offset and no key_lengths')
-        if any(present.values()):
+        if global_keys is not None:
             raise UserError(
-                'rows that are cut along a mesh axis have neither a bias nor global keys',
+                'rows that are cut along a mesh axis have no global keys',
                 where='MeshConfig.sequence',
                 fix='Use 1.',
             )
@@ -181,13 +181,13 @@ def dot_product_attention(
             key_lengths=key_lengths,
             alibi_slopes=slopes,
             sinks=sinks,
-            bias=bias,
+            distance_bias=distance_bias,
             global_keys=global_keys,
         )
     static, traced = (query_offset, None) if isinstance(query_offset, int) else (None, query_offset)
     positions = Positions(query_segment_ids, key_segment_ids, traced, key_lengths, slopes, global_keys)
     options = Options(scale, causal, window, soft_cap, static, global_keys is not None)
-    inputs = jax.tree.map(jnp.asarray, flash.Inputs(query, key, value, positions, sinks))
+    inputs = jax.tree.map(jnp.asarray, flash.Inputs(query, key, value, positions, sinks, distance_bias))
     if implementation == 'cudnn':
         return cudnn.attention(options, inputs, gpu=chip_of(device, 'gpu'))
     chip = chip_of(device, 'gpu' if implementation == 'pallas_gpu' else 'tpu')

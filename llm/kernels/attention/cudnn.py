@@ -18,7 +18,7 @@ _HOPPER = 9  # compute capability from which heads may be 256 wide
 
 def _obstacle(options: Options, inputs: Inputs, gpu: str) -> str | None:
     """The first thing that cuDNN cannot do, or None."""
-    query, key, _, positions, sinks = inputs
+    (query, key, _, positions), sinks = inputs.arrays, inputs.sinks
     head_size, most = query.shape[3], 256 if int(gpu.partition('.')[0]) >= _HOPPER else 128
     obstacles = {
         f'{query.dtype} arrays (only bfloat16 and float16)': query.dtype not in (jnp.bfloat16, jnp.float16),
@@ -61,7 +61,7 @@ def attention(options: Options, inputs: Inputs, *, gpu: str | None) -> jax.Array
     obstacle = _obstacle(options, inputs, gpu)
     if obstacle is not None:
         raise UserError(f'cannot do {obstacle}', where=where('cudnn'), fix="Use 'pallas_gpu' or 'auto'.")
-    query, key, value, positions, _ = inputs
+    query, key, value, positions = inputs.arrays
     output = jax.nn.dot_product_attention(
         query, key, value, **jax_arguments(options, positions, key.shape[1]), implementation='cudnn'
     )

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llm.kernels.attention.distance_bias import of_pairs
+
 
 def check_arguments(
     query: jax.Array,
@@ -18,7 +20,7 @@ def check_arguments(
     key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
-    bias: jax.Array | None,
+    distance_bias: jax.Array | None,
     global_keys: jax.Array | None,
 ) -> None:
     """Raises ValueError where shapes do not fit together as `llm.kernels.attention` says."""
@@ -42,8 +44,8 @@ def check_arguments(
         raise ValueError(f'key_lengths must have shape ({batch},), not {key_lengths.shape}')
     if global_keys is not None and global_keys.shape != (batch, keys):
         raise ValueError(f'global_keys must have shape ({batch}, {keys}), not {global_keys.shape}')
-    if bias is not None and bias.shape not in ((1, heads, queries, keys), (batch, heads, queries, keys)):
-        raise ValueError(f'bias must have shape (1 or {batch}, {heads}, {queries}, {keys}), not {bias.shape}')
+    if distance_bias is not None and not (distance_bias.shape[0] == heads and distance_bias.shape[1] % 2):
+        raise ValueError(f'distance_bias must have shape ({heads}, an odd number), not {distance_bias.shape}')
     for name, per_head in (('alibi_slopes', alibi_slopes), ('sinks', sinks)):
         if per_head is not None and per_head.shape != (heads,):
             raise ValueError(f'{name} must have shape ({heads},), not {per_head.shape}')
@@ -103,7 +105,7 @@ def dot_product_attention(
     key_lengths: jax.Array | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
-    bias: jax.Array | None = None,
+    distance_bias: jax.Array | None = None,
     global_keys: jax.Array | None = None,
 ) -> jax.Array:
     """See `llm.kernels.attention.dot_product_attention`, of which this is the meaning."""
@@ -118,8 +120,8 @@ def dot_product_attention(
     if alibi_slopes is not None:
         distance = jnp.abs(query_index[:, :, None] - key_index)[:, None]
         scores = scores - alibi_slopes.astype(dtype)[:, None, None] * distance
-    if bias is not None:
-        scores = scores + bias.astype(dtype)
+    if distance_bias is not None:
+        scores = scores + of_pairs(distance_bias.astype(dtype), query_index, key_index)
     mask = attention_mask(
         query_index,
         key_index,

@@ -144,7 +144,7 @@ def _forward(
     options: Options,
     inputs: Inputs,
 ) -> Any:
-    query, key, value, positions, sinks = inputs
+    (query, key, value, positions), sinks = inputs.arrays, inputs.sinks
     ring = _Ring(axis, implementation, options, query.shape[1] // axis.parts)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     queries, query_ids = ring.split(query), ring.split_ids(positions.query_ids)
@@ -178,7 +178,8 @@ def _forward(
 def _backward(
     axis: SequenceAxis, implementation: flash.Implementation, options: Options, residuals: Any, d_output: jax.Array
 ) -> Any:
-    (query, key, value, positions, sinks), output, log_sum_exp = residuals
+    inputs, output, log_sum_exp = residuals
+    (query, key, value, positions), sinks = inputs.arrays, inputs.sinks
     ring = _Ring(axis, implementation, options, query.shape[1] // axis.parts)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     queries, d_outputs, query_ids = ring.split(query), ring.split(d_output), ring.split_ids(positions.query_ids)

@@ -36,6 +36,8 @@ def attention(
     Raises:
         ValueError: the devices cannot share the heads ('ulysses').
     """
+    if inputs.bias is not None:  # the one way that knows the index of queries without a part in the implementation
+        return _gathered(axis, implementation, options, inputs)
     if axis.method == 'ring':
         return ring_attention(axis, implementation, options, inputs)
     if axis.method == 'all_gather':
@@ -58,7 +60,7 @@ def _gathered(
     options: Options,
     inputs: Inputs,
 ) -> jax.Array:
-    query, key, value, positions, sinks = inputs
+    (query, key, value, positions), sinks = inputs.arrays, inputs.sinks
     rank, length = jax.lax.axis_index(axis.name), query.shape[1] // axis.parts
     key, value = _all_gather(key, axis), _all_gather(value, axis)
     key_ids = None if positions.key_ids is None else _all_gather(positions.key_ids, axis)
@@ -68,7 +70,8 @@ def _gathered(
         first = (rank if part == 0 else 2 * axis.size - 1 - rank) * length
         ids = None if positions.query_ids is None else positions.query_ids[:, mine]
         where = dataclasses.replace(positions, query_ids=ids, key_ids=key_ids, offset=first)
-        outputs.append(flash.attention(implementation, options, Inputs(query[:, mine], key, value, where, sinks)))
+        mine_of = Inputs(query[:, mine], key, value, where, sinks, inputs.bias)
+        outputs.append(flash.attention(implementation, options, mine_of))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -78,7 +81,7 @@ def _ulysses(
     options: Options,
     inputs: Inputs,
 ) -> jax.Array:
-    query, key, value, positions, sinks = inputs
+    (query, key, value, positions), sinks = inputs.arrays, inputs.sinks
     heads, groups = query.shape[2], key.shape[2]
     if heads % axis.size:
         raise ValueError(f'{heads} heads cannot be divided over {axis.size} devices')

@@ -1,7 +1,5 @@
 """Attention problems drawn at random, and how an implementation's value and gradients are taken."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +18,7 @@ OPTIONS = {
     'key_lengths': None,
     'alibi_slopes': None,
     'sinks': None,
+    'distance_bias': None,
 }
 
 
@@ -52,23 +51,22 @@ def problems(draw):
 
 
 def value_and_gradients(implementation, arrays, options, dtype):
-    """Output and the gradients of its sum weighted by the last of the arrays, in queries, keys, values and sinks."""
+    """Output and gradients of its sum weighted by the last array, in the other three, distance_bias and sinks."""
     query, key, value, weight = (jnp.asarray(x, dtype) for x in arrays)
     static = {name: x for name, x in options.items() if not isinstance(x, np.ndarray | np.integer)}
     traced = {name: jnp.asarray(x) for name, x in options.items() if name not in static}
 
-    sinks = traced.pop('sinks', None)
+    more = {name: traced.pop(name) for name in ('sinks', 'distance_bias') if name in traced}
 
     @jax.jit
-    def run(query, key, value, sinks, traced):
-        function = functools.partial(implementation, **static | {'sinks': None}, **traced)
-        if sinks is None:
-            output, pullback = jax.vjp(function, query, key, value)
-        else:
-            output, pullback = jax.vjp(lambda q, k, v, s: function(q, k, v, sinks=s), query, key, value, sinks)
-        return output, *pullback(weight)
+    def run(query, key, value, more, traced):
+        def function(query, key, value, more):
+            return implementation(query, key, value, **static | traced | more)
 
-    return [np.asarray(x) for x in run(query, key, value, sinks, traced)]
+        output, pullback = jax.vjp(function, query, key, value, more)
+        return output, *jax.tree.leaves(pullback(weight))
+
+    return [np.asarray(x) for x in run(query, key, value, more, traced)]
 
 
 def by_blocks(forward, backward):
@@ -90,12 +88,15 @@ def by_blocks(forward, backward):
         key_lengths,
         alibi_slopes,
         sinks,
+        distance_bias=None,
         global_keys=None,
     ):
         static = isinstance(query_offset, int)
         options = Options(scale, causal, window, soft_cap, query_offset if static else None, global_keys is not None)
         offset = None if static else query_offset
         positions = Positions(query_segment_ids, key_segment_ids, offset, key_lengths, alibi_slopes, global_keys)
-        return flash.attention(implementation, options, flash.Inputs(query, key, value, positions, sinks))
+        return flash.attention(
+            implementation, options, flash.Inputs(query, key, value, positions, sinks, distance_bias)
+        )
 
     return attend

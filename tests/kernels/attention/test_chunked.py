@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,14 @@ def attend(size=64, max_runs=8):
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)
-@given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3), exempt=st.booleans())
-def test_equals_reference_in_value_and_gradients(problem, size, max_runs, exempt):
+@given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3), extra=st.integers(0, 3))
+def test_equals_reference_in_value_and_gradients(problem, size, max_runs, extra):
     arrays, options = problem
-    if exempt:
-        options = options | {'global_keys': np.random.default_rng(size).random(arrays[1].shape[:2]) < 0.3}
+    rng = np.random.default_rng(size)
+    if extra == 1:
+        options = options | {'global_keys': rng.random(arrays[1].shape[:2]) < 0.3}
+    if extra == 2:
+        options = options | {'distance_bias': rng.standard_normal((arrays[0].shape[2], 2 * max_runs + 1))}
     ours = attend(size, max_runs)
     with jax.enable_x64():
         expected = value_and_gradients(reference.dot_product_attention, arrays, options, jnp.float64)
@@ -74,14 +78,18 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients():
         assert all(np.all(np.isfinite(x)) for x in (output, d_query, d_key, d_value))
 
 
-def temporary_bytes(implementation, length):
+def compiled(implementation, length, **more):
     shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def run(query, key, value):
-        output, pullback = jax.vjp(lambda *x: implementation(*x, **OPTIONS, scale=0.25), query, key, value)
+        output, pullback = jax.vjp(lambda *x: implementation(*x, **OPTIONS | more, scale=0.25), query, key, value)
         return pullback(output)
 
-    return jax.jit(run).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(run).lower(shape, shape, shape).compile()
+
+
+def temporary_bytes(implementation, length, **more):
+    return compiled(implementation, length, **more).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_linearly_with_the_length():
@@ -89,6 +97,16 @@ def test_memory_grows_linearly_with_the_length():
     assert temporary_bytes(reference.dot_product_attention, 8192) > 15 * temporary_bytes(
         reference.dot_product_attention, 2048
     )
+    biased = {'distance_bias': jnp.ones((2, 257)), 'causal': False}
+    assert temporary_bytes(attend(), 8192, **biased) < 4.5 * temporary_bytes(attend(), 2048, **biased)
+
+
+def test_work_grows_linearly_with_the_length_under_a_window():
+    """By the products in the compiled program: as many blocks as tokens ask for, each against its own window."""
+    for causal in (True, False):
+        text = compiled(attend(), 4096, window=100, causal=causal).as_text()
+        widths = {int(size) for size in re.findall(r'f32\[(?:\d+,)*64,(\d+)\]', text)}
+        assert max(widths) <= 64 + 2 * 99, widths
 
 
 @pytest.mark.parametrize('window', [None, 5])
@@ -117,6 +135,6 @@ def test_ranges_hold_every_pair_that_attends_and_skip_what_they_can(causal, wind
 
 @pytest.mark.parametrize(('size', 'block', 'max_runs'), [(0, 4, 3), (3, 4, 3), (12, 4, 2), (31, 4, 3), (256, 64, 8)])
 def test_runs_cover_everything_once_in_order(size, block, max_runs):
-    runs = chunked.Blocks(block, max_runs).runs(size)
+    runs = chunked.Blocks(block, max_runs).runs(size, Options(1.0, True, None, None, 0))
     assert [i for start, blocks, width in runs for i in range(start, start + blocks * width)] == list(range(size))
     assert len([run for run in runs if run[2] == block]) <= max_runs

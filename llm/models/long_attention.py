@@ -1,0 +1,203 @@
+"""Self-attention for long rows: windows, with gaps perhaps, and global tokens (Longformer, Beltagy et al. 2020)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llm.errors import UserError
+from llm.kernels.attention.windowed import GlobalTokens, find, pick, windowed_attention, windowed_attention_to_cache
+from llm.models.attention import Attention, AttentionConfig
+from llm.models.context import Cache, Context, write_cache
+from llm.models.parameters import Role, bias, parameter
+from llm.models.position import PositionKind, rotate
+from llm.parallel.sharding import Axes, map_shards, sequence_cut, target_device
+
+# Logical axis of the heads of what has some.
+_HEADS = {'query': 'heads', 'key': 'kv_heads', 'value': 'kv_heads'}
+_HEADS |= {f'global_{name}': axis for name, axis in _HEADS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LongAttentionConfig(AttentionConfig):
+    """One layer of it. Time and memory grow with S (window + global_tokens), never with S T.
+
+    Attributes:
+        window: as of AttentionConfig, and needed; Longformer's attention_window is 2 (window - 1).
+        dilations: heads see every d-th token of a window d times as long (section 3.1); shared evenly, neighbours
+            having the same. Their number divides that of the heads and of the key/value heads.
+        global_tokens: most of them in a row; 0 for none. They see all of their segment, by projections of their own,
+            and all of it sees them. With more of them a row's states are not a number (NaN).
+    """
+
+    dilations: tuple[int, ...] = (1,)
+    global_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = 'LongAttentionConfig'
+        if self.window is None:
+            raise UserError('there is no window', where=where, fix='Set one, or use AttentionConfig.')
+        if not self.dilations or min(self.dilations) < 1:
+            raise UserError(f'dilations are {self.dilations}', where=where, fix='Use at least 1 each.')
+        if self.num_kv_heads % len(self.dilations):
+            raise UserError(
+                f'{len(self.dilations)} dilations for {self.num_kv_heads} key/value heads',
+                where=where,
+                fix='Give a number of them that divides that of the heads.',
+            )
+        if self.global_tokens < 0:
+            raise UserError(f'global_tokens is {self.global_tokens}', where=where, fix='Use at least 0.')
+        if self.global_tokens and self.causal:
+            raise UserError(
+                'global tokens see what comes after them, and causal attention does not',
+                where=where,
+                fix='Use global_tokens = 0, or causal = False.',
+            )
+        if self.sinks:
+            raise UserError('there are no sinks in long attention', where=where, fix='Use sinks = False.')
+
+    def build(self, d_model: int, position: PositionKind) -> 'LongAttention':
+        """The module, of shapes without values.
+
+        Raises:
+            UserError: positions are a bias on the scores.
+        """
+        if position in ('alibi', 'relative'):
+            raise UserError(
+                f'long attention has no bias on its scores, and position is {position!r}',
+                where='LongAttentionConfig',
+                fix="Use 'learned', 'rope', 'sinusoidal' or 'none'.",
+            )
+        return LongAttention(self, d_model, position)
+
+
+class LongAttention(Attention):
+    """Attention in windows, and to and from global tokens. Shapes: x [B, S, D] -> [B, S, D].
+
+    `global_query`, `global_key` and `global_value` are what global tokens see their segment with; what other tokens see
+    of a global one goes by the projections that all share.
+    """
+
+    config: LongAttentionConfig
+
+    def __init__(self, config: LongAttentionConfig, d_model: int, position: PositionKind) -> None:
+        super().__init__(config, d_model, position)
+        counts = {'query': config.num_heads, 'key': config.num_kv_heads, 'value': config.num_kv_heads}
+
+        def kernel(name: str) -> nnx.Param | None:
+            if not config.global_tokens:
+                return None
+            shape, axes = (d_model, counts[name], config.head_dim), ('embed', _HEADS[name], 'head_dim')
+            return parameter(shape, axes, Role.HIDDEN, inputs=(0,), outputs=(1, 2), branch=name == 'value')
+
+        def offset(name: str) -> nnx.Param | None:
+            if not (config.global_tokens and config.qkv_bias):
+                return None
+            return bias((counts[name], config.head_dim), (_HEADS[name], 'head_dim'))
+
+        self.global_query, self.global_query_bias = kernel('query'), offset('query')
+        self.global_key, self.global_key_bias = kernel('key'), offset('key')
+        self.global_value, self.global_value_bias = kernel('value'), offset('value')
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None = None, repeat: jax.Array | int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attend within the row or, with `cache`, to the `repeat`-th entry of the cache after storing the row."""
+        config = self.config
+        if context.global_keys is not None:
+            raise UserError(
+                'a prefix is seen from everywhere, and windows do not reach it',
+                where='LongAttentionConfig',
+                fix='Use AttentionConfig.',
+            )
+        if cache is None and (cut := sequence_cut()) is not None:
+            raise UserError(
+                f'long attention needs whole rows, and they are cut into {cut.pieces} pieces (mesh axis {cut.axis!r})',
+                where=f'MeshConfig.{cut.axis}',
+                fix='Use 1: the cost of a window does not grow with the row.',
+            )
+        query = self._rotated(self._project(x, self.query, self.query_bias, self.query_norm, 'heads'), context)
+        key = self._rotated(self._project(x, self.key, self.key_bias, self.key_norm, 'kv_heads'), context)
+        value = self._project(x, self.value, self.value_bias, None, 'kv_heads')
+        query, key, value = (checkpoint_name(y, n) for y, n in ((query, 'query'), (key, 'key'), (value, 'value')))
+        arrays = {'query': query, 'key': key, 'value': value}
+        if cache is not None:
+            cache = {name: write_cache(cache[name], arrays[name], repeat, context.offset) for name in ('key', 'value')}
+        if cache is not None and not (isinstance(context.offset, int) and context.offset == 0):
+            arrays |= {name: cache[name][repeat].astype(x.dtype) for name in ('key', 'value')}
+            offset = jnp.reshape(jnp.asarray(0 if context.offset is None else context.offset), (-1, 1))
+            arrays['query_index'] = offset + jnp.arange(x.shape[1])
+            return self._output(self._by_dilation(windowed_attention_to_cache, arrays)), cache
+        if context.segment_ids is not None:
+            arrays['segment_ids'] = context.segment_ids
+        arrays |= self._global(x, context)
+        run = functools.partial(
+            _with_global_tokens, causal=config.causal, implementation=config.implementation, device=target_device()
+        )
+        mixed = self._by_dilation(run, arrays)
+        if context.global_tokens is not None:
+            many = jnp.sum(context.global_tokens, axis=1) > config.global_tokens
+            mixed = jnp.where(many[:, None, None, None], jnp.nan, mixed)
+        return self._output(mixed), cache
+
+    def _by_dilation(self, function: Callable[..., jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
+        """`function` on each device's part of the heads of one dilation after the other."""
+        config = self.config
+        many, outputs = len(config.dilations), []
+        axes: dict[str, Axes] = {name: ('batch' if x.shape[0] > 1 else None, None) for name, x in arrays.items()}
+        axes |= {name: (*axes[name], _HEADS[name], None) for name in arrays if name in _HEADS}
+        for number, dilation in enumerate(config.dilations):
+            part = {
+                name: jnp.split(x, many, axis=2)[number] if many > 1 and name in _HEADS else x
+                for name, x in arrays.items()
+            }
+            run = functools.partial(
+                function,
+                scale=config.score_scale,
+                window=config.window,
+                dilation=dilation,
+                soft_cap=config.logit_soft_cap,
+            )
+            outputs.append(map_shards(run, part, axes, axes['query']))
+        return outputs[0] if many == 1 else jnp.concatenate(outputs, axis=2)
+
+    def _rotated(self, x: jax.Array, context: Context, index: jax.Array | None = None) -> jax.Array:
+        """Queries or keys turned by their positions, of tokens `index` [B, N] where they are not all of the row."""
+        if self.position != 'rope' or not self.config.rotary.size:
+            return x
+        table = context.rotary[self.config.rotary]
+        if index is not None:
+            shape = (index.shape[0], *table[0].shape[1:])
+            table = (pick(jnp.broadcast_to(table[0], shape), index), pick(jnp.broadcast_to(table[1], shape), index))
+        return rotate(x, table)
+
+    def _global(self, x: jax.Array, context: Context) -> dict[str, jax.Array]:
+        """The parts of GlobalTokens, by name; none where there are no global tokens."""
+        mask, most = context.global_tokens, self.config.global_tokens
+        if mask is None:
+            return {}
+        if self.global_query is None or self.global_key is None or self.global_value is None:
+            raise ValueError('there are global tokens, and room for none')
+        index, real = find(mask, most)
+        query = self._project(pick(x, index), self.global_query, self.global_query_bias, self.query_norm, 'heads')
+        key = self._project(x, self.global_key, self.global_key_bias, self.key_norm, 'kv_heads')
+        return {
+            'global_mask': mask,
+            'global_places': index,
+            'global_real': real,
+            'global_query': self._rotated(query, context, index),
+            'global_key': self._rotated(key, context),
+            'global_value': self._project(x, self.global_value, self.global_value_bias, None, 'kv_heads'),
+        }
+
+
+def _with_global_tokens(**arrays: Any) -> jax.Array:
+    """`windowed_attention`, with the parts of GlobalTokens by name."""
+    given = {name: arrays.pop(f'global_{name}', None) for name in GlobalTokens._fields}
+    return windowed_attention(**arrays, global_tokens=None if given['mask'] is None else GlobalTokens(**given))
