@@ -7,9 +7,9 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +18,13 @@ from llm.configuration import Invocation, render
 from llm.data.vocabularies import Vocabulary, load_vocabulary, read_chat_templates, write_vocabulary
 from llm.errors import UserError
 from llm.interop import llama2c
+from llm.interop.exporting.writing import PLATFORMS, ProgramFormat, check_exportable, write_programs
 from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
-from llm.jobs.trained_model import VOCABULARY, read_run
+from llm.jobs.trained_model import VOCABULARY, read_any_run, read_run
 from llm.models.decoder import ComputeType, Decoder, DecoderConfig
+from llm.models.low_rank import ReadPiece, merging_reader
+from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.processes import require_one
 from llm.training.checkpoints import CheckpointConfig, Checkpointer, StoredParameters, StreamedArray
@@ -64,12 +67,18 @@ class _Model:
         chat_template: a Jinja template.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     sequence_length: int | None
     vocabulary: Vocabulary | None
     dtypes: dict[str, str]
-    read: Callable[[str, tuple[int | slice, ...]], np.ndarray]
+    read: ReadPiece
     chat_template: str | None = None
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """Its config; other formats than programs are of decoders alone."""
+        assert isinstance(self.config, DecoderConfig)
+        return self.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,8 @@ class Convert:
             file of llama2.c, whose tokenizer, a .bin file too, is the `vocabulary`.
         destination: a new directory; for 'gguf' a new file.
         to: its format: 'run' for what `generate`, `pretrain` (initial_parameters) and others here read,
-            'hugging_face', 'gguf', or 'llama2c' (a directory with model.bin and tokenizer.bin).
+            'hugging_face', 'gguf', or 'llama2c' (a directory with model.bin and tokenizer.bin); as programs of other
+            runtimes, 'onnx', 'saved_model' (TensorFlow) or 'jax_export' (StableHLO).
         dtype: of the parameters written; None for that of the source. llama2.c has fp32 alone.
         block_type: for 'gguf', a quantized type of matrices in place of `dtype`.
         compute_dtype: of activations, for 'run'.
@@ -90,11 +100,12 @@ class Convert:
         checkpoint_step: of a run; None for the newest checkpoint that is whole.
         ignored_settings: names in a config.json that are not known here and are known to you to change nothing.
         vocabulary: where a vocabulary is, if not with the model.
+        platforms: of JAX that 'saved_model' and 'jax_export' are compiled for.
     """
 
     source: str
     destination: str
-    to: Literal['run', 'hugging_face', 'gguf', 'llama2c'] = 'run'
+    to: Literal['run', 'hugging_face', 'gguf', 'llama2c', 'onnx', 'saved_model', 'jax_export'] = 'run'
     dtype: StoredType | None = None
     block_type: Literal['Q8_0'] | None = None
     compute_dtype: ComputeType = 'float32'
@@ -103,9 +114,10 @@ class Convert:
     checkpoint_step: int | None = None
     ignored_settings: tuple[str, ...] = ()
     vocabulary: str | None = None
+    platforms: tuple[str, ...] = PLATFORMS
 
     def __post_init__(self) -> None:
-        formats = ('run', 'hugging_face', 'gguf', 'llama2c')
+        formats = ('run', 'hugging_face', 'gguf', 'llama2c', *get_args(ProgramFormat))
         if self.to not in formats:
             raise UserError(f'Convert.to is {self.to!r}', fix=f'Use one of {", ".join(formats)}.')
         if self.block_type not in (None, 'Q8_0') or (self.block_type is not None and self.to != 'gguf'):
@@ -121,11 +133,14 @@ class Convert:
         start = time.perf_counter()
         source, destination = Path(self.source).expanduser(), Path(self.destination).expanduser()
         model = self._open(source)
-        parameters = count_parameters(parameter_specs(Decoder(model.config)))
+        parameters = count_parameters(parameter_specs(model.config.build()))
         kept = self.block_type or self.dtype or ', '.join(sorted({*model.dtypes.values()}))
         what = f'{source}: {parameters:,} parameters'
         if self.to == 'hugging_face':
-            what += f' as {find_family(model.config, self.model_type)[0].architecture}'
+            what += f' as {find_family(model.decoder, self.model_type)[0].architecture}'
+        if self._makes_programs:
+            check_exportable(model.config, cast(ProgramFormat, self.to), self.platforms)
+            what += f' as {self.to}'
         if invocation.dry_run:
             print(f'{what}, to be written as {kept} to {destination}')
             return
@@ -136,9 +151,14 @@ class Convert:
             'hugging_face': self._write_hugging_face,
             'gguf': self._write_gguf,
             'llama2c': self._write_llama2c,
+            **dict.fromkeys(get_args(ProgramFormat), self._write_programs),
         }
         writers[self.to](model, destination)
         print(f'{what}, written as {kept} to {destination} in {time.perf_counter() - start:.1f} s')
+
+    @property
+    def _makes_programs(self) -> bool:
+        return self.to in get_args(ProgramFormat)
 
     def _open(self, source: Path) -> _Model:
         if (source / 'config.gin').is_file():
@@ -165,10 +185,10 @@ class Convert:
         return model
 
     def _open_run(self, source: Path) -> _Model:
-        config, sequence_length = read_run(source)
+        config, sequence_length = read_any_run(source) if self._makes_programs else read_run(source)
         stored = StoredParameters(source, self.checkpoint_step)
-        expected = {name: spec.shape for name, spec in named_specs(parameter_specs(Decoder(config)))}
-        if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:
+        specs = dict(named_specs(parameter_specs(config.build())))
+        if {name: spec.shape for name, spec in specs.items()} != {n: shape for n, (_, shape) in stored.arrays.items()}:
             raise UserError(
                 f'the parameters of step {stored.step} are not those of its config',
                 where=str(source),
@@ -178,7 +198,14 @@ class Convert:
         if self.vocabulary is not None or (source / VOCABULARY).exists():
             vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
         dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
-        return _Model(config, sequence_length, vocabulary, dtypes, stored.read, _chat_template(source / VOCABULARY))
+        read: ReadPiece = stored.read
+        if self.to != 'run' and isinstance(config, DecoderConfig) and config.low_rank is not None:
+            # Other programs know nothing of adapters.
+            read = merging_reader(read, specs, config.low_rank)
+            config = dataclasses.replace(config, low_rank=None)
+            plain = [name for name, _ in named_specs(parameter_specs(config.build()))]
+            dtypes = {name: dtypes.get(name) or dtypes[f'{name}/base'] for name in plain}
+        return _Model(config, sequence_length, vocabulary, dtypes, read, _chat_template(source / VOCABULARY))
 
     def _open_hugging_face(self, source: Path) -> _Model:
         checkpoint = open_directory(source, self.ignored_settings)
@@ -213,7 +240,7 @@ class Convert:
         return _Model(config, found.sequence_length, vocabulary, found.pieces.dtypes, found.pieces.read)
 
     def _write_run(self, model: _Model, directory: Path) -> None:
-        converted = Converted(model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length)
+        converted = Converted(model.decoder, str(Path(self.source).expanduser().absolute()), model.sequence_length)
         text = render(converted)
         if any(directory.glob('*.safetensors')):
             raise UserError('is not empty and no run directory', where=str(directory), fix='Use a new directory.')
@@ -229,7 +256,7 @@ class Convert:
                 if model.chat_template is not None:
                     write_atomically(directory / VOCABULARY / 'chat_template.jinja', model.chat_template)
             parameters: dict[str, Any] = {}
-            for name, spec in named_specs(parameter_specs(Decoder(model.config))):
+            for name, spec in named_specs(parameter_specs(Decoder(model.decoder))):
                 node = parameters
                 *parents, last = name.split('/')
                 for parent in parents:
@@ -240,18 +267,12 @@ class Convert:
             checkpointer.save(0, {'parameters': parameters}, metadata)
 
     def _write_hugging_face(self, model: _Model, directory: Path) -> None:
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
-        vocabulary = model.vocabulary
         names = ('bos', 'eos', 'pad')
-        ids = {f'{name}_token_id': getattr(vocabulary, f'{name}_id', None) for name in names}
-        # Under its own name when it is whole.
-        partial = directory.with_name(f'{directory.name}.partial')
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        ids = {f'{name}_token_id': getattr(model.vocabulary, f'{name}_id', None) for name in names}
+        with _complete_or_absent(directory) as partial:
             write_directory(
                 partial,
-                model.config,
+                model.decoder,
                 model.read,
                 dtype=self.dtype or _widest(model.dtypes),
                 shard_bytes=self.shard_bytes,
@@ -259,17 +280,21 @@ class Convert:
                 model_type=self.model_type,
                 extra_settings=ids,
             )
-            if vocabulary is not None:
-                write_vocabulary(
-                    vocabulary, partial, chat_template=model.chat_template, max_length=model.sequence_length
-                )
-            partial.replace(directory)
-        except OSError as error:
-            raise UserError(
-                f'cannot write ({error.strerror})', where=str(directory), fix='Check permissions and free space.'
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _write_vocabulary(model, partial)
+
+    def _write_programs(self, model: _Model, directory: Path) -> None:
+        with _complete_or_absent(directory) as partial:
+            partial.mkdir(parents=True)
+            write_programs(
+                partial,
+                cast(ProgramFormat, self.to),
+                model.config,
+                model.read,
+                {name: self.dtype or _widest({name: dtype}) for name, dtype in model.dtypes.items()},
+                platforms=self.platforms,
+                about={'source': self.source, 'sequence_length': model.sequence_length},
+            )
+            _write_vocabulary(model, partial)
 
     def _write_gguf(self, model: _Model, file: Path) -> None:
         if file.exists():
@@ -281,7 +306,7 @@ class Convert:
         try:
             write_gguf(
                 partial,
-                model.config,
+                model.decoder,
                 model.read,
                 dtype=self.block_type or types[self.dtype or _widest(model.dtypes)],
                 sequence_length=model.sequence_length or _NO_LENGTH,
@@ -300,7 +325,36 @@ class Convert:
         length = model.sequence_length or _NO_LENGTH
         if model.vocabulary is not None:
             llama2c.write_tokenizer(directory / 'tokenizer.bin', model.vocabulary)
-        llama2c.write_model(directory / 'model.bin', model.config, model.read, sequence_length=length)
+        llama2c.write_model(directory / 'model.bin', model.decoder, model.read, sequence_length=length)
+
+
+@contextlib.contextmanager
+def _complete_or_absent(directory: Path) -> Iterator[Path]:
+    """A place to write a directory to that gets its name when it is whole.
+
+    Raises:
+        UserError: there is one of that name, or it cannot be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
+    partial = directory.with_name(f'{directory.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        partial.replace(directory)
+    except OSError as error:
+        raise UserError(
+            f'cannot write ({error.strerror})', where=str(directory), fix='Check permissions and free space.'
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_vocabulary(model: _Model, directory: Path) -> None:
+    if model.vocabulary is not None:
+        write_vocabulary(
+            model.vocabulary, directory, chat_template=model.chat_template, max_length=model.sequence_length
+        )
 
 
 def _chat_template(directory: Path) -> str | None:

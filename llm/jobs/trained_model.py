@@ -12,6 +12,7 @@ from llm.configuration import load_job
 from llm.data.vocabularies import Vocabulary, load_vocabulary
 from llm.errors import UserError
 from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import named_specs, parameter_specs
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.training.checkpoints import Restored, committed_steps, restore_parameters
@@ -94,11 +95,35 @@ def open_trained_model(run_directory: str | Path) -> TrainedModel:
 
 
 def read_run(directory: Path) -> tuple[DecoderConfig, int | None]:
-    """The model of a run, and the tokens per row that it was trained on, if the run says.
+    """The decoder of a run, and the tokens per row that it was trained on, if the run says.
 
     Raises:
         UserError: this is not a directory of a run that trains a decoder, or of a converted one.
     """
+    config, length, job = _read_job(directory)
+    if not isinstance(config, DecoderConfig):
+        raise UserError(
+            f'the job of this run, {job}, trains no decoder',
+            where=str(directory / 'config.gin'),
+            fix='Give the directory of a pretrain run.',
+        )
+    return config, length
+
+
+def read_any_run(directory: Path) -> tuple[ModelConfig, int | None]:
+    """`read_run` for models of every kind.
+
+    Raises:
+        UserError: this is not a directory of a run that trains a model, or of a converted one.
+    """
+    config, length, job = _read_job(directory)
+    if not isinstance(config, ModelConfig):
+        raise UserError(f'the job of this run, {job}, trains no model', where=str(directory / 'config.gin'))
+    return config, length
+
+
+def _read_job(directory: Path) -> tuple[Any, int | None, str]:
+    """What a run says of its model, its rows, and its job."""
     config_file = directory / 'config.gin'
     if not config_file.is_file():
         raise UserError(
@@ -106,12 +131,6 @@ def read_run(directory: Path) -> tuple[DecoderConfig, int | None]:
         )
     job, _ = load_job([str(config_file)])
     config, step = getattr(job, 'model', None), getattr(job, 'step', None)
-    if not isinstance(config, DecoderConfig):
-        raise UserError(
-            f'the job of this run, {type(job).__name__}, trains no decoder',
-            where=str(config_file),
-            fix='Give the directory of a pretrain run.',
-        )
     # A converted model says it itself.
     said = getattr(job, 'sequence_length', None)
-    return config, step.sequence_length if isinstance(step, StepConfig) else said
+    return config, step.sequence_length if isinstance(step, StepConfig) else said, type(job).__name__
