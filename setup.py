@@ -65,6 +65,10 @@ EVAL = [
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
 BEAM = ['apache-beam>=2.77']
 
+# Writes models as ONNX. Later releases want an orbax-checkpoint older than the one that we need. SavedModels and
+# StableHLO need nothing that the core lacks.
+EXPORT = ['jax2onnx>=0.13,<0.13.1', 'onnxruntime>=1.24']
+
 # Everything that `pytest` and the checks of .ci/run import, so that nothing is skipped.
 TEST = [
     'pytest',
@@ -83,6 +87,7 @@ TEST = [
     *TPU,
     *ORACLE,
     *EVAL,
+    *EXPORT,
 ]
 
 
@@ -116,6 +121,7 @@ setup(
         'test': TEST,
         'oracle': ORACLE,
         'eval': EVAL,
+        'export': EXPORT,
         'tpu': TPU,
         'gpu': ['jax[cuda13]>=0.10.2'],  # NVIDIA driver 580 or later
         'beam': BEAM,

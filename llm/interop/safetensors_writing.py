@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ class NewTensor:
     Attributes:
         name, shape.
         dtype: as the format names it, 'BF16'.
-        make: gives its data, of this shape and dtype.
+        make: gives its data, of this shape and dtype; whole, or in pieces along the first axis.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    make: Callable[[], np.ndarray]
+    make: Callable[[], np.ndarray | Iterator[np.ndarray]]
 
     @property
     def size(self) -> int:
@@ -79,8 +79,12 @@ def _write(path: Path, tensors: Iterable[NewTensor]) -> None:
     with path.open('wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         for tensor in tensors:
-            data = tensor.make()
-            if data.shape != tensor.shape or data.dtype != DTYPES[tensor.dtype]:
-                raise ValueError(f'{tensor.name} is {data.dtype}{data.shape}, not {tensor.dtype}{tensor.shape}')
-            # bfloat16 is no type of the buffer protocol.
-            file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            made, written = tensor.make(), 0
+            for data in [made] if isinstance(made, np.ndarray) else made:
+                shape = tensor.shape if data is made else (*data.shape[:1], *tensor.shape[1:])
+                if data.shape != shape or data.dtype != DTYPES[tensor.dtype]:
+                    raise ValueError(f'{tensor.name} is {data.dtype}{data.shape}, not {tensor.dtype}{tensor.shape}')
+                # bfloat16 is no type of the buffer protocol.
+                written += file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            if written != tensor.size:
+                raise ValueError(f'{tensor.name} has {written} bytes, not {tensor.size}')

@@ -7,9 +7,9 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,14 @@ from llm.configuration import Invocation, render
 from llm.data.vocabularies import Vocabulary, load_vocabulary, read_chat_templates, write_vocabulary
 from llm.errors import UserError
 from llm.interop import llama2c
+from llm.interop.exporting.writing import PLATFORMS, ProgramFormat, check_exportable, write_programs
 from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
 from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
 from llm.interop.huggingface.sentence_transformers import read_pooling, write_pooling
 from llm.jobs.trained_model import VOCABULARY, read_run
 from llm.models.decoder import ComputeType, DecoderConfig
 from llm.models.encoder_decoder import EncoderDecoderConfig
+from llm.models.low_rank import ReadPiece, merging_reader
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.models.pooling import PoolingConfig
@@ -75,7 +77,7 @@ class _Model:
     sequence_length: int | None
     vocabulary: Vocabulary | None
     dtypes: dict[str, str]
-    read: Callable[[str, tuple[int | slice, ...]], np.ndarray]
+    read: ReadPiece
     chat_template: str | None = None
     pooling: PoolingConfig | None = None
 
@@ -89,7 +91,8 @@ class Convert:
             file of llama2.c, whose tokenizer, a .bin file too, is the `vocabulary`.
         destination: a new directory; for 'gguf' a new file.
         to: its format: 'run' for what `generate`, `pretrain` (initial_parameters) and others here read,
-            'hugging_face', 'gguf', or 'llama2c' (a directory with model.bin and tokenizer.bin).
+            'hugging_face', 'gguf', or 'llama2c' (a directory with model.bin and tokenizer.bin); as programs of other
+            runtimes, 'onnx', 'saved_model' (TensorFlow) or 'jax_export' (StableHLO).
         dtype: of the parameters written; None for that of the source. llama2.c has fp32 alone.
         block_type: for 'gguf', a quantized type of matrices in place of `dtype`.
         compute_dtype: of activations, for 'run'.
@@ -98,11 +101,12 @@ class Convert:
         checkpoint_step: of a run; None for the newest checkpoint that is whole.
         ignored_settings: names in a config.json that are not known here and are known to you to change nothing.
         vocabulary: where a vocabulary is, if not with the model.
+        platforms: of JAX that 'saved_model' and 'jax_export' are compiled for.
     """
 
     source: str
     destination: str
-    to: Literal['run', 'hugging_face', 'gguf', 'llama2c'] = 'run'
+    to: Literal['run', 'hugging_face', 'gguf', 'llama2c', 'onnx', 'saved_model', 'jax_export'] = 'run'
     dtype: StoredType | None = None
     block_type: Literal['Q8_0'] | None = None
     compute_dtype: ComputeType = 'float32'
@@ -111,9 +115,10 @@ class Convert:
     checkpoint_step: int | None = None
     ignored_settings: tuple[str, ...] = ()
     vocabulary: str | None = None
+    platforms: tuple[str, ...] = PLATFORMS
 
     def __post_init__(self) -> None:
-        formats = ('run', 'hugging_face', 'gguf', 'llama2c')
+        formats = ('run', 'hugging_face', 'gguf', 'llama2c', *get_args(ProgramFormat))
         if self.to not in formats:
             raise UserError(f'Convert.to is {self.to!r}', fix=f'Use one of {", ".join(formats)}.')
         if self.block_type not in (None, 'Q8_0') or (self.block_type is not None and self.to != 'gguf'):
@@ -135,6 +140,9 @@ class Convert:
         if self.to == 'hugging_face':
             family, settings = find_family(model.config, self.model_type)
             what += f' as {settings.get("architectures", [family.architecture])[0]}'
+        if self._makes_programs:
+            check_exportable(model.config, cast(ProgramFormat, self.to), self.platforms)
+            what += f' as {self.to}'
         if invocation.dry_run:
             print(f'{what}, to be written as {kept} to {destination}')
             return
@@ -145,9 +153,14 @@ class Convert:
             'hugging_face': self._write_hugging_face,
             'gguf': self._write_gguf,
             'llama2c': self._write_llama2c,
+            **dict.fromkeys(get_args(ProgramFormat), self._write_programs),
         }
         writers[self.to](model, destination)
         print(f'{what}, written as {kept} to {destination} in {time.perf_counter() - start:.1f} s')
+
+    @property
+    def _makes_programs(self) -> bool:
+        return self.to in get_args(ProgramFormat)
 
     def _open(self, source: Path) -> _Model:
         if (source / 'config.gin').is_file():
@@ -176,8 +189,8 @@ class Convert:
     def _open_run(self, source: Path) -> _Model:
         config, sequence_length, pooling = read_run(source)
         stored = StoredParameters(source, self.checkpoint_step)
-        expected = {name: spec.shape for name, spec in named_specs(parameter_specs(config.build()))}
-        if expected != {name: shape for name, (_, shape) in stored.arrays.items()}:
+        specs = dict(named_specs(parameter_specs(config.build())))
+        if {name: spec.shape for name, spec in specs.items()} != {n: shape for n, (_, shape) in stored.arrays.items()}:
             raise UserError(
                 f'the parameters of step {stored.step} are not those of its config',
                 where=str(source),
@@ -187,8 +200,15 @@ class Convert:
         if self.vocabulary is not None or (source / VOCABULARY).exists():
             vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
         dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
+        read: ReadPiece = stored.read
+        if self.to != 'run' and config.low_rank is not None:
+            # Other programs know nothing of adapters.
+            read = merging_reader(read, specs, config.low_rank)
+            config = dataclasses.replace(config, low_rank=None)
+            plain = [name for name, _ in named_specs(parameter_specs(config.build()))]
+            dtypes = {name: dtypes.get(name) or dtypes[f'{name}/base'] for name in plain}
         template = _chat_template(source / VOCABULARY)
-        return _Model(config, sequence_length, vocabulary, dtypes, stored.read, template, pooling)
+        return _Model(config, sequence_length, vocabulary, dtypes, read, template, pooling)
 
     def _open_hugging_face(self, source: Path) -> _Model:
         checkpoint = open_directory(source, self.ignored_settings)
@@ -254,17 +274,11 @@ class Convert:
             checkpointer.save(0, {'parameters': parameters}, metadata)
 
     def _write_hugging_face(self, model: _Model, directory: Path) -> None:
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
-        vocabulary = model.vocabulary
         names = ('bos', 'eos', 'pad')
-        ids = {f'{name}_token_id': getattr(vocabulary, f'{name}_id', None) for name in names}
+        ids = {f'{name}_token_id': getattr(model.vocabulary, f'{name}_id', None) for name in names}
         if isinstance(model.config, EncoderDecoderConfig):
             ids['decoder_start_token_id'] = ids['pad_token_id']  # what the decoder reads first
-        # Under its own name when it is whole.
-        partial = directory.with_name(f'{directory.name}.partial')
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with _complete_or_absent(directory) as partial:
             write_directory(
                 partial,
                 model.config,
@@ -275,23 +289,23 @@ class Convert:
                 model_type=self.model_type,
                 extra_settings=ids,
             )
-            if vocabulary is not None:
-                write_vocabulary(
-                    vocabulary,
-                    partial,
-                    chat_template=model.chat_template,
-                    max_length=model.sequence_length,
-                    ends=not isinstance(model.config, DecoderConfig),
-                )
+            _write_vocabulary(model, partial)
             if model.pooling is not None:
                 write_pooling(partial, model.pooling, model.config.d_model, model.sequence_length)
-            partial.replace(directory)
-        except OSError as error:
-            raise UserError(
-                f'cannot write ({error.strerror})', where=str(directory), fix='Check permissions and free space.'
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_programs(self, model: _Model, directory: Path) -> None:
+        with _complete_or_absent(directory) as partial:
+            partial.mkdir(parents=True)
+            write_programs(
+                partial,
+                cast(ProgramFormat, self.to),
+                model.config,
+                model.read,
+                {name: self.dtype or _widest({name: dtype}) for name, dtype in model.dtypes.items()},
+                platforms=self.platforms,
+                about={'source': self.source, 'sequence_length': model.sequence_length},
+            )
+            _write_vocabulary(model, partial)
 
     def _write_gguf(self, model: _Model, file: Path) -> None:
         if file.exists():
@@ -335,6 +349,39 @@ def _decoder(model: _Model) -> DecoderConfig:
             fix="Use 'hugging_face' or 'run'.",
         )
     return model.config
+
+
+@contextlib.contextmanager
+def _complete_or_absent(directory: Path) -> Iterator[Path]:
+    """A place to write a directory to that gets its name when it is whole.
+
+    Raises:
+        UserError: there is one of that name, or it cannot be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
+    partial = directory.with_name(f'{directory.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        partial.replace(directory)
+    except OSError as error:
+        raise UserError(
+            f'cannot write ({error.strerror})', where=str(directory), fix='Check permissions and free space.'
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_vocabulary(model: _Model, directory: Path) -> None:
+    if model.vocabulary is not None:
+        write_vocabulary(
+            model.vocabulary,
+            directory,
+            chat_template=model.chat_template,
+            max_length=model.sequence_length,
+            ends=not isinstance(model.config, DecoderConfig),
+        )
 
 
 def _chat_template(directory: Path) -> str | None:

@@ -12,16 +12,19 @@ sharding and checkpoints see three parameters, `query/base`, `query/down` and `q
 
 import dataclasses
 import string
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llm.errors import UserError
 from llm.models.parameters import ParameterSpec, Role, declare
 
 _BASE, _DOWN, _UP = 'base', 'down', 'up'
+ReadPiece = Callable[[str, tuple[int | slice, ...]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +161,29 @@ def merge(parameters: Any, specs: Any, config: LowRankConfig) -> Any:
     if isinstance(parameters, dict):
         return {name: merge(part, specs[name], config) for name, part in parameters.items()}
     return parameters
+
+
+def merging_reader(read: ReadPiece, specs: Mapping[str, ParameterSpec], config: LowRankConfig) -> ReadPiece:
+    """`merge` for parameters that are read a piece at a time.
+
+    Args:
+        read: gives a slice of a parameter of the adapted model, by path.
+        specs: of that model, by path.
+
+    Returns:
+        What gives a slice of a parameter of the model without adapters.
+    """
+
+    def merged(path: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        spec = specs.get(f'{path}/{_BASE}')
+        if spec is None:
+            return read(path, index)
+        batch = len(_batch(spec))
+        matrices, within = index[:batch], index[batch:]
+        down, up = (jnp.asarray(read(f'{path}/{name}', matrices)) for name in (_DOWN, _UP))
+        base = jnp.asarray(read(f'{path}/{_BASE}', matrices))
+        whole = np.asarray(_effective(base, down, up, _equation(spec), config.scale))
+        kept = sum(isinstance(each, slice) for each in matrices) + batch - len(matrices)
+        return whole[(slice(None),) * kept + within]
+
+    return merged

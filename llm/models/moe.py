@@ -16,7 +16,7 @@ from llm.models.context import Context
 from llm.models.feed_forward import ACTIVATIONS, FeedForward, FeedForwardConfig
 from llm.models.parameters import Role, parameter
 from llm.models.routing import Capacity, Router, RouterConfig
-from llm.parallel.expert_dispatch import dispatch
+from llm.parallel.expert_dispatch import Choices, dispatch
 from llm.parallel.sharding import constrain, target_device
 
 
@@ -140,6 +140,23 @@ class Experts(nnx.Module):
         )
         return product(checkpoint_name(hidden, 'feed_forward_hidden'), matrices['down'])
 
+    def all_of_them(self, x: jax.Array, choices: Choices) -> jax.Array:
+        """The same weighted sum with every expert computing every token: [B, S, D] -> [B, S, D]."""
+        activation, gated = ACTIVATIONS[self.config.activation]
+        weight = jnp.where(choices.kept, choices.weight, 0)
+
+        def add(total: jax.Array, expert: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[jax.Array, None]:
+            index, matrices = expert
+            up = jnp.einsum('BSD,DF->BSF', x, matrices['up'])
+            hidden = activation(jnp.einsum('BSD,DF->BSF', x, matrices['gate'])) * up if gated else activation(up)
+            made = jnp.einsum('BSF,FD->BSD', hidden, matrices['down'])
+            share = jnp.sum(jnp.where(choices.expert == index, weight, 0), axis=-1, keepdims=True)
+            return total + share * made, None
+
+        indices = jnp.arange(next(iter(self.matrices(x.dtype).values())).shape[0], dtype=choices.expert.dtype)
+        total = jnp.zeros(x.shape, jnp.promote_types(weight.dtype, x.dtype))
+        return jax.lax.scan(add, total, (indices, self.matrices(x.dtype)))[0].astype(x.dtype)
+
 
 class MixtureOfExperts(nnx.Module):
     """The weighted sum of the chosen experts, and the shared layer. Shapes: x [B, S, D] -> [B, S, D]."""
@@ -160,18 +177,22 @@ class MixtureOfExperts(nnx.Module):
         if config.dispatch == 'capacity' and context.offset is None:
             capacity = Capacity(config.capacity_factor, config.group_size)
         choices, sums = self.router(x, context, capacity)
-        y = dispatch(
-            self.experts,
-            x,
-            choices,
-            self.experts.matrices(x.dtype),
-            self.experts.axes,
-            config.num_experts,
-            most_rows=None
-            if capacity is None
-            else functools.partial(self._most_rows, capacity, x.shape[1], context.token_index is not None),
-            share=config.exchange_share,
-        )
+        if not all(isinstance(size, int) for size in x.shape):
+            # Programs for other runtimes leave sizes open, by which sorted rows are cut up.
+            y = self.experts.all_of_them(x, choices)
+        else:
+            y = dispatch(
+                self.experts,
+                x,
+                choices,
+                self.experts.matrices(x.dtype),
+                self.experts.axes,
+                config.num_experts,
+                most_rows=None
+                if capacity is None
+                else functools.partial(self._most_rows, capacity, x.shape[1], context.token_index is not None),
+                share=config.exchange_share,
+            )
         y = constrain(y, ('batch', 'residual', 'embed'))
         if self.shared is not None:
             other = self.shared(x)

@@ -50,7 +50,8 @@ class RelativeBiasConfig:
             distance = jnp.abs(distance)
         else:
             distance = jnp.maximum(-distance, 0)
-        return bucket + jnp.searchsorted(jnp.asarray(self.edges()), distance, side='right').astype(jnp.int32)
+        # As jnp.searchsorted would, without a loop. There are few edges, and one fused operation compares with all.
+        return bucket + jnp.sum(distance[..., None] >= jnp.asarray(self.edges()), axis=-1, dtype=jnp.int32)
 
 
 class RelativeBias(nnx.Module):

@@ -168,7 +168,7 @@ def test_large_arrays_are_written_in_pieces(source, run, tmp_path, monkeypatch):
         ({'source': 'nowhere'}, 'neither a run directory'),
         ({'vocabulary': 'nowhere'}, 'no vocabulary is here'),
         ({'destination': '{source}'}, 'not empty'),
-        ({'to': 'onnx'}, "Convert.to is 'onnx'"),
+        ({'to': 'torch'}, "Convert.to is 'torch'"),
         ({'dtype': 'int8'}, "Convert.dtype is 'int8'"),
     ],
 )

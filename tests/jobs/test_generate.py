@@ -50,8 +50,8 @@ def pretrain(directory, **model):
     )
 
 
-def write_run(directory, *, steps=(10, 20), vocabulary=VOCABULARY, **model):
-    """A run directory with checkpoints of other parameters at each step."""
+def write_run(directory, *, steps=(10, 20), vocabulary=VOCABULARY, change=None, **model):
+    """A run directory with checkpoints of other parameters at each step, changed by `change(path, array)`."""
     job = pretrain(directory, **model)
     directory.mkdir()
     (directory / 'config.gin').write_text(render(job))
@@ -60,6 +60,11 @@ def write_run(directory, *, steps=(10, 20), vocabulary=VOCABULARY, **model):
         for step in steps:
             trainer = Trainer(job.model, job.optimizer, dataclasses.replace(job.step, seed=step), 20, ONE_DEVICE)
             state = trainer.state_dict(trainer.fresh_state())
+            if change is not None:
+                state['parameters'] = jax.tree.map_with_path(
+                    lambda path, x: change(jax.tree_util.keystr(path, simple=True, separator='/'), x),
+                    state['parameters'],
+                )
             checkpointer.save(step, state, {'vocabulary': vocabulary.digest})
     return directory
 

@@ -13,7 +13,7 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.initialization import initialize
 from llm.models.layer import LayerConfig
-from llm.models.low_rank import LowRankConfig, attach, merge
+from llm.models.low_rank import LowRankConfig, attach, merge, merging_reader
 from llm.models.parameters import named_specs, parameter_specs
 
 LAYER = LayerConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6), FeedForwardConfig(d_ff=20))
@@ -79,3 +79,17 @@ def test_the_rest_can_be_trained_too():
 def test_an_unknown_target_is_named():
     with pytest.raises(UserError, match=r"'querry'.*down, gate, key, output, query, up, value"):
         Decoder(_adapted(targets=('querry',)))
+
+
+def test_merging_piece_by_piece_is_merging():
+    config = _adapted(rank=2, alpha=3.0)
+    assert config.low_rank is not None
+    specs = parameter_specs(Decoder(config))
+    parameters = jax.tree.map(lambda x: x + 0.1, _parameters(config, 0))
+    whole = dict(named_specs(merge(parameters, specs, config.low_rank)))
+    flat = {path: np.asarray(value) for path, value in named_specs(parameters)}
+    read = merging_reader(lambda path, index: flat[path][index], dict(named_specs(specs)), config.low_rank)
+    for path, value in whole.items():
+        for index in ((), (slice(0, 1),), (0,), (slice(None), slice(1, 3))):
+            if len(index) <= value.ndim:
+                np.testing.assert_allclose(read(path, index), value[index], atol=1e-6)
