@@ -161,7 +161,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 def _write_mamba(config: DecoderConfig) -> dict[str, Any]:
     mixer: Any = config.pattern[0].mixer
-    # The first says the width to transformers 4 too, the second to other programs.
+    # transformers takes the first where both are there.
     sizes = {'intermediate_size': mixer.d_inner, 'expand': max(1, mixer.d_inner // config.d_model)}
     return _write(config) | sizes | {'time_step_rank': mixer.dt_rank}
 
