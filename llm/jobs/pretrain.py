@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm.configuration import Invocation
 from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
-from llm.data.examples import FixedExamples, MixedExamples
+from llm.data.examples import FixedExamples, MixedExamples, StreamedExamples
 from llm.data.loader import Loader
 from llm.data.packing import PackedRows
 from llm.data.sources import ReadCounts, read_documents
@@ -114,9 +114,9 @@ class Pretrain:
             enable_compilation_cache()
             say(f'{begin} {directory}')
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
-            length = self.step.sequence_length
+            length, rows = self.step.sequence_length, self.step.batch_size
             examples = processes.first_then_others(
-                'tokenising the training text', lambda: self.data.open_training(vocabulary, length)
+                'tokenising the training text', lambda: self.data.open_training(vocabulary, length, batch_size=rows)
             )
             batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
             # The digest of the data covers the vocabulary: that comes first, to be named if it is what differs.
@@ -126,7 +126,7 @@ class Pretrain:
             state, rejected = self._state(trainer, checkpointer, data)
             start = int(state['step'])
             evaluation_sets = processes.first_then_others(
-                'tokenising the evaluation sets', lambda: self.data.open_evaluation(vocabulary, length)
+                'tokenising the evaluation sets', lambda: self.data.open_evaluation(vocabulary, length, batch_size=rows)
             )
             self._check_best_metric(evaluation_sets)
             evaluations = {
@@ -193,6 +193,13 @@ class Pretrain:
         if self.samples is not None and not isinstance(self.model, DecoderConfig):
             raise UserError(
                 f'an {type(self.model).__name__} cannot continue a prompt', where='Pretrain.samples', fix='Use None.'
+            )
+        remembers = isinstance(self.model, DecoderConfig) and self.model.memory_length > 0
+        if remembers != (self.data.order == 'contiguous'):
+            raise UserError(
+                f'order is {self.data.order!r} and the model has {"a" if remembers else "no"} memory of the row before',
+                where='DataConfig.order',
+                fix="Use 'contiguous' for models of RecurrentAttentionConfig, and 'shuffled' for others.",
             )
         if self.mesh.pipeline != 1 and any(self.data.objectives()):
             raise UserError(
@@ -286,7 +293,7 @@ class Pretrain:
         write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
         records = [source.records for source in examples.sources]
         sets = [each.examples for each in evaluation_sets.values()]
-        records += [each.records if isinstance(each, FixedExamples) else each for each in sets]
+        records += [each.records if isinstance(each, FixedExamples | StreamedExamples) else each for each in sets]
         caches = [rows.cache for rows in records if isinstance(rows, PackedRows)]
         update_summary(
             directory,

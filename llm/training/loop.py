@@ -79,8 +79,10 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     Sums are taken in float64 on the host, batch by batch in order.
     """
     nll = tokens = 0.0
+    memory = trainer.fresh_memory()
     for index in range(evaluation.num_batches):
-        sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index))
+        sums = trainer.evaluation_step(parameters, evaluation.batches.batch(index), memory)
+        memory = sums.get('memory')
         nll += float(sums['nll'])
         tokens += float(sums['tokens'])
     loss = nll / tokens

@@ -18,7 +18,9 @@ from llm.training.optimizers import optimized
 from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
 
-State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
+# {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []} and, of models that have one, 'memory', a
+# nested dict: what each row of the next batch goes on from.
+State = dict[str, Any]
 # targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
 # Arrays of the encoder's side of an encoder-decoder have another length.
 Batch = dict[str, jax.Array]
@@ -60,15 +62,21 @@ def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     module = nnx.merge(model, parameters)
-    own = ('targets', 'loss_weights', 'routing_weights')
+    own = ('targets', 'loss_weights', 'routing_weights', 'memory')
     arrays = {name: x for name, x in batch.items() if name not in own}
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    hidden, routing = module.hidden_and_sums(
-        **arrays, **orders, dropout_key=dropout_key, token_weights=batch.get('routing_weights')
-    )
+    more: dict[str, Any] = arrays | orders
+    more |= {'dropout_key': dropout_key, 'token_weights': batch.get('routing_weights')}
+    memory: Any = None
+    if 'memory' in batch:
+        hidden, routing, memory = module.hidden_sums_and_memory(memory=batch['memory'], **more)
+    else:
+        hidden, routing = module.hidden_and_sums(**more)
     loss, sums = summed_loss(module.projection(), hidden, batch['targets'], batch['loss_weights'], z_loss)
+    if memory is not None:
+        sums = sums | {'memory': memory}
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
@@ -126,6 +134,8 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = with_routing_weights(placed(batch))
+        if 'memory' in state:
+            batch = batch | {'memory': state['memory']}
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         if gradients_of_sums is None:
             gradients, sums = accumulated(state['parameters'], batch, key)
@@ -149,6 +159,8 @@ def make_train_step(
             'optimizer': optimizer_state,
             'step': state['step'] + 1,
         }
+        if 'memory' in state:
+            new_state['memory'] = sums['memory']
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step
@@ -159,17 +171,21 @@ def make_evaluation_step(
 ) -> Callable[[Any, Batch], Metrics]:
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
 
+    Given a memory too, what rows go on from, the sums have the next one as 'memory'.
+
     Args:
         sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
     """
 
-    def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
+    def evaluation_step(parameters: Any, batch: Batch, memory: Any = None) -> Metrics:
         batch = placed(batch)
+        if memory is not None:
+            batch = batch | {'memory': memory}
         if sums_of is not None:
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {'nll': sums['nll'], 'tokens': sums['tokens']}
+        return {name: sums[name] for name in ('nll', 'tokens', 'memory') if name in sums}
 
     return evaluation_step
 
