@@ -3,14 +3,14 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llm.data import tasks
-from llm.data.examples import FixedExamples, MixedExamples, ShuffledExamples
+from llm.data.examples import FixedExamples, MixedExamples, ShuffledExamples, StreamedExamples
 from llm.data.index_maps import MixtureSchedule, temperature_rates
 from llm.data.objectives import BatchKind, IndexArray, Objective
 from llm.data.packing import PackedRows, PackingMode, evaluation_plan, training_plan
@@ -81,7 +81,7 @@ class EvaluationSet:
             where the loss is not of all the text.
     """
 
-    examples: PackedRows | FixedExamples
+    examples: PackedRows | FixedExamples | StreamedExamples
     num_rows: int
     num_tokens: int
     num_bytes: int
@@ -102,6 +102,8 @@ class DataConfig:
         maximum_rows: see temperature.
         packing: 'best_fit' cuts only documents longer than a row; 'concatenate' cuts the stream anywhere.
         attend_across_documents: let attention and positions run through the documents of a row.
+        order: 'shuffled' rows, each epoch anew; 'contiguous' rows of one source, each of a batch going on from that of
+            the batch before, for models with a memory, in evaluation too. For 'concatenate' across documents alone.
         objective: what is made of rows of tokens, anew in every epoch; None is causal language modelling. With one, a
             row's length is the encoder's, and noise in evaluation is always the same.
         seed: of all orders. Another seed is another order of the same rows, and other rows.
@@ -118,6 +120,7 @@ class DataConfig:
     maximum_rows: int | None = None
     packing: PackingMode = 'best_fit'
     attend_across_documents: bool = False
+    order: Literal['shuffled', 'contiguous'] = 'shuffled'
     objective: Objective | None = None
     seed: int = 0
     evaluation: tuple[Component, ...] | None = None
@@ -143,25 +146,32 @@ class DataConfig:
         if self.workers < 0:
             raise UserError(f'workers = {self.workers} is negative')
         self._check_rates()
+        self._check_order()
 
-    def open_training(self, vocabulary: Tokenizer, sequence_length: int, *, progress: bool = True) -> MixedExamples:
+    def open_training(
+        self, vocabulary: Tokenizer, sequence_length: int, *, batch_size: int | None = None, progress: bool = True
+    ) -> MixedExamples:
         """The training examples, endless unless every component has max_epochs; caches and plans are made first.
 
         Args:
             sequence_length: S, tokens in a row.
+            batch_size: rows of a batch, for order 'contiguous'.
             progress: show bars while tokenising.
 
         Raises:
             UserError: as `open_token_cache`; or a component has so few rows beside the others that its share is lost.
         """
         components = self.training_components()
-        examples = []
+        examples: list[ShuffledExamples | StreamedExamples] = []
         for component in components:
             cache = self._cache(component, 'train', vocabulary, progress)
             objective = self._objective(component)
             length, width, room = _row(objective, sequence_length, self.attend_across_documents)
             plan = training_plan(cache, length, self.packing, self.seed, room)
             rows = PackedRows(cache, plan, width, attend_across_documents=self.attend_across_documents)
+            if self.order == 'contiguous':
+                examples.append(StreamedExamples(rows, _given(batch_size), self.seed, component.name))
+                continue
             functions = [] if objective is None else [objective.bind(vocabulary, sequence_length)]
             examples.append(ShuffledExamples(rows, self.seed, component.name, functions))
         _check_same(examples, [component.name for component in components])
@@ -174,9 +184,9 @@ class DataConfig:
         return MixedExamples(examples, MixtureSchedule(self._rates(components, sizes), limits, names), names)
 
     def open_evaluation(
-        self, vocabulary: Tokenizer, sequence_length: int, *, progress: bool = True
+        self, vocabulary: Tokenizer, sequence_length: int, *, batch_size: int | None = None, progress: bool = True
     ) -> dict[str, EvaluationSet]:
-        """The evaluation sets by name. Documents are always apart in them, whatever training does.
+        """The evaluation sets by name. Documents are apart in them, whatever training does, but in order 'contiguous'.
 
         Raises:
             UserError: as `open_token_cache`; or the stride is longer than a row.
@@ -184,6 +194,14 @@ class DataConfig:
         sets = {}
         for component in self.evaluation_components():
             cache = self._cache(component, 'validation', vocabulary, progress)
+            if self.order == 'contiguous':
+                plan = training_plan(cache, sequence_length, self.packing, 0)
+                packed = PackedRows(cache, plan, sequence_length, attend_across_documents=True)
+                num_bytes = int(cache.document_bytes().sum())
+                streams = StreamedExamples(packed, _given(batch_size), None)
+                num_tokens = int(plan.spans['length'].sum(dtype=int))
+                sets[component.name] = EvaluationSet(streams, plan.num_rows, num_tokens, num_bytes)
+                continue
             objective = self._objective(component)
             length, width, room = _row(objective, sequence_length, False)
             stride, documents = self.evaluation_stride, self.evaluation_documents
@@ -253,6 +271,30 @@ class DataConfig:
         rates = [component.rate for component in components if component.rate is not None]
         return rates or list(temperature_rates(sizes, temperature=self.temperature, maximum=self.maximum_rows))
 
+    def _check_order(self) -> None:
+        if self.order not in ('shuffled', 'contiguous'):
+            raise UserError(f'order is {self.order!r}', where='DataConfig', fix="Use 'shuffled' or 'contiguous'.")
+        if self.order == 'shuffled':
+            return
+        if self.packing != 'concatenate' or not self.attend_across_documents or self.evaluation_stride is not None:
+            raise UserError(
+                'rows that go on from one another run through documents, without a stride',
+                where='DataConfig.order',
+                fix="Set packing = 'concatenate', attend_across_documents = True and evaluation_stride = None.",
+            )
+        if not isinstance(self.components, tuple) or len(self.components) > 1 or any(self.objectives()):
+            raise UserError(
+                'rows that go on from one another are of one source, and as they are',
+                where='DataConfig.order',
+                fix="Use one component and no objective, or order = 'shuffled'.",
+            )
+        if self.evaluation_documents is not None:
+            raise UserError(
+                "evaluation_documents are chosen at random, and order is 'contiguous'",
+                where='DataConfig.evaluation_documents',
+                fix='Leave it out.',
+            )
+
     def _check_rates(self) -> None:
         if isinstance(self.components, tuple):
             missing = [component.name for component in self.components if component.rate is None]
@@ -267,6 +309,12 @@ class DataConfig:
             raise UserError(
                 'temperature and maximum_rows are for components without rates', fix='Leave them out, or the rates.'
             )
+
+
+def _given(batch_size: int | None) -> int:
+    if batch_size is None:
+        raise ValueError("order 'contiguous' needs the batch_size")
+    return batch_size
 
 
 def _row(
@@ -287,7 +335,7 @@ def _row(
     return sequence_length, most, np.concatenate([[0], room])
 
 
-def _check_same(examples: list[ShuffledExamples], names: list[str]) -> None:
+def _check_same(examples: Sequence[ShuffledExamples | StreamedExamples], names: list[str]) -> None:
     """Raises UserError where the rows of a mixture do not have the same arrays."""
     if all(not each.post_cache for each in examples):
         return

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from llm.data.index_maps import EpochShuffle, MixtureSchedule, derive_key
 from llm.data.objectives import Example, PostCache, apply_post_cache, record_generator
+from llm.errors import UserError
 
 
 class Records(Protocol):
@@ -67,6 +68,50 @@ class ShuffledExamples(Examples):
         return _processed(self.records, self.post_cache, self._record_seed, epochs, records)
 
 
+class StreamedExamples(Examples):
+    """The records in order, so that row b of a batch goes on where row b of the batch before ended.
+
+    The records are cut into as many streams of neighbours as a batch has rows; `positions` run on through a stream. The
+    few that are left over are others in each epoch: streams begin at a record of its own, and anew at record 0.
+
+    Args:
+        batch_size: rows of a batch: example i is row i mod batch_size of batch i div batch_size.
+        seed: of where epochs begin; None for evaluation: from record 0 on, once, and then padding.
+    """
+
+    num_examples = None
+    post_cache: tuple[PostCache, ...] = ()
+
+    def __init__(self, records: Records, batch_size: int, seed: int | None, name: str = ''):
+        self.records, self.batch_size = records, batch_size
+        self._key = None if seed is None else derive_key(seed, 'streams', name)
+        if seed is not None and records.num_rows < batch_size:
+            raise UserError(
+                f'{records.num_rows} rows cannot be {batch_size} streams',
+                where='DataConfig.order',
+                fix='Use a smaller batch_size or sequence_length, or more text.',
+            )
+        # Of an epoch, or of all.
+        self.steps = records.num_rows // batch_size if seed is not None else -(-records.num_rows // batch_size)
+        self.digest = _digest(records.digest, 'streams', batch_size, self._key)
+
+    def rows(self, indices: npt.ArrayLike) -> Example:
+        steps, streams = np.divmod(np.asarray(indices, np.int64), self.batch_size)
+        records = streams * self.steps + steps
+        past = np.zeros_like(steps)
+        if self._key is None:
+            records = np.where(steps < self.steps, records, self.records.num_rows)
+        else:
+            past, steps = np.divmod(steps, self.steps)
+            first = {epoch: derive_key(self._key, int(epoch)) % self.records.num_rows for epoch in np.unique(past)}
+            records = streams * self.steps + steps + np.asarray([first[epoch] for epoch in past])
+            records %= self.records.num_rows
+        batch = self.records.rows(records)
+        before = np.minimum(steps, records)[:, None] * batch['positions'].shape[1]
+        positions = batch['positions'] + np.where(batch['segment_ids'] > 0, before, 0).astype(np.int32)
+        return batch | {'positions': positions}
+
+
 class FixedExamples(Examples):
     """The records in their order, with post-cache functions that draw the same for each every time: for evaluation.
 
@@ -88,7 +133,12 @@ class FixedExamples(Examples):
 class MixedExamples(Examples):
     """Several examples interleaved at fixed rates; each source goes on through its own epochs."""
 
-    def __init__(self, sources: Sequence[ShuffledExamples], schedule: MixtureSchedule, names: Sequence[str] = ()):
+    def __init__(
+        self,
+        sources: Sequence[ShuffledExamples | StreamedExamples],
+        schedule: MixtureSchedule,
+        names: Sequence[str] = (),
+    ):
         self.sources, self.schedule, self.names = tuple(sources), schedule, tuple(names)
         self.num_examples = schedule.length
         self.digest = _digest([source.digest for source in sources], schedule.weights, schedule.limits)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm.configuration import Invocation
 from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
-from llm.data.examples import FixedExamples, MixedExamples
+from llm.data.examples import FixedExamples, MixedExamples, StreamedExamples
 from llm.data.loader import Loader
 from llm.data.objectives.sentence_pairs import SentencePairs
 from llm.data.packing import PackedRows
@@ -116,9 +116,9 @@ class Pretrain:
             enable_compilation_cache()
             say(f'{begin} {directory}')
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
-            length = self.step.sequence_length
+            length, rows = self.step.sequence_length, self.step.batch_size
             examples = processes.first_then_others(
-                'tokenising the training text', lambda: self.data.open_training(vocabulary, length)
+                'tokenising the training text', lambda: self.data.open_training(vocabulary, length, batch_size=rows)
             )
             batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
             # The digest of the data covers the vocabulary: that comes first, to be named if it is what differs.
@@ -128,7 +128,7 @@ class Pretrain:
             state, rejected = self._state(trainer, checkpointer, data)
             start = int(state['step'])
             evaluation_sets = processes.first_then_others(
-                'tokenising the evaluation sets', lambda: self.data.open_evaluation(vocabulary, length)
+                'tokenising the evaluation sets', lambda: self.data.open_evaluation(vocabulary, length, batch_size=rows)
             )
             self._check_best_metric(evaluation_sets)
             evaluations = {
@@ -208,6 +208,13 @@ class Pretrain:
                 'the objective is pairs of texts, and the model does not classify them',
                 where='EncoderConfig.next_sentence',
                 fix='Set it and pooler to True, and token_types to 2; or use another objective.',
+            )
+        remembers = isinstance(self.model, DecoderConfig) and self.model.memory_length > 0
+        if remembers != (self.data.order == 'contiguous'):
+            raise UserError(
+                f'order is {self.data.order!r} and the model has {"a" if remembers else "no"} memory of the row before',
+                where='DataConfig.order',
+                fix="Use 'contiguous' for models of RecurrentAttentionConfig, and 'shuffled' for others.",
             )
         if self.mesh.pipeline != 1 and any(self.data.objectives()):
             raise UserError(
@@ -301,7 +308,7 @@ class Pretrain:
         write_atomically(directory / 'environment.json', json.dumps(here, indent=1, sort_keys=True) + '\n')
         records = [source.records for source in examples.sources]
         sets = [each.examples for each in evaluation_sets.values()]
-        records += [each.records if isinstance(each, FixedExamples) else each for each in sets]
+        records += [each.records if isinstance(each, FixedExamples | StreamedExamples) else each for each in sets]
         caches = [rows.cache for rows in records if isinstance(rows, PackedRows)]
         update_summary(
             directory,

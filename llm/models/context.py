@@ -33,6 +33,8 @@ class Context:
         distance_bias: [H, 2 M + 1], for position 'relative'; see RelativeBias.
         global_keys: [B, T] bool or None; tokens that all of their segment see, whatever causal and window say.
         global_tokens: [B, S] bool or None; tokens that see all of their segment too, in layers of LongAttention.
+        before: [B], tokens of the row's first segment that came before the row: how much of RecurrentAttention's memory
+            is of it.
         memory: [B, T, D], what cross-attention reads: the output of the encoder; memory_segment_ids: [B, T] or None,
             a segment reads the one of its own number. Not needed where a cache holds the keys and values.
     """
@@ -47,6 +49,7 @@ class Context:
     distance_bias: jax.Array | None = None
     global_keys: jax.Array | None = None
     global_tokens: jax.Array | None = None
+    before: jax.Array | None = None
     memory: jax.Array | None = None
     memory_segment_ids: jax.Array | None = None
 

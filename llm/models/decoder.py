@@ -38,6 +38,7 @@ from llm.models.multi_token import MultiToken, MultiTokenConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, check_length, positions_of, rotary_table, sinusoids
+from llm.models.recurrent_attention import MEMORY, RecurrentAttentionConfig
 from llm.models.remat import RematKind, check_remat
 
 _LONGEST = 'DecoderConfig.max_positions'
@@ -123,6 +124,19 @@ class DecoderConfig:
             raise UserError(f'd_model {self.d_model} is odd', where=where, fix='Sinusoidal positions come in pairs.')
         if not 0 <= self.embedding_dropout < 1:
             raise UserError(f'embedding_dropout is {self.embedding_dropout}', where=where, fix='Use a rate in [0, 1).')
+        lengths = {getattr(layer.mixer, 'memory_length', 0) for layer in (*self.leading, *self.pattern)}
+        if len(lengths) > 1:
+            raise UserError(
+                f'layers remember {sorted(lengths)} tokens',
+                where='DecoderConfig.pattern',
+                fix='Give all layers a RecurrentAttentionConfig of one memory_length, or none of them.',
+            )
+        if max(lengths) and self.multi_token is not None:
+            raise UserError(
+                'multi-token prediction of a model that remembers the row before',
+                where=f'{where}.multi_token',
+                fix='Use None, or layers without memory.',
+            )
         check_remat(self.remat, self.remat_names, where)
         if self.num_outputs is not None and self.num_outputs < 0:
             raise UserError(f'num_outputs is {self.num_outputs}', where=where, fix='Use at least 0, or None.')
@@ -162,6 +176,24 @@ class DecoderConfig:
         if self.multi_token is None:
             return ()
         return (self.multi_token.layer or self.layer(self.num_layers - 1),) * self.multi_token.depths
+
+    @property
+    def memory_length(self) -> int:
+        """Tokens before the row that layers remember; 0 for models without (see RecurrentAttentionConfig)."""
+        mixer = self.pattern[0].mixer
+        return mixer.memory_length if isinstance(mixer, RecurrentAttentionConfig) else 0
+
+    def init_memory(self, batch: int) -> Cache:
+        """What `batch` rows remember before the first: nothing. {} for models without a memory."""
+        shape, dtype = (batch, self.memory_length, self.d_model), jnp.dtype(self.compute_dtype)
+        if not self.memory_length:
+            return {}
+        counts = {'leading': len(self.leading), 'layers': len(self.pattern), 'remainder': len(self.remainder)}
+        return {
+            group: {str(p): {MEMORY: jnp.zeros((repeats, *shape), dtype)} for p in range(counts[group])}
+            for group, repeats, _ in self.groups()
+            if repeats and counts[group]
+        }
 
     def groups(self) -> tuple[tuple[str, int, int], ...]:
         """The groups of stacked layers in the order in which they run: (name, repeats, index of the first layer)."""
@@ -271,12 +303,45 @@ class Decoder(nnx.Module):
         Raises:
             UserError: S is more than max_positions; or multi-token prediction would see what it predicts.
         """
+        hidden, sums, _ = self.hidden_sums_and_memory(
+            inputs,
+            {},
+            positions=positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
+            token_index=token_index,
+            token_weights=token_weights,
+            prefix=prefix,
+            tokens_ahead=tokens_ahead,
+        )
+        return hidden, sums
+
+    def hidden_sums_and_memory(
+        self,
+        inputs: jax.Array,
+        memory: Cache,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        token_index: ArrayLike | None = None,
+        token_weights: jax.Array | None = None,
+        prefix: jax.Array | None = None,
+        tokens_ahead: Sequence[jax.Array] | None = None,
+    ) -> tuple[jax.Array, Auxiliaries, Cache]:
+        """`hidden_and_sums` of rows that go on from others, and what they leave for the next.
+
+        Args:
+            memory: from DecoderConfig.init_memory or the rows before; {} for rows that go on from nothing. The first
+                segment of a row goes on from there if its `positions`, which are then needed, do not begin at 0.
+        """
         if tokens_ahead is not None and prefix is not None:
             raise UserError(
                 'in a prefix tokens see those after them, and multi-token prediction would read what it predicts',
                 where='DecoderConfig.multi_token',
                 fix='Use None with prefix language modelling.',
             )
+        before = positions[:, 0] if memory and positions is not None else None
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         token_index = None if token_index is None else jnp.asarray(token_index)
@@ -285,9 +350,10 @@ class Decoder(nnx.Module):
             token_index=token_index,
             token_weights=token_weights,
             global_keys=None if prefix is None else prefix != 0,
+            before=before,
         )
-        hidden, _, sums = self._run(inputs, positions, context, dropout_key, {}, inputs.shape[1], tokens_ahead)
-        return hidden, sums
+        hidden, memory, sums = self._run(inputs, positions, context, dropout_key, memory, inputs.shape[1], tokens_ahead)
+        return hidden, sums, memory
 
     def logits_ahead(self, inputs: jax.Array, tokens_ahead: Sequence[jax.Array] = (), **more: Any) -> jax.Array:
         """Logits of the tokens 1, 2, ..., n after each of `inputs`, by multi-token prediction: [B, S] -> [B, n, S, V].

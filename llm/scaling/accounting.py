@@ -23,6 +23,7 @@ from llm.models.long_attention import LongAttentionConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
 from llm.models.parameters import Role, named_specs
+from llm.models.recurrent_attention import RecurrentAttentionConfig
 from llm.scaling.chips import device_peak_flops
 
 
@@ -122,6 +123,10 @@ def flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length:
         if isinstance(mixer, LongAttentionConfig):  # each token sees the global ones, and they see it
             window += 2 * mixer.global_tokens
             seen += 2 * mixer.global_tokens * sequence_length
+        if isinstance(mixer, RecurrentAttentionConfig):  # a product with positions besides, and keys of the memory
+            per_key = per_key * 3 // 2
+            window += mixer.memory_length
+            seen += mixer.memory_length * sequence_length
         attention += per_key * window
         causal_attention += per_key * seen / sequence_length
     return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)

@@ -86,9 +86,11 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     nll = tokens = 0.0
     ahead, pairs = np.zeros((2, 0)), dict.fromkeys(('nll', 'correct', 'pairs'), 0.0)
     more: list[dict[str, np.ndarray]] = []
-    step = evaluation.step or trainer.evaluation_step
+    step, memory = evaluation.step or trainer.evaluation_step, trainer.fresh_memory()
     for index in range(evaluation.num_batches):
-        found = dict(step(parameters, evaluation.batches.batch(index)))
+        batch = evaluation.batches.batch(index)
+        found = dict(step(parameters, batch) if memory is None else step(parameters, batch, memory))
+        memory = found.pop('memory', None)
         nll += float(found.pop('nll'))
         tokens += float(found.pop('tokens'))
         if 'ahead' in found:

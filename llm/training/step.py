@@ -28,7 +28,9 @@ from llm.training.parametrization import trained, with_trained
 from llm.training.routing import routing_loss, routing_metrics, with_routing_weights
 from llm.training.sentence_pairs import pair_metrics, summed_pairs, with_pair_weights
 
-State = dict[str, Any]  # {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []}
+# {'parameters': nested dict, 'optimizer': optax state, 'step': int32 []} and, of models that have one, 'memory', a
+# nested dict: what each row of the next batch goes on from.
+State = dict[str, Any]
 # targets and loss_weights, [B, S]; and what the model's `hidden` reads, of a decoder: inputs, segment_ids, positions.
 # Arrays of the encoder's side of an encoder-decoder have another length.
 Batch = dict[str, jax.Array]
@@ -77,7 +79,7 @@ def microbatches_of(x: jax.Array, count: int, axes: Axes) -> jax.Array:
 
 def _read_by_model(batch: Batch, dropout_key: jax.Array | None) -> dict[str, Any]:
     """What `hidden` of the model takes, of what is in a batch."""
-    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights')
+    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights', 'memory')
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
     targets, _ = depths_of(batch)
     if len(targets) > 1:
@@ -94,10 +96,14 @@ def _summed_loss(
     module = nnx.merge(model, parameters)
     arrays = _read_by_model(batch, dropout_key)
     routing: Any = {}
+    memory: Any = None
     pairs: tuple[Any, Metrics] | None = None
     if 'next_sentence' in batch:
         hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
         pairs = summed_pairs(pair_logits, batch)
+    elif 'memory' in batch:
+        weights = batch.get('routing_weights')
+        hidden, routing, memory = module.hidden_sums_and_memory(memory=batch['memory'], token_weights=weights, **arrays)
     else:
         hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
     targets, weights = depths_of(batch)
@@ -107,6 +113,8 @@ def _summed_loss(
         loss, sums = summed_loss(module.projection(), hidden, targets[0], weights[0], z_loss)
     if pairs is not None:
         loss, sums = loss + pairs[0], sums | {'pairs': pairs[1]}
+    if memory is not None:
+        sums = sums | {'memory': memory}
     return (loss + routing_loss(routing), sums | {'routing': routing}) if routing else (loss, sums)
 
 
@@ -163,6 +171,8 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)
         batch = with_pair_weights(with_routing_weights(batch))
+        if 'memory' in state:
+            batch = batch | {'memory': state['memory']}
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         gradients, sums = (gradients_of_sums or accumulated)(state['parameters'], batch, key)
         tokens = jnp.maximum(sums['tokens'], 1)
@@ -184,6 +194,8 @@ def make_train_step(
             'optimizer': optimizer_state,
             'step': state['step'] + 1,
         }
+        if 'memory' in state:
+            new_state['memory'] = sums['memory']
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step
@@ -198,18 +210,21 @@ def make_evaluation_step(
 
     With multi-token prediction also 'ahead', the same of the further depths, [depths] each; with pairs of texts
     'pairs', see `summed_pairs`.
+    Given a memory too, what rows go on from, the sums have the next one as 'memory'.
 
     Args:
         sums_of: (parameters, batch, no key) -> (anything, sums), in place of the model on one device: a pipeline.
     """
 
-    def evaluation_step(parameters: Any, batch: Batch) -> Metrics:
+    def evaluation_step(parameters: Any, batch: Batch, memory: Any = None) -> Metrics:
         batch = placed(with_targets_ahead(batch, multi_token))
+        if memory is not None:
+            batch = batch | {'memory': memory}
         if sums_of is not None:
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {name: sums[name] for name in ('nll', 'tokens', 'ahead', 'pairs') if name in sums}
+        return {name: sums[name] for name in ('nll', 'tokens', 'ahead', 'pairs', 'memory') if name in sums}
 
     return evaluation_step
 

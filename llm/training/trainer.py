@@ -73,6 +73,7 @@ class Trainer:
         self._check_contrastive()
         self._check_length()
         self._check_sequence()
+        self._check_memory()
         module = model.build()
         self.specs = parameter_specs(module)
         self.pipeline_table = self._pipeline_table(pipeline)
@@ -95,6 +96,11 @@ class Trainer:
             ),
             'step': self._placed(abstract['step'], self.replicated),
         }
+        if 'memory' in abstract:
+            over = rules.partition((None, 'batch', None, None), self.mesh, parameters=False)
+            self.abstract_state['memory'] = jax.tree.map(
+                lambda x: self._placed(x, NamedSharding(self.mesh, over)), abstract['memory']
+            )
         self.state_shardings: State = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.batch_sharding = NamedSharding(
             self.mesh, rules.partition(('batch', 'sequence'), self.mesh, parameters=False)
@@ -176,6 +182,22 @@ class Trainer:
                         fix="Use 'ring' or 'all_gather' instead of 'ulysses', or change the mesh.",
                     )
 
+    def _check_memory(self) -> None:
+        if not (isinstance(self.model_config, DecoderConfig) and self.model_config.memory_length):
+            return
+        for where, many in (
+            ('MeshConfig.pipeline', self.mesh.shape[PIPELINE_AXIS]),
+            ('MeshConfig.sequence', self._ways('sequence')),
+            ('StepConfig.gradient_accumulation', self.step_config.gradient_accumulation),
+        ):
+            if many > 1:
+                raise UserError(
+                    'a model that remembers the row before runs without a pipeline, without rows that are cut and '
+                    f'without accumulation, and there are {many} of these',
+                    where=where,
+                    fix='Use 1.',
+                )
+
     def _ways(self, axis: str) -> int:
         """Devices that share an activation along a logical axis."""
         axes = self.rules.partition((axis,), self.mesh, parameters=False)[0]
@@ -183,11 +205,23 @@ class Trainer:
 
     def _fresh_state(self, seed: int | jax.Array) -> State:
         parameters = initialize(self.specs, self.model_config.initialization, seed)
-        return {
+        state = {
             'parameters': parameters,
             'optimizer': self.optimizer.init(trained(parameters, self.specs)),
             'step': jnp.zeros((), jnp.int32),
         }
+        memory = self._memory()
+        return {**state, 'memory': memory} if memory else state
+
+    def _memory(self) -> Any:
+        config = self.model_config
+        return config.init_memory(self.step_config.batch_size) if isinstance(config, DecoderConfig) else {}
+
+    def fresh_memory(self) -> Any:
+        """What the rows of a first batch go on from; None for models without a memory."""
+        if 'memory' not in self.state_shardings:
+            return None
+        return jax.jit(self._memory, out_shardings=self.state_shardings['memory'])()
 
     def fresh_state(self) -> State:
         """The state before step 0, each array created where it lives."""
@@ -205,10 +239,13 @@ class Trainer:
 
     @functools.cached_property
     def evaluation_step(self) -> Any:
-        """Compiled (parameters, batch) -> {'nll', 'tokens'}, summed over the global batch."""
+        """Compiled (parameters, batch, memory or None) -> summed {'nll', 'tokens'}, and the next 'memory'."""
         pipeline = None if self.pipeline_table is None else self._pipeline(evaluation_table(self.pipeline_table))
         step = make_evaluation_step(self.model, pipeline, self._multi_token)
-        return jax.jit(self._under_rules(step), out_shardings=self.replicated)
+        out: Any = self.replicated
+        if 'memory' in self.state_shardings:
+            out = {'nll': out, 'tokens': out, 'memory': self.state_shardings['memory']}
+        return jax.jit(self._under_rules(step), out_shardings=out)
 
     @property
     def _multi_token(self) -> MultiTokenConfig | None:

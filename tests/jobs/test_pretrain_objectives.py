@@ -1,4 +1,4 @@
-"""Pretraining an encoder and an encoder-decoder from the run files: the loss falls, and a resumed run is the same."""
+"""Pretraining what is no plain decoder from the run files: the loss falls, and a resumed run is the same."""
 
 import functools
 import json
@@ -72,7 +72,7 @@ def arrays(run: TinyRun) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(restore_newest(run.checkpoints, [STEPS], tree).state)]
 
 
-@pytest.mark.parametrize('name', ['pretrain_masked_lm', 'pretrain_span_corruption'])
+@pytest.mark.parametrize('name', ['pretrain_masked_lm', 'pretrain_span_corruption', 'pretrain_transformer_xl'])
 def test_the_loss_falls_and_a_resumed_run_is_the_same(tiny_run, name):  # noqa: F811
     assert start(tiny_run, name) == 0
     lines, saved = recorded(tiny_run), arrays(tiny_run)
@@ -100,6 +100,8 @@ def test_what_does_not_go_together_is_named(tiny_run, capsys):  # noqa: F811
         shutil.rmtree(tiny_run.directory, ignore_errors=True)
         error = capsys.readouterr().err
         assert (code, what in error) == (2, True), error
+    assert start(tiny_run, 'pretrain_transformer_xl', "datasets.DataConfig.order = 'shuffled'") == 2
+    assert "order is 'shuffled' and the model has a memory" in capsys.readouterr().err
     imports = (tiny_run.folder / 'imports.gin').read_text()
     (tiny_run.folder / 'imports.gin').write_text(f'{imports}from llm.data.objectives import masking\n')
     tiny_run.arguments.append(f'--gin_file={tiny_run.folder / "imports.gin"}')
