@@ -74,7 +74,7 @@ class Evaluation:
     batches: Batches
     num_batches: int
     num_bytes: int = 0
-    step: Callable[[Any, Batch], dict[str, Any]] | None = None
+    step: Callable[..., dict[str, Any]] | None = None
     score: Callable[[Any, list[dict[str, np.ndarray]]], dict[str, float]] | None = None
 
 

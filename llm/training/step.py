@@ -102,8 +102,8 @@ def _summed_loss(
         hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
         pairs = summed_pairs(pair_logits, batch)
     elif 'memory' in batch:
-        weights = batch.get('routing_weights')
-        hidden, routing, memory = module.hidden_sums_and_memory(memory=batch['memory'], token_weights=weights, **arrays)
+        arrays |= {'memory': batch['memory'], 'token_weights': batch.get('routing_weights')}
+        hidden, routing, memory = module.hidden_sums_and_memory(**arrays)
     else:
         hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
     targets, weights = depths_of(batch)
