@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm.errors import UserError
 from llm.kernels.attention import Implementation, dot_product_attention
 from llm.kernels.attention.sequence_axis import SequenceAxis
+from llm.kernels.projection import project
 from llm.models.context import CACHED_TOKENS, Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, bias, parameter
@@ -189,7 +190,7 @@ class Attention(nnx.Module):
     def _output(self, mixed: jax.Array) -> jax.Array:
         """What is added to the residual stream: [B, S, H, K] -> [B, S, D]."""
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
-        y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(mixed.dtype))
+        y = project('BSHK,HKD->BSD', mixed, self.output[...].astype(mixed.dtype))
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(mixed.dtype)
         return constrain(y, ('batch', 'residual', 'embed'))
@@ -242,7 +243,7 @@ class Attention(nnx.Module):
     def _project(
         self, x: jax.Array, weight: nnx.Param, offset: nnx.Param | None, norm: Norm | None, heads: str
     ) -> jax.Array:
-        y = jnp.einsum('BSD,DHK->BSHK', x, weight[...].astype(x.dtype))
+        y = project('BSD,DHK->BSHK', x, weight[...].astype(x.dtype))
         if offset is not None:
             y = y + offset[...].astype(x.dtype)
         y = constrain(y, ('batch', 'sequence', heads, 'head_dim'))

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
+from llm.kernels.projection import project
 from llm.models.parameters import Role, bias, parameter
 from llm.parallel.sharding import constrain
 
@@ -105,5 +106,5 @@ class FeedForward(nnx.Module):
 
 
 def _project(x: jax.Array, weight: nnx.Param, offset: nnx.Param | None) -> jax.Array:
-    y = jnp.einsum('BSD,DF->BSF', x, weight[...].astype(x.dtype))
+    y = project('BSD,DF->BSF', x, weight[...].astype(x.dtype))
     return y if offset is None else y + offset[...].astype(x.dtype)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
 from llm.kernels.attention import Implementation
+from llm.kernels.projection import project
 from llm.models.attention import attend
 from llm.models.context import CACHED_TOKENS, Cache, Context, write_cache
 from llm.models.normalization import Norm, NormConfig
@@ -155,8 +156,8 @@ class LatentAttention(nnx.Module):
         query = constrain(self._query(x), ('batch', 'sequence', 'heads', 'head_dim'))
         plain, rotated = query[..., : config.plain_dim], query[..., config.plain_dim :]
         rotated = self._rotate(rotated, table)
-        latent = self.latent_norm(jnp.einsum('BSD,DR->BSR', x, self.latent[...].astype(dtype)))
-        rotary_key = jnp.einsum('BSD,DK->BSK', x, self.rotary_key[...].astype(dtype))
+        latent = self.latent_norm(project('BSD,DR->BSR', x, self.latent[...].astype(dtype)))
+        rotary_key = project('BSD,DK->BSK', x, self.rotary_key[...].astype(dtype))
         rotary_key = self._rotate(rotary_key[:, :, None], table)[:, :, 0]
         if cache is not None:
             cache = {
@@ -169,15 +170,15 @@ class LatentAttention(nnx.Module):
         else:
             mixed = self._expanded(plain, rotated, latent, rotary_key, context, cached=cache is not None)
         mixed = checkpoint_name(constrain(mixed, ('batch', 'sequence', 'heads', 'head_dim')), 'attention')
-        y = jnp.einsum('BSHK,HKD->BSD', mixed, self.output[...].astype(dtype))
+        y = project('BSHK,HKD->BSD', mixed, self.output[...].astype(dtype))
         return constrain(y, ('batch', 'residual', 'embed')), cache
 
     def _query(self, x: jax.Array) -> jax.Array:
         if self.query is not None:
-            return jnp.einsum('BSD,DHK->BSHK', x, self.query[...].astype(x.dtype))
+            return project('BSD,DHK->BSHK', x, self.query[...].astype(x.dtype))
         assert self.query_down is not None and self.query_norm is not None and self.query_up is not None
-        latent = self.query_norm(jnp.einsum('BSD,DR->BSR', x, self.query_down[...].astype(x.dtype)))
-        return jnp.einsum('BSR,RHK->BSHK', latent, self.query_up[...].astype(x.dtype))
+        latent = self.query_norm(project('BSD,DR->BSR', x, self.query_down[...].astype(x.dtype)))
+        return project('BSR,RHK->BSHK', latent, self.query_up[...].astype(x.dtype))
 
     def _absorbing(self, queries: int) -> bool:
         """Whether products with the latent itself are fewer than making all keys and values anew."""
@@ -195,8 +196,8 @@ class LatentAttention(nnx.Module):
         cached: bool,
     ) -> jax.Array:
         config, dtype = self.config, plain.dtype
-        key = jnp.einsum('BTR,RHK->BTHK', latent, self.key[...].astype(dtype))
-        value = jnp.einsum('BTR,RHK->BTHK', latent, self.value[...].astype(dtype))
+        key = project('BTR,RHK->BTHK', latent, self.key[...].astype(dtype))
+        value = project('BTR,RHK->BTHK', latent, self.value[...].astype(dtype))
         shared = jnp.broadcast_to(rotary_key[:, :, None], (*key.shape[:3], config.rotary_dim))
         query, key = jnp.concatenate([plain, rotated], -1), jnp.concatenate([key, shared], -1)
         axes = ('batch', 'sequence', 'heads', 'head_dim')

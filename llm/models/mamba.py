@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from llm.kernels.projection import project
 from llm.kernels.scan_dispatch import Implementation
 from llm.kernels.selective_scan import selective_scan
 from llm.models.context import Cache, Context
@@ -108,13 +109,13 @@ class Mamba(nnx.Module):
 
         # One product: the three are narrow, and where devices share the channels they are summed together.
         parts = self.dt_down, self.b, self.c
-        small = jnp.einsum('BSF,FR->BSR', mixed, jnp.concatenate([p[...] for p in parts], axis=1).astype(x.dtype))
+        small = project('BSF,FR->BSR', mixed, jnp.concatenate([p[...] for p in parts], axis=1).astype(x.dtype))
         rank, state = self.config.dt_rank, self.config.state_size
         small = constrain(small, ('batch', 'sequence', None))
         dt, b, c = jnp.split(small, (rank, rank + state), axis=-1)
         if self.dt_norm is not None and self.b_norm is not None and self.c_norm is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
-        dt = jnp.einsum('BSR,RF->BSF', dt, self.dt_up[...].astype(x.dtype))
+        dt = project('BSR,RF->BSF', dt, self.dt_up[...].astype(x.dtype))
         dt = row.time_steps(constrain(dt, ('batch', 'sequence', 'mlp')), self.dt_bias[...])
 
         a_log = self.a_log[...]
@@ -129,7 +130,7 @@ class Mamba(nnx.Module):
         y = checkpoint_name(constrain(y, tokens), 'recurrence')
         # The backward pass keeps what goes in, and computes the gate again.
         gated = jax.checkpoint(_gated, prevent_cse=False)(y, mixed, gate, self.skip[...])
-        out = jnp.einsum('BSF,FD->BSD', gated, self.output[...].astype(x.dtype))
+        out = project('BSF,FD->BSD', gated, self.output[...].astype(x.dtype))
         if self.output_bias is not None:
             out = out + self.output_bias[...].astype(x.dtype)
         cache = row.updated(convolution=last_inputs, state=state_after)
@@ -148,7 +149,7 @@ class Mamba(nnx.Module):
         return dict.fromkeys(('convolution', 'state'), (None, 'batch', None, 'mlp'))
 
     def _project(self, x: jax.Array, weight: nnx.Param, offset: nnx.Param | None) -> jax.Array:
-        y = jnp.einsum('BSD,DF->BSF', x, weight[...].astype(x.dtype))
+        y = project('BSD,DF->BSF', x, weight[...].astype(x.dtype))
         if offset is not None:
             y = y + offset[...].astype(x.dtype)
         return constrain(y, ('batch', 'sequence', 'mlp'))

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
+from llm.kernels.projection import project
 from llm.kernels.scan_dispatch import Implementation
 from llm.kernels.ssd import ssd
 from llm.models.context import Cache, Context
@@ -141,7 +142,7 @@ class Mamba2(nnx.Module):
         ):
             added = None if offset is None else offset[...]
             mixed[name], last[name] = row.convolve(projected, weight[...], added, axes, name)
-        raw = jnp.einsum('BSD,DH->BSH', x, self.dt[...].astype(x.dtype))
+        raw = project('BSD,DH->BSH', x, self.dt[...].astype(x.dtype))
         if self.dt_projection_bias is not None:
             raw = raw + self.dt_projection_bias[...].astype(x.dtype)
         raw = constrain(raw, ('batch', 'sequence', 'heads'))
@@ -170,7 +171,7 @@ class Mamba2(nnx.Module):
         # The backward pass keeps what goes in, and computes gate and norm again.
         finish = jax.checkpoint(self._gate_and_norm, prevent_cse=False)
         y = constrain(finish(y, mixed['input'], gate, self.skip[...], self.norm_scale[...]), tokens)
-        out = jnp.einsum('BSHK,HKD->BSD', y, self.output[...].astype(x.dtype))
+        out = project('BSHK,HKD->BSD', y, self.output[...].astype(x.dtype))
         if self.output_bias is not None:
             out = out + self.output_bias[...].astype(x.dtype)
         return constrain(out, ('batch', 'residual', 'embed')), row.updated(state=state, **last)
@@ -208,7 +209,7 @@ class Mamba2(nnx.Module):
         }
 
     def _project(self, x: jax.Array, weight: nnx.Param, offset: nnx.Param | None, axes: Axes) -> jax.Array:
-        y = jnp.einsum('BSD,DHK->BSHK', x, weight[...].astype(x.dtype))
+        y = project('BSD,DHK->BSHK', x, weight[...].astype(x.dtype))
         if offset is not None:
             y = y + offset[...].astype(x.dtype)
         return constrain(y, ('batch', 'sequence', *axes))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llm.errors import UserError
 from llm.kernels.attention.sequence_axis import SequenceAxis
-from llm.kernels.convolution import causal_convolution
+from llm.kernels.convolution import activated_convolution
 from llm.models.context import Cache, Context
 from llm.parallel.sharding import Axes, SequenceCut, map_shards, sequence_cut, target_device
 
@@ -80,7 +80,7 @@ class Recurrence:
         """
 
         def convolution(**arrays: Any) -> list[jax.Array]:
-            return [jax.nn.silu(causal_convolution(**arrays))]
+            return [activated_convolution(**arrays, device=target_device())]
 
         arrays = {'x': x, 'weight': weight}
         axes: dict[str, Axes] = {'x': ('batch', self._sequence, *channels), 'weight': (None, *channels)}
@@ -91,9 +91,7 @@ class Recurrence:
             history = self.cache[name][self.repeat].astype(x.dtype)
             arrays['history'], axes['history'] = history, ('batch', None, *channels)
             kept = self._last_inputs(jnp.concatenate([history, x], axis=1), history.shape[1])
-        # The backward pass keeps x alone.
-        run = jax.checkpoint(lambda arrays: self._run(convolution, arrays, axes, [axes['x']])[0], prevent_cse=False)
-        return run(arrays), kept
+        return self._run(convolution, arrays, axes, [axes['x']])[0], kept
 
     def _last_inputs(self, longer: jax.Array, width: int) -> jax.Array:
         lengths = self.context.lengths

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm.kernels.attention.sequence_axis import SequenceAxis, zigzag_order
-from llm.kernels.convolution import causal_convolution
+from llm.kernels.convolution import activated_convolution
 from llm.kernels.selective_scan import selective_scan
 from llm.kernels.ssd import ssd
 from llm.parallel.mesh import MeshConfig, make_mesh
@@ -26,7 +26,8 @@ def draw(*shape):
 def problem(kind, length):
     """(function with one result, arrays whose second axis is the row, other arrays)."""
     if kind == 'convolution':
-        return causal_convolution, {'x': draw(2, length, 3)}, {'weight': draw(4, 3), 'bias': draw(3)}
+        convolution = functools.partial(activated_convolution, device=jax.devices()[0])
+        return convolution, {'x': draw(2, length, 3)}, {'weight': draw(4, 3), 'bias': draw(3)}
     if kind == 'selective_scan':
         tokens = {'x': draw(2, length, 3), 'dt': RNG.uniform(0, 1, (2, length, 3)), 'b': draw(2, length, 4)}
         others = {'a': -RNG.uniform(0.1, 2, (3, 4))}
