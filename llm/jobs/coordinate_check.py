@@ -9,7 +9,7 @@ from pathlib import Path
 from llm.configuration import Invocation
 from llm.evaluation.reports.charts import Line
 from llm.evaluation.reports.log_log import log_log_svg
-from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.parallel.processes import require_one
 from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
@@ -22,7 +22,7 @@ class Variant:
     """One panel of the plot: a model, with or without muP, and its optimizer."""
 
     name: str
-    model: DecoderConfig
+    model: ModelConfig
     optimizer: OptimizerConfig
 
 

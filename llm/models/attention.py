@@ -144,7 +144,9 @@ class Attention(nnx.Module):
         self.config, self.position = config, position
         h, g, k = config.num_heads, config.num_kv_heads, config.head_dim
         heads, kv_heads = ('embed', 'heads', 'head_dim'), ('embed', 'kv_heads', 'head_dim')
-        self.query = parameter((d_model, h, k), heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2))
+        # T5 does not scale its scores, and starts with smaller queries instead.
+        gain = 1 / (math.sqrt(k) * config.score_scale)
+        self.query = parameter((d_model, h, k), heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2), gain=gain)
         self.key = parameter((d_model, g, k), kv_heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2))
         self.value = parameter((d_model, g, k), kv_heads, Role.HIDDEN, inputs=(0,), outputs=(1, 2), branch=True)
         self.output = parameter(

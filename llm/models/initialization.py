@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from llm.errors import UserError
 from llm.models.parameters import ParameterSpec, Role, Start, named_specs
 
-Scheme = Literal['gpt2', 'fan_in', 't_fixup', 'mup']
+Scheme = Literal['gpt2', 'fan_in', 't_fixup', 't5', 'mup']
 MAXIMUM_FLAT_DRAW = 2**26  # elements; a quarter of a gigabyte in float32
 
 
@@ -28,6 +28,8 @@ class Initialization:
             't_fixup': Huang et al. 2020, section 3.2: Xavier, embeddings of D^-1/2; then value, output and
             feed-forward matrices times 0.67 L^-1/4 (a decoder without cross-attention has the two branches of the
             paper's encoder), embeddings times (9 L)^-1/4.
+            't5': as T5's code (Mesh TensorFlow), with std = 1: `std` on embeddings, 1 / sqrt(fan-in) on matrices, of
+            which queries stand for the scores' missing 1 / sqrt(K), and std / sqrt(D) on the relative bias.
             'mup': Yang et al. 2022, table 8: 1 / sqrt(fan-in) on hidden matrices, `std` on embeddings and `output_std`
             on the output projection at every width. Routers start as hidden matrices do.
         std: standard deviation; see scheme.
@@ -71,6 +73,8 @@ class Initialization:
                     return spec.fan_out**-0.5 * (9 * layers) ** -0.25
                 xavier = math.sqrt(2 / (spec.fan_in + spec.fan_out))
                 return xavier * (0.67 * layers**-0.25 if spec.residual or spec.branch else 1.0)
+            case 't5':
+                return spec.gain * (self.std if embedding else 1 / math.sqrt(spec.fan_in))
             case 'mup':
                 outside = {Role.EMBEDDING: self.std, Role.OUTPUT: self.output_std}
                 return outside.get(spec.role, 1 / math.sqrt(spec.fan_in))

@@ -40,6 +40,7 @@ class ParameterSpec:
         residual: whether the output is added to the residual stream (GPT-2 and T-Fixup scale these).
         branch: whether it stands before a residual one on a path that no softmax cuts: value, gate and up projections,
             not queries and keys (T-Fixup scales these too).
+        gain: factor on the standard deviation under 't5', whose factors are of one layer or model.
         constant: initial value of every element; None draws at random.
         start: the distribution to draw from where it is not the scheme's.
         full_precision: whether it is used as it is stored, whatever the model computes in.
@@ -55,6 +56,7 @@ class ParameterSpec:
     outputs: tuple[int, ...] = ()
     residual: bool = False
     branch: bool = False
+    gain: float = 1.0
     constant: float | None = None
     start: Start | None = None
     full_precision: bool = False
@@ -101,6 +103,7 @@ def parameter(
     outputs: tuple[int, ...] = (),
     residual: bool = False,
     branch: bool = False,
+    gain: float = 1.0,
     constant: float | None = None,
     start: Start | None = None,
     full_precision: bool = False,
@@ -116,6 +119,7 @@ def parameter(
             outputs,
             residual=residual,
             branch=branch,
+            gain=gain,
             constant=constant,
             start=start,
             full_precision=full_precision,

@@ -57,11 +57,10 @@ class RelativeBiasConfig:
 class RelativeBias(nnx.Module):
     """The bias on the scores of H heads."""
 
-    def __init__(self, config: RelativeBiasConfig, num_heads: int) -> None:
+    def __init__(self, config: RelativeBiasConfig, num_heads: int, d_model: int) -> None:
         self.config = config
-        self.table = parameter(
-            (config.num_buckets, num_heads), ('buckets', 'heads'), Role.EMBEDDING, inputs=(0,), outputs=(1,)
-        )
+        shape, axes = (config.num_buckets, num_heads), ('buckets', 'heads')
+        self.table = parameter(shape, axes, Role.EMBEDDING, inputs=(0,), outputs=(1,), gain=d_model**-0.5)
 
     def __call__(self) -> jax.Array:
         """The bias of distances -M to M, beyond which all are alike: [H, 2 M + 1] in fp32 at least."""

@@ -116,7 +116,7 @@ class Stack(nnx.Module):
                 where='StackConfig.pattern',
                 fix='Give all layers the same number of heads.',
             )
-        self.relative_bias = RelativeBias(config.relative_bias, heads.pop()) if config.relative_bias else None
+        self.relative_bias = RelativeBias(config.relative_bias, heads.pop(), d_model) if config.relative_bias else None
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ from llm.training.coordinate_check import Coordinate, check_coordinates, slopes
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
+from tests.models.small_encoders import bert, t5
 
 WIDTHS = (64, 128, 256, 512, 1024)
 LAYER = LayerConfig(
@@ -42,6 +43,15 @@ def measured(kind, widths, *, mup, tied=False, layer=LAYER, multi_token=None):
         mup_base_width=64 if mup else None,
         multi_token=multi_token,
     )
+    found, count = slopes_of(model, kind, widths)
+    further = [] if multi_token is None else ['2 ahead', '2 ahead, target logits']
+    assert sorted(found) == sorted(['embedding', 'layer 1', *further, 'logits', 'target logits'])
+    assert count == len(found) * len(widths) * 2
+    return found
+
+
+def slopes_of(model, kind, widths):
+    """Slopes after two steps, and how many coordinates there are."""
     optimizer = OptimizerConfig(
         kind=kind,
         learning_rate=RATES[kind],
@@ -52,11 +62,7 @@ def measured(kind, widths, *, mup, tied=False, layer=LAYER, multi_token=None):
     )
     # Few tokens: what is common to their directions fades against what is random only where widths are large.
     coordinates = check_coordinates(model, optimizer, StepConfig(4, 8), widths, steps=2)
-    found = slopes(coordinates, 2)
-    further = [] if multi_token is None else ['2 ahead', '2 ahead, target logits']
-    assert sorted(found) == sorted(['embedding', 'layer 1', *further, 'logits', 'target logits'])
-    assert len(coordinates) == len(found) * len(widths) * 2
-    return found
+    return slopes(coordinates, 2), len(coordinates)
 
 
 @pytest.mark.slow
@@ -87,6 +93,25 @@ def test_mup_is_flat_with_tied_embeddings():
     # Other logits also change by chance overlap of random embeddings with the hidden state, which fades with the width.
     del found['logits']
     assert all(abs(slope) < 0.12 for slope in found.values()), found
+
+
+def with_mup(config, base):
+    return dataclasses.replace(config, initialization=Initialization('mup', std=1.0), mup_base_width=base)
+
+
+@pytest.mark.slow
+def test_mup_is_flat_for_an_encoder():
+    found, _ = slopes_of(with_mup(bert(1, vocab=64, width=64), 64), 'adamw', (64, 512))
+    assert list(found) == ['embedding', 'layer 1', 'logits', 'target logits']
+    del found['logits']  # tied: chance overlap
+    assert all(abs(slope) < 0.15 for slope in found.values()), found
+
+
+@pytest.mark.slow
+def test_mup_is_flat_for_an_encoder_decoder():
+    found, _ = slopes_of(with_mup(t5(1, vocab_size=64), 32), 'adamw', (64, 512))
+    assert set(found) == {'embedding', 'encoder layer 1', 'decoder layer 1', 'logits', 'target logits'}
+    assert all(abs(slope) < 0.15 for slope in found.values()), found
 
 
 @pytest.mark.slow
