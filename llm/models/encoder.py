@@ -189,12 +189,12 @@ class Encoder(nnx.Module):
 
     def hidden_and_pair_logits(
         self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """`hidden`, and of each row whether its second part follows the first; see `next_sentence_logits`."""
-        states = self.encode(inputs, **more)
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """`hidden`; whether the second part of each row follows the first; sums of routers."""
+        states, sums = self.encode_and_sums(inputs, **more)
         # The row's first token is the first also where devices share rows.
         pairs = self.next_sentence_logits(states)
-        return self._transformed(states, predicted, more.get('token_index')), pairs
+        return self._transformed(states, predicted, more.get('token_index')), pairs, sums
 
     def _transformed(self, states: jax.Array, predicted: jax.Array | None, token_index: ArrayLike | None) -> jax.Array:
         if predicted is not None:
@@ -202,12 +202,17 @@ class Encoder(nnx.Module):
         return states if self.head is None else self.head(states)
 
     def hidden_and_sums(
-        self, inputs: jax.Array, *, token_weights: jax.Array | None = None, **more: Any
+        self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """`hidden`, and no sums: there are no routers here. `token_weights` would be theirs."""
-        return self.hidden(inputs, **more), {}
+        """`hidden`, and the sums of the layers' routers; see `encode_and_sums`."""
+        states, sums = self.encode_and_sums(inputs, **more)
+        return self._transformed(states, predicted, more.get('token_index')), sums
 
-    def encode(
+    def encode(self, inputs: jax.Array, **more: Any) -> jax.Array:
+        """States of the last layer: [B, S] -> [B, S, D]; see `encode_and_sums` for the arguments."""
+        return self.encode_and_sums(inputs, **more)[0]
+
+    def encode_and_sums(
         self,
         inputs: jax.Array,
         *,
@@ -216,8 +221,9 @@ class Encoder(nnx.Module):
         token_types: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
-    ) -> jax.Array:
-        """States of the last layer: [B, S] -> [B, S, D].
+        token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """States of the last layer: [B, S] -> [B, S, D], and the sums of routers by group of layers; see Decoder.
 
         Args:
             inputs: [B, S] token ids.
@@ -226,6 +232,7 @@ class Encoder(nnx.Module):
             token_types: [B, S]; default: 0.
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`.
+            token_weights: [B, S], for layers of experts; see Context.
 
         Raises:
             UserError: S is more than the learned positions.
@@ -236,8 +243,10 @@ class Encoder(nnx.Module):
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
         x = self._embed(inputs, positions, token_types, dropout_key, index)
-        context = Context(segment_ids, token_index=index)
-        return self.encoder(x, positions, context, dropout_key)[0]
+        ids = inputs if config.layers.routed else None
+        context = Context(segment_ids, token_index=index, token_ids=ids, token_weights=token_weights)
+        states, _, sums = self.encoder(x, positions, context, dropout_key)
+        return states, sums
 
     def projection(self) -> Projection:
         """What makes logits of the hidden states."""

@@ -70,7 +70,10 @@ def _summed_loss(
     model: nnx.GraphDef, parameters: Any, batch: Batch, dropout_key: jax.Array | None, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
     module = nnx.merge(model, parameters)
-    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights')
+    own = (
+        *('targets', 'loss_weights', 'next_sentence', 'pair_weights'),
+        *('routing_weights', 'encoder_routing_weights'),
+    )
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
     targets, weights = depths_of(batch)
     if len(targets) > 1:
@@ -78,15 +81,16 @@ def _summed_loss(
     orders = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    arrays |= {**orders, 'dropout_key': dropout_key}
+    arrays |= {**orders, 'dropout_key': dropout_key, 'token_weights': batch.get('routing_weights')}
+    if 'encoder_routing_weights' in batch:
+        arrays['encoder_token_weights'] = batch['encoder_routing_weights']
     pairs: dict[str, Any] = {}
     pair_loss: jax.Array | float = 0.0
     if 'next_sentence' in batch:
-        hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
-        routing: Any = {}
+        hidden, pair_logits, routing = module.hidden_and_pair_logits(**arrays)
         pair_loss, pairs['pairs'] = summed_pairs(pair_logits, batch)
     else:
-        hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
+        hidden, routing = module.hidden_and_sums(**arrays)
     if len(targets) > 1:
         loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)
     else:
