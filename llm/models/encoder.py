@@ -221,12 +221,12 @@ class Encoder(nnx.Module):
 
     def hidden_and_pair_logits(
         self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """`hidden`, and of each row whether its second part follows the first; see `next_sentence_logits`."""
-        states = self.encode(inputs, **more)
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """`hidden`; whether the second part of each row follows the first; sums of routers."""
+        states, sums = self.encode_and_sums(inputs, **more)
         # The row's first token is the first also where devices share rows.
         pairs = self.next_sentence_logits(states)
-        return self._transformed(states, predicted, **more), pairs
+        return self._transformed(states, predicted, **more), pairs, sums
 
     def _transformed(
         self,
@@ -248,12 +248,17 @@ class Encoder(nnx.Module):
         return dropout(states, self.config.embedding_dropout, key, Purpose.OUTPUT, index)
 
     def hidden_and_sums(
-        self, inputs: jax.Array, *, token_weights: jax.Array | None = None, **more: Any
+        self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """`hidden`, and no sums: there are no routers here. `token_weights` would be theirs."""
-        return self.hidden(inputs, **more), {}
+        """`hidden`, and the sums of the layers' routers; see `encode_and_sums`."""
+        states, sums = self.encode_and_sums(inputs, **more)
+        return self._transformed(states, predicted, **more), sums
 
-    def encode(
+    def encode(self, inputs: jax.Array, **more: Any) -> jax.Array:
+        """States of the last layer: [B, S] -> [B, S, D]; see `encode_and_sums` for the arguments."""
+        return self.encode_and_sums(inputs, **more)[0]
+
+    def encode_and_sums(
         self,
         inputs: jax.Array,
         *,
@@ -263,8 +268,9 @@ class Encoder(nnx.Module):
         global_tokens: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
-    ) -> jax.Array:
-        """States of the last layer: [B, S] -> [B, S, D].
+        token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """States of the last layer: [B, S] -> [B, S, D], and the sums of routers by group of layers; see Decoder.
 
         Args:
             inputs: [B, S] token ids.
@@ -275,6 +281,7 @@ class Encoder(nnx.Module):
                 none, or those that `first_is_global` names.
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S], index in the row of each token where they do not lie in order; needs `positions`.
+            token_weights: [B, S], for layers of experts; see Context.
 
         Raises:
             UserError: S is more than the learned positions; there are global tokens, and layers without them.
@@ -285,10 +292,16 @@ class Encoder(nnx.Module):
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
         x = self._embed(inputs, positions, token_types, dropout_key, index)
+        ids = inputs if config.layers.routed else None
         context = Context(
-            segment_ids, token_index=index, global_tokens=self._global(global_tokens, segment_ids, inputs)
+            segment_ids,
+            token_index=index,
+            token_ids=ids,
+            token_weights=token_weights,
+            global_tokens=self._global(global_tokens, segment_ids, inputs),
         )
-        return self.encoder(x, positions, context, dropout_key)[0]
+        states, _, sums = self.encoder(x, positions, context, dropout_key)
+        return states, sums
 
     def _global(self, given: jax.Array | None, segment_ids: jax.Array | None, inputs: jax.Array) -> jax.Array | None:
         """Which tokens are global, [B, S]; None for none."""

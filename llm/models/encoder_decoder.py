@@ -113,7 +113,11 @@ class EncoderDecoder(nnx.Module):
         """Logits of the token after each of `inputs`, in at least float32; see `hidden`. [B, S] -> [B, S, V]."""
         return self.projection()(self.hidden(inputs, encoder_inputs=encoder_inputs, **more))
 
-    def hidden(
+    def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
+        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums` for the arguments."""
+        return self.hidden_and_sums(inputs, **more)[0]
+
+    def hidden_and_sums(
         self,
         inputs: jax.Array,
         *,
@@ -125,8 +129,10 @@ class EncoderDecoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
         encoder_token_index: ArrayLike | None = None,
-    ) -> jax.Array:
-        """What the logits are computed from: [B, S] -> [B, S, D].
+        token_weights: jax.Array | None = None,
+        encoder_token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """What the logits are computed from: [B, S] -> [B, S, D], and the sums of routers by stack; see Decoder.
 
         Args:
             inputs: [B, S] token ids that the decoder reads. encoder_inputs: [B, T].
@@ -135,30 +141,40 @@ class EncoderDecoder(nnx.Module):
                 the same number in the encoder. Padding has 0 on both sides.
             dropout_key: of this step; without it nothing is dropped.
             token_index: [S] and encoder_token_index [T], index in the row of each token where they do not lie in order.
+            token_weights: [B, S] and encoder_token_weights [B, T], for layers of experts; see Context.
         """
         if (segment_ids is None) != (encoder_segment_ids is None):
             raise ValueError('give both of segment_ids and encoder_segment_ids, or neither')
-        memory = self.encode(
+        memory, encoder_sums = self._encoded(
             encoder_inputs,
             positions=encoder_positions,
             segment_ids=encoder_segment_ids,
             dropout_key=dropout_key,
             token_index=encoder_token_index,
+            token_weights=encoder_token_weights,
         )
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
-        context = Context(segment_ids, token_index=index, memory=memory, memory_segment_ids=encoder_segment_ids)
+        context = Context(
+            segment_ids,
+            token_index=index,
+            token_ids=inputs if self.config.decoder.routed else None,
+            token_weights=token_weights,
+            memory=memory,
+            memory_segment_ids=encoder_segment_ids,
+        )
         x = self._embed(inputs, 1, dropout_key, index)
-        return self.decoder(x, positions, context, dropout_key, first=self.config.encoder.num_layers)[0]
+        first = self.config.encoder.num_layers
+        hidden, _, sums = self.decoder(x, positions, context, dropout_key, first=first)
+        stacks = {'encoder': encoder_sums, 'decoder': sums}
+        return hidden, {f'{side}/{group}': each for side, found in stacks.items() for group, each in found.items()}
 
-    def hidden_and_sums(
-        self, inputs: jax.Array, *, token_weights: jax.Array | None = None, **more: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """`hidden`, and no sums: there are no routers here. `token_weights` would be theirs."""
-        return self.hidden(inputs, **more), {}
+    def encode(self, inputs: jax.Array, **more: Any) -> jax.Array:
+        """The output of the encoder: [B, T] -> [B, T, D]; arguments as of `hidden_and_sums`."""
+        return self._encoded(inputs, **more)[0]
 
-    def encode(
+    def _encoded(
         self,
         inputs: jax.Array,
         *,
@@ -166,13 +182,16 @@ class EncoderDecoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         token_index: ArrayLike | None = None,
-    ) -> jax.Array:
-        """The output of the encoder: [B, T] -> [B, T, D]; arguments as of `hidden`."""
+        token_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
         x = self._embed(inputs, 0, dropout_key, index)
-        return self.encoder(x, positions, Context(segment_ids, token_index=index), dropout_key)[0]
+        ids = inputs if self.config.encoder.routed else None
+        context = Context(segment_ids, token_index=index, token_ids=ids, token_weights=token_weights)
+        memory, _, sums = self.encoder(x, positions, context, dropout_key)
+        return memory, sums
 
     def projection(self) -> Projection:
         """What makes logits of the hidden states."""
@@ -220,8 +239,10 @@ class EncoderDecoder(nnx.Module):
         """
         del lengths
         positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(inputs.shape[1], dtype=jnp.int32)
-        context = Context(offset=offset, memory_segment_ids=cache.get('memory_segment_ids'))
-        hidden, layers = self.decoder(self._embed(inputs, 1, None, None), positions, context, None, cache['layers'])
+        ids = inputs if self.config.decoder.routed else None
+        context = Context(offset=offset, token_ids=ids, memory_segment_ids=cache.get('memory_segment_ids'))
+        x = self._embed(inputs, 1, None, None)
+        hidden, layers, _ = self.decoder(x, positions, context, None, cache['layers'])
         return hidden, cache | {'layers': layers}
 
     def _embed(

@@ -13,7 +13,7 @@ from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.context import Cache, Context
 from llm.models.layer import Layer, LayerConfig
-from llm.models.layer_stack import run_layers
+from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.moe import MoeConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
@@ -50,14 +50,11 @@ class StackConfig:
             raise UserError(f'num_layers is {self.num_layers}', where=where, fix='Use at least 1.')
         if not self.pattern:
             raise UserError('pattern is empty', where=where, fix='Give at least one LayerConfig.')
-        if any(
-            not isinstance(layer.mixer, AttentionConfig) or isinstance(layer.feed_forward, MoeConfig)
-            for layer in self.pattern
-        ):
+        if any(not isinstance(layer.mixer, AttentionConfig) for layer in self.pattern):
             raise UserError(
-                'encoders and encoder-decoders have layers of attention and plain feed-forward layers',
+                'layers of encoders and encoder-decoders attend: a recurrence reads in one direction alone',
                 where='StackConfig.pattern',
-                fix='Use AttentionConfig and FeedForwardConfig, or a DecoderConfig.',
+                fix='Use AttentionConfig, or a DecoderConfig.',
             )
         if self.shared_layers and self.remainder:
             raise UserError(
@@ -66,6 +63,11 @@ class StackConfig:
                 fix=f'Make num_layers a multiple of {len(self.pattern)}.',
             )
         check_remat(self.remat, self.remat_names, where)
+
+    @property
+    def routed(self) -> bool:
+        """Whether there are layers of experts."""
+        return any(isinstance(layer.feed_forward, MoeConfig) for layer in self.pattern)
 
     @property
     def repeats(self) -> int:
@@ -126,8 +128,8 @@ class Stack(nnx.Module):
         dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
         first: int = 0,
-    ) -> tuple[jax.Array, Cache]:
-        """What comes out of the last layer, normalised; and the cache, {} without one.
+    ) -> tuple[jax.Array, Cache, dict[str, Auxiliary]]:
+        """What comes out of the last layer, normalised; the cache, {} without one; sums of routers by group.
 
         Args:
             positions: [B or 1, S], for rotary embeddings.
@@ -139,12 +141,13 @@ class Stack(nnx.Module):
         bias = None if self.relative_bias is None else self.relative_bias()
         context = dataclasses.replace(context, rotary=self._rotary(positions, x.dtype), distance_bias=bias)
         new_cache: Cache = {}
+        auxiliary: dict[str, Auxiliary] = {}
         for group, layers, repeats, start in (
             ('layers', self.layers, config.repeats, 0),
             ('remainder', self.remainder, 1, config.repeats * len(config.pattern)),
         ):
             if layers:
-                x, new, *_ = run_layers(
+                x, new, sums, _ = run_layers(
                     dict(layers.items()),
                     x,
                     context,
@@ -157,9 +160,11 @@ class Stack(nnx.Module):
                     remat_names=config.remat_names,
                     shared=config.shared_layers,
                 )
+                if sums:
+                    auxiliary[group] = sums
                 if new is not None:
                     new_cache[group] = new
-        return x if self.final_norm is None else self.final_norm(x), new_cache
+        return x if self.final_norm is None else self.final_norm(x), new_cache, auxiliary
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype, memory: jax.Array | None = None) -> Cache:
         """An empty cache of self-attention and, given `memory` [B, T, D], the keys and values of cross-attention."""

@@ -79,15 +79,20 @@ def microbatches_of(x: jax.Array, count: int, axes: Axes) -> jax.Array:
 
 def _read_by_model(batch: Batch, dropout_key: jax.Array | None) -> dict[str, Any]:
     """What `hidden` of the model takes, of what is in a batch."""
-    own = ('targets', 'loss_weights', 'routing_weights', 'next_sentence', 'pair_weights', 'memory')
+    own = (
+        *('targets', 'loss_weights', 'next_sentence', 'pair_weights', 'memory'),
+        *('routing_weights', 'encoder_routing_weights'),
+    )
     arrays: dict[str, Any] = {name: x for name, x in batch.items() if name not in own and not is_of_depths(name)}
     targets, _ = depths_of(batch)
     if len(targets) > 1:
         arrays['tokens_ahead'] = targets[:-1]
-    orders = {'token_index': token_order(batch['inputs'].shape[1])}
+    orders: dict[str, Any] = {'token_index': token_order(batch['inputs'].shape[1])}
     if 'encoder_inputs' in batch:
         orders['encoder_token_index'] = token_order(batch['encoder_inputs'].shape[1])
-    return arrays | {**orders, 'dropout_key': dropout_key}
+    if 'encoder_routing_weights' in batch:
+        orders['encoder_token_weights'] = batch['encoder_routing_weights']
+    return arrays | {**orders, 'dropout_key': dropout_key, 'token_weights': batch.get('routing_weights')}
 
 
 def _summed_loss(
@@ -99,13 +104,12 @@ def _summed_loss(
     memory: Any = None
     pairs: tuple[Any, Metrics] | None = None
     if 'next_sentence' in batch:
-        hidden, pair_logits = module.hidden_and_pair_logits(**arrays)
+        hidden, pair_logits, routing = module.hidden_and_pair_logits(**arrays)
         pairs = summed_pairs(pair_logits, batch)
     elif 'memory' in batch:
-        arrays |= {'memory': batch['memory'], 'token_weights': batch.get('routing_weights')}
-        hidden, routing, memory = module.hidden_sums_and_memory(**arrays)
+        hidden, routing, memory = module.hidden_sums_and_memory(memory=batch['memory'], **arrays)
     else:
-        hidden, routing = module.hidden_and_sums(**arrays, token_weights=batch.get('routing_weights'))
+        hidden, routing = module.hidden_and_sums(**arrays)
     targets, weights = depths_of(batch)
     if len(targets) > 1:
         loss, sums = summed_losses(module.projection(), hidden, targets, weights, z_loss)

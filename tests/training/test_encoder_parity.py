@@ -18,7 +18,7 @@ from llm.parallel.mesh import MeshConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 from tests.models.small_encoders import H, K, V, bert, t5
-from tests.training.parity_cases import GRADIENT, LAYER, SMALL
+from tests.training.parity_cases import GRADIENT, LAYER, MOE, QUICKLY, SMALL
 
 ROWS, S, T = 8, 8, 16
 
@@ -43,6 +43,18 @@ def recomputed(config, **stack):
 LONG = LongAttentionConfig(
     H, H, K, window=3, causal=False, qkv_bias=True, output_bias=True, dilations=(1, 2), global_tokens=3
 )
+
+
+def routed(config):
+    """With experts in the place of every feed-forward layer."""
+    stacks = {}
+    for name in ('layers', 'encoder', 'decoder'):
+        if (stack := getattr(config, name, None)) is not None:
+            pattern = tuple(dataclasses.replace(layer, feed_forward=MOE) for layer in stack.pattern)
+            stacks[name] = dataclasses.replace(stack, num_layers=1, pattern=pattern)
+    return dataclasses.replace(config, vocab_size=64, compute_dtype='float64', **stacks)
+
+
 ALBERT = wider(bert(2, embedding_size=16))
 MODELS = {
     'bert': wider(bert(token_types=0)),
@@ -50,6 +62,8 @@ MODELS = {
     'longformer': wider(bert(token_types=0, mixer=LONG)),
     't5': wider(t5(gated=False)),
     't5 v1.1': wider(t5()),
+    'bert with experts': routed(bert(token_types=0)),
+    't5 with experts': routed(t5()),
     'prefix': dataclasses.replace(SMALL, pattern=(dataclasses.replace(LAYER, dropout=0.1),), num_layers=2),
 }
 
@@ -113,7 +127,7 @@ def step_of(name, mesh, rows, stack=()):
         )
         state = jax.device_put(initial(name), trainer.state_shardings)
         rows = jax.device_put(rows, trainer.batch_sharding)
-        compiled = trainer.train_step.lower(state, rows).compile()
+        compiled = trainer.train_step.lower(state, rows).compile(QUICKLY)
         new, metrics = compiled(state, rows)
         pairs = initial(name)['parameters'], jax.device_get(new['parameters'])
         return float(metrics['loss']), jax.tree.map(jnp.subtract, *pairs), compiled.as_text()
@@ -130,9 +144,16 @@ def agrees(found, expected):
 
 MESHES = {
     'data x fsdp x tensor': MeshConfig(data=2, fsdp=2, tensor=2),
+    'expert x tensor': MeshConfig(data=1, expert=2, tensor=2),
     'fsdp x sequence x tensor': MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
 }
-COLLECTIVES = {'data': 'all-reduce', 'fsdp': 'all-gather', 'tensor': 'all-reduce', 'sequence': 'all-gather'}
+COLLECTIVES = {
+    'expert': 'all-to-all',
+    'data': 'all-reduce',
+    'fsdp': 'all-gather',
+    'tensor': 'all-reduce',
+    'sequence': 'all-gather',
+}
 
 
 # Each model on a mesh, and both meshes with both kinds of models.
@@ -144,6 +165,8 @@ COLLECTIVES = {'data': 'all-reduce', 'fsdp': 'all-gather', 'tensor': 'all-reduce
         ('longformer', 'data x fsdp x tensor'),
         ('t5', 'fsdp x sequence x tensor'),
         ('t5 v1.1', 'data x fsdp x tensor'),
+        ('bert with experts', 'expert x tensor'),
+        ('t5 with experts', 'expert x tensor'),
     ],
 )
 def test_meshes_agree_with_one_device(name, mesh):

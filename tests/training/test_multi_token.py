@@ -16,7 +16,7 @@ from llm.parallel.mesh import MeshConfig
 from llm.training.loop import Evaluation, evaluate
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
-from tests.training.parity_cases import BATCH, GRADIENT, LAYER, LENGTH, MOE, SMALL, batch
+from tests.training.parity_cases import BATCH, GRADIENT, LAYER, LENGTH, MOE, QUICKLY, SMALL, batch
 
 MODELS = {
     'parallel': dataclasses.replace(SMALL, num_layers=2, multi_token=MultiTokenConfig(2, 'parallel'), remat='full'),
@@ -51,9 +51,7 @@ def run(name, mesh=MeshConfig(data=1), accumulation=1, changes=()):
         trainer = trainer_of(name, mesh, accumulation, **dict(changes))
         state = jax.device_put(initial(name), trainer.state_shardings)
         rows = jax.device_put(batch(packed=True), trainer.batch_sharding)
-        # Compiles in half the time: it runs once, on a few numbers.
-        options = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-        new, metrics = trainer.train_step.lower(state, rows).compile(options)(state, rows)
+        new, metrics = trainer.train_step.lower(state, rows).compile(QUICKLY)(state, rows)
         pairs = initial(name)['parameters'], jax.device_get(new['parameters'])
         return jax.device_get(metrics), jax.tree.map(jnp.subtract, *pairs)
 

@@ -6,20 +6,19 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax import nnx
-from tests.models.test_encoder_oracles import SIZES, H, bert_parameters
 
 from llm.parallel.mesh import MeshConfig
 from llm.training.loop import Evaluation, evaluate
 from llm.training.sentence_pairs import with_pair_weights
 from llm.training.step import StepConfig, _summed_loss
 from llm.training.trainer import Trainer
-from tests.models.small_encoders import V, bert, linear, nested
-from tests.training.parity_cases import GRADIENT
+from tests.interop.huggingface.encoder_models import V, make
+from tests.interop.huggingface.test_encoder_families import imported
+from tests.models.small_encoders import bert
+from tests.training.parity_cases import GRADIENT, QUICKLY
 
 ROWS, S, M = 8, 16, 8
-CONFIG = bert(pooler=True, next_sentence=True)
 
 
 def batch(vocabulary=V):
@@ -44,15 +43,8 @@ def batch(vocabulary=V):
 
 @pytest.mark.oracle
 def test_logits_and_loss_are_those_of_transformers():
-    torch.manual_seed(0)
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(**SIZES)).eval()
-    state = {name: x.numpy() for name, x in theirs.state_dict().items()}
-    params = bert_parameters(state, 2, H, 'bert', 'cls')
-    more = dict(linear(state, 'bert.pooler.dense', 'pooler/dense'))
-    more['pooler/bias'] = more.pop('pooler/dense_bias')
-    more |= dict(linear(state, 'cls.seq_relationship', 'next_sentence/kernel'))
-    more['next_sentence/bias'] = more.pop('next_sentence/kernel_bias')
-    params |= nested(more)
+    theirs, _ = make('bert for pretraining')
+    checkpoint, params = imported('bert for pretraining')
     rows = batch()
     labels = np.full((ROWS, S), -100)
     for row in range(ROWS):
@@ -67,7 +59,7 @@ def test_logits_and_loss_are_those_of_transformers():
             labels=torch.tensor(labels),
             next_sentence_label=torch.tensor(np.where(pairs < 0, -100, pairs).astype(np.int64)),
         )
-    graph = nnx.split(CONFIG.build())[0]
+    graph = nnx.split(checkpoint.config.build())[0]
     arrays = ('inputs', 'segment_ids', 'positions', 'token_types', 'predicted')
 
     @jax.jit
@@ -110,14 +102,14 @@ def run(mesh=MeshConfig(data=1), accumulation=1):
                 return rows
 
         values = evaluate(trainer, state['parameters'], Evaluation(One(), 1))
-        new, metrics = trainer.train_step(state, rows)
+        new, metrics = trainer.train_step.lower(state, rows).compile(QUICKLY)(state, rows)
         gradients = jax.tree.map(lambda a, b: a - np.asarray(b), started, jax.device_get(new['parameters']))
         return jax.device_get(metrics), gradients, values
 
 
 def test_a_mesh_in_microbatches_agrees_with_one_device():
     metrics, gradients, values = run()
-    parallel = run(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 2)
+    parallel = run(MeshConfig(data=1, fsdp=2, sequence=2), 2)
     for name in ('loss', 'next_sentence_loss', 'next_sentence_accuracy'):
         assert float(parallel[0][name]) == pytest.approx(float(metrics[name]), rel=1e-6)
         assert values[name] == pytest.approx(float(metrics[name]), rel=1e-6)
