@@ -1,4 +1,7 @@
-"""Longformer against transformers' and against a full mask; what it costs by the compiled program."""
+"""Longformer's layers: what they cost by the compiled program, decoding, mistakes.
+
+Equality with transformers' is tested with the other families, tests/interop/huggingface/test_encoder_families.py.
+"""
 
 import dataclasses
 import math
@@ -10,7 +13,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from tests.models.test_encoder_oracles import SIZES, bert_parameters, close, loss_and_gradients
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
@@ -19,7 +21,7 @@ from llm.models.encoder import EncoderConfig
 from llm.models.layer import LayerConfig
 from llm.models.long_attention import LongAttentionConfig
 from llm.training.losses import summed_loss
-from tests.models.small_encoders import D, F, H, K, V, bert, built, linear, nested
+from tests.models.small_encoders import D, F, H, K, V, bert, built
 
 LONG = LongAttentionConfig(H, H, K, window=5, causal=False, qkv_bias=True, output_bias=True, global_tokens=2)
 
@@ -30,72 +32,6 @@ def longformer(*mixers: AttentionConfig, **changes: Any) -> EncoderConfig:
     layer = base.layers.pattern[0]
     pattern = tuple(dataclasses.replace(layer, mixer=mixer) for mixer in mixers)
     return dataclasses.replace(base, layers=dataclasses.replace(base.layers, pattern=pattern), **changes)
-
-
-def parameters(state: Any) -> Any:
-    """transformers' Longformer of two layers as ours of a pattern of two."""
-    found = bert_parameters(state, 2, H, 'longformer', 'lm_head')
-    stacked = found['encoder']['layers']['0']
-    layers = {}
-    for i in range(2):
-        layer, own = jax.tree.map(lambda x, i=i: x[i : i + 1], stacked), {}
-        for name in ('query', 'key', 'value'):
-            own |= linear(
-                state, f'longformer.encoder.layer.{i}.attention.self.{name}_global', f'global_{name}', ('out', H)
-            )
-        layer['mixer'] |= jax.tree.map(lambda x: x[None], nested(own))
-        layers[str(i)] = layer
-    return found | {'encoder': {'layers': layers}}
-
-
-@pytest.mark.oracle
-def test_logits_loss_and_gradients():
-    import torch
-    import transformers
-
-    # Windows of their own in both layers; their rows are padded from 20 tokens to 24.
-    settings = SIZES | {'type_vocab_size': 1, 'layer_norm_eps': 1e-5, 'pad_token_id': 1, 'attention_window': [8, 4]}
-    torch.manual_seed(0)
-    theirs = transformers.LongformerForMaskedLM(
-        transformers.LongformerConfig(**settings | {'max_position_embeddings': 42})
-    )
-    theirs.eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    rng = np.random.default_rng(0)
-    tokens, lengths = rng.integers(3, V, (3, 20)), np.array([20, 13, 7])
-    real = np.arange(20) < lengths[:, None]
-    tokens = np.where(real, tokens, 1)
-    seen = np.zeros((3, 20), np.int32)
-    seen[0, [0, 15]] = seen[1, [0, 3]] = seen[2, 2] = 1  # a row may have fewer than there is room for
-    targets, weights = rng.integers(0, V, (3, 20)), (real & (rng.random((3, 20)) < 0.4)).astype(np.float32)
-    output = theirs(
-        torch.tensor(tokens),
-        attention_mask=torch.tensor(real.astype(int)),
-        global_attention_mask=torch.tensor(seen),
-        labels=torch.tensor(np.where(weights > 0, targets, -100)),
-    )
-    output.loss.backward()
-    state = {key: x.detach().numpy() for key, x in theirs.state_dict().items()}
-    gradients = {key: x.grad.numpy() for key, x in theirs.named_parameters(remove_duplicate=False)}
-
-    config = longformer(LONG, dataclasses.replace(LONG, window=3))
-    logits, loss, found = loss_and_gradients(
-        config,
-        parameters(state),
-        *(jnp.asarray(x) for x in (tokens, targets, weights)),
-        segment_ids=jnp.asarray(real.astype(np.int32)),
-        positions=jnp.arange(20)[None],
-        global_tokens=jnp.asarray(seen),
-    )
-    close(logits[real], output.logits.detach().numpy()[real], 'logits')
-    assert float(loss) == pytest.approx(output.loss.item(), rel=1e-4)
-    for (path, gradient), expected in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(parameters(gradients)), strict=True
-    ):
-        if 'key_bias' not in jax.tree_util.keystr(path):  # zero but for rounding
-            close(gradient, expected, jax.tree_util.keystr(path))
 
 
 def products(jaxpr: Any) -> int:

@@ -65,7 +65,7 @@ def test_logits_and_loss_are_those_of_transformers():
     @jax.jit
     def ours(params):
         module = nnx.merge(graph, params)
-        hidden, logits = module.hidden_and_pair_logits(**{name: rows[name] for name in arrays})
+        hidden, logits, _ = module.hidden_and_pair_logits(**{name: rows[name] for name in arrays})
         weighted = with_pair_weights({name: jax.numpy.asarray(x) for name, x in rows.items()})
         loss, sums = _summed_loss(graph, params, weighted, None, 0.0)
         return module.projection()(hidden), logits, loss / sums['tokens']

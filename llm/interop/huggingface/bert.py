@@ -182,7 +182,21 @@ def _write_bert(config: EncoderConfig) -> dict[str, Any]:
     return write(config) | architectures('Bert', config)
 
 
-def _read_roberta(settings: Settings) -> EncoderConfig:
+def roberta_table(prefix: str) -> tuple[Row, ...]:
+    """Rows of RoBERTa, and of what is built as it is."""
+    return _table(prefix, head_rows('lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias'))
+
+
+def roberta_copies(prefix: str) -> tuple[tuple[str, str], ...]:
+    """See Family.copies."""
+    return (
+        ('lm_head.decoder.weight', f'{prefix}.embeddings.word_embeddings.weight'),
+        ('lm_head.decoder.bias', 'lm_head.bias'),
+    )
+
+
+def read_roberta(settings: Settings) -> EncoderConfig:
+    """RoBERTa's encoder: positions are counted from after the number of padding."""
     padding = settings.take('pad_token_id', int, 1)
     if padding < 0:
         raise settings.unsupported('pad_token_id', 'positions are counted from the one after it')
@@ -222,16 +236,13 @@ BERT = Family(
 ROBERTA = Family(
     model_type='roberta',
     architecture='RobertaForMaskedLM',
-    table=_table('roberta', head_rows('lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias')),
-    read=_read_roberta,
+    table=roberta_table('roberta'),
+    read=read_roberta,
     write=_write_roberta,
     prefix='roberta.',
     ignored=(POSITION_IDS,),
     kind=EncoderConfig,
     parts=parts,
-    copies=(
-        ('lm_head.decoder.weight', 'roberta.embeddings.word_embeddings.weight'),
-        ('lm_head.decoder.bias', 'lm_head.bias'),
-    ),
+    copies=roberta_copies('roberta'),
     renamed=RENAMED,
 )

@@ -14,6 +14,7 @@ from llm.interop.huggingface.gpt2 import GPT2
 from llm.interop.huggingface.gpt_neox import GPT_NEOX
 from llm.interop.huggingface.jamba import JAMBA
 from llm.interop.huggingface.llama import LLAMA
+from llm.interop.huggingface.longformer import LONGFORMER
 from llm.interop.huggingface.mamba import MAMBA, MAMBA2
 from llm.interop.huggingface.mistral import MISTRAL
 from llm.interop.huggingface.olmo2 import OLMO2
@@ -30,6 +31,6 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GPT2, GPT_NEOX, GEMMA2, GEMMA3, OLMO2, STABLELM, STARCODER2, PHI3),
         *(MIXTRAL, OLMOE, QWEN3_MOE, DEEPSEEK_V2, MAMBA, MAMBA2, JAMBA),
-        *(BERT, ROBERTA, ALBERT, T5),
+        *(BERT, ROBERTA, ALBERT, LONGFORMER, T5),
     )
 }

@@ -12,6 +12,7 @@ from llm.models.decoder import DecoderConfig
 from llm.models.encoder import EncoderConfig
 from llm.models.initialization import Initialization
 from llm.models.layer import LayerConfig, MixerConfig
+from llm.models.long_attention import LongAttentionConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
 from llm.models.model import ModelConfig
@@ -19,6 +20,8 @@ from llm.models.moe import MoeConfig
 from llm.models.position import RotaryScaling
 from llm.models.stack import StackConfig
 
+# Of Longformer: what a row has room for, where settings say nothing of it.
+GLOBAL_TOKENS = 64
 M = TypeVar('M', bound=ModelConfig)
 
 
@@ -88,7 +91,7 @@ def described(config: M) -> M:
             'max_positions': config.max_positions if config.position == 'learned' else None,
         }
     elif isinstance(config, EncoderConfig):
-        changes |= {'layers': _described_stack(config.layers), 'embedding_dropout': 0.0}
+        changes |= {'layers': _described_stack(config.layers), 'embedding_dropout': 0.0, 'first_is_global': False}
         changes |= {'max_positions': config.max_positions if config.position == 'learned' else None}
     else:
         changes |= {'encoder': _described_stack(config.encoder), 'decoder': _described_stack(config.decoder)}
@@ -114,6 +117,8 @@ def _described_attention(mixer: AttentionConfig) -> AttentionConfig:
     mixer = dataclasses.replace(mixer, implementation='auto', scale=mixer.score_scale, base_head_dim=None)
     if not mixer.rotary.size:
         mixer = dataclasses.replace(mixer, rotary_base=10_000.0, rotary_scaling=RotaryScaling())
+    if isinstance(mixer, LongAttentionConfig) and mixer.global_tokens:
+        mixer = dataclasses.replace(mixer, global_tokens=GLOBAL_TOKENS)
     return mixer
 
 

@@ -48,6 +48,18 @@ ENCODERS: dict[str, Case] = {
         'RobertaForMaskedLM',
         BERT | {'max_position_embeddings': 42, 'type_vocab_size': 1, 'layer_norm_eps': 1e-5, 'pad_token_id': 1},
     ),
+    # Windows of their own in each layer; rows of 16 tokens are padded to 24 there.
+    'longformer': Case(
+        'LongformerForMaskedLM',
+        BERT
+        | {
+            'max_position_embeddings': 42,
+            'type_vocab_size': 1,
+            'layer_norm_eps': 1e-5,
+            'pad_token_id': 1,
+            'attention_window': [8, 4, 8],
+        },
+    ),
     'albert': Case('AlbertForMaskedLM', BERT | {'embedding_size': 12}),
 }
 ENCODER_DECODERS: dict[str, Case] = {
