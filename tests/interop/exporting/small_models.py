@@ -55,8 +55,10 @@ def configs() -> dict[str, ModelConfig]:
 
 @functools.cache
 def parameters(name: str) -> dict[str, np.ndarray]:
-    """By path: large enough for logits to differ, and small enough for fp32 to be within 1e-5 of float64 (at twice this,
-    T5, which does not scale its scores, is 1.7e-4 from it)."""
+    """By path: large enough for logits to differ, and small enough for fp32 to be within 1e-5 of float64.
+
+    At twice this T5, which does not scale its scores, is 1.7e-4 from it.
+    """
     random = np.random.default_rng(0)
     found = {}
     for path, spec in named_specs(parameter_specs(configs()[name].build())):
