@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from llm.kernels.grouped_matmul import blocked
+from llm.kernels.grouped_matmul import blocked, pallas_tpu
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, device: jax.Device) -> jax.Array:
@@ -16,6 +16,8 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, device: jax
     """
     if device.platform == 'cpu':
         return blocked.grouped_matmul(lhs, rhs, sizes)
+    if device.platform == 'tpu':
+        return pallas_tpu.grouped_matmul(lhs, rhs, sizes)
     return jax.lax.ragged_dot(lhs, rhs, sizes.astype(jnp.int32))
 
 

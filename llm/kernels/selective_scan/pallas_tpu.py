@@ -4,6 +4,11 @@ The grid is (row of the batch, block of channels, chunk of tokens). Channels lie
 sublanes, so a token is a few operations on whole registers, and its b and c are columns that broadcast along lanes.
 HBM sees the inputs, y and the state at the border of each chunk; XLA's own loop writes and reads the state at every
 token. The backward pass goes from the last chunk to the first and computes a chunk's states again.
+
+By the compiler, for a layer of Mamba-1.4B (1 row of 2,048 tokens, 4,096 channels, state 16, bf16, v5e), forward and
+backward: 201 MB of HBM traffic (kernels 74 and 127, by their grids) and 0.3 MB of temporaries, for 522 MB and 34 MB of
+`chunked`, which is two loops of 2,048 small steps beside. The kernels have 822 and 4,427 bundles in all, loops once
+(`tools/benchmarks/scan_kernels.py`).
 """
 
 import functools

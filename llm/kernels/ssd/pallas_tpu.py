@@ -3,6 +3,11 @@
 The grid is (row of the batch, block of heads that share b and c, chunk). What XLA writes to HBM for every chunk and
 head, decays and scores of Q x Q, never leaves the chip. The backward pass goes through the chunks from the last to the
 first; it reads the state before each, which the forward pass stores, and differentiates the very same chunk.
+
+By the compiler, for a layer of Mamba-2 1.3B (1 row of 2,048 tokens, 64 heads of 64, state 128, bf16, v5e), forward and
+backward: 213 MB of HBM traffic by the kernels (98 and 115, by their grids), 235 MB by the program with each of their
+operands once, and 103 MB of temporaries, for 801 MB and 236 MB of `chunked`. The kernels have 1,674 and 4,334 bundles,
+loops once (`tools/benchmarks/scan_kernels.py`).
 """
 
 import functools
