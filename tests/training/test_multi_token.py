@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_the_definition():
     ('name', 'mesh', 'accumulation', 'changes'),
     [
         ('parallel', MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 1, ()),
-        ('sequential', MeshConfig(data=1, expert=2, sequence=2), 2, ()),
+        ('sequential', MeshConfig(data=1, expert=2, sequence=2), 1, ()),
     ],
     ids=['parallel', 'sequential'],
 )
