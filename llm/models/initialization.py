@@ -28,8 +28,8 @@ class Initialization:
             't_fixup': Huang et al. 2020, section 3.2: Xavier, embeddings of D^-1/2; then value, output and
             feed-forward matrices times 0.67 L^-1/4 (a decoder without cross-attention has the two branches of the
             paper's encoder), embeddings times (9 L)^-1/4.
-            't5': as T5's code (Mesh TensorFlow), with std = 1: `std` on embeddings, 1 / sqrt(fan-in) on matrices, of
-            which queries stand for the scores' missing 1 / sqrt(K), and std / sqrt(D) on the relative bias.
+            't5': as T5's code (Mesh TensorFlow), with std = 1: `std` on embeddings, 1 / sqrt(fan-in) on matrices, with
+            1 / sqrt(K) besides on queries, whose scores lack it, and std / sqrt(D) on the relative bias.
             'mup': Yang et al. 2022, table 8: 1 / sqrt(fan-in) on hidden matrices, `std` on embeddings and `output_std`
             on the output projection at every width. Routers start as hidden matrices do.
         std: standard deviation; see scheme.

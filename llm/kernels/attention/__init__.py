@@ -11,6 +11,9 @@ from llm.kernels.attention import chunked, cudnn, flash, pallas_gpu, pallas_tpu,
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.sequence_axis import SequenceAxis
 
+# Rows of so many tokens are as T5's: their scores fit, and accelerators are slow at one block of a row after the other.
+_SHORT = 1024
+
 Implementation = Literal['auto', 'chunked', 'cudnn', 'pallas_gpu', 'pallas_tpu', 'reference']
 
 
@@ -61,6 +64,8 @@ def choose(
             raise UserError(f'cannot do {what}', where=f'attention {implementation!r}', fix="Use 'chunked' or 'auto'.")
     if implementation != 'auto':
         return implementation
+    if bias and device.platform != 'cpu' and queries <= _SHORT:
+        return 'reference'
     if bias or global_keys:
         return 'reference' if queries == 1 else 'chunked'
     # One token at a time (decoding) has nothing to cut up.
