@@ -9,7 +9,7 @@ operand of a kernel once (`llm.scaling.program.hbm_bytes`), here and with `ragge
     OLMoE, 64 experts, 32,768 rows: 1.0 and 22.0;  1.74 and 1.88 GB
     Qwen3-30B, 128 experts, 32,768: 1.0 and 43.4;  1.98 and 2.52 GB
 
-What tiles lose at the borders of groups is in neither: with balanced groups of two tiles or more a third of them at most.
+What tiles lose at the borders of groups is in neither: if groups have two tiles or more, a third of them at most.
 """
 
 import functools
