@@ -16,6 +16,7 @@ from llm.training.checkpoints import Checkpointer
 from llm.training.early_stopping import Patience
 from llm.training.metrics import MetricsWriter
 from llm.training.progress import Progress
+from llm.training.routing import routing_metrics
 from llm.training.sentence_pairs import pair_metrics
 from llm.training.step import Batch, State
 from llm.training.stopping import stop_requests
@@ -85,6 +86,7 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
     """
     nll = tokens = 0.0
     ahead, pairs = np.zeros((2, 0)), dict.fromkeys(('nll', 'correct', 'pairs'), 0.0)
+    routing: Any = {}
     more: list[dict[str, np.ndarray]] = []
     step, memory = evaluation.step or trainer.evaluation_step, trainer.fresh_memory()
     for index in range(evaluation.num_batches):
@@ -99,10 +101,14 @@ def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[
             ahead = ahead + summed if index else summed
         for name, value in found.pop('pairs', {}).items():
             pairs[name] += float(value)
+        if 'routing' in found:
+            part = jax.tree.map(lambda x: np.asarray(x, np.float64), found.pop('routing'))
+            routing = jax.tree.map(np.add, routing, part) if routing else part
         more.append({name: np.asarray(value) for name, value in found.items()})
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
     values |= pair_metrics({'pairs': pairs}) if pairs['pairs'] else {}
+    values |= {name: float(value) for name, value in routing_metrics(routing, tokens).items()}
     values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes

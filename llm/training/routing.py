@@ -31,7 +31,7 @@ def routing_loss(routing: Any) -> jax.Array | float:
     return sum(jnp.sum(layer['loss']) for layer in layers)
 
 
-def routing_metrics(routing: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+def routing_metrics(routing: Any, tokens: jax.Array | float) -> dict[str, jax.Array]:
     """Means over layers of experts of their sums over a whole batch; {} without such layers.
 
     load_balance_loss: 1 if all experts are equally likely (Switch, eq. 4, without its coefficient). router_z_loss.

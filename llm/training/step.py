@@ -213,7 +213,7 @@ def make_evaluation_step(
     """A pure function of (parameters, batch) to {'nll': summed nats, 'tokens': summed weights} over the batch.
 
     With multi-token prediction also 'ahead', the same of the further depths, [depths] each; with pairs of texts
-    'pairs', see `summed_pairs`.
+    'pairs', see `summed_pairs`; with layers of experts 'routing', see `routing_metrics`.
     Given a memory too, what rows go on from, the sums have the next one as 'memory'.
 
     Args:
@@ -221,14 +221,15 @@ def make_evaluation_step(
     """
 
     def evaluation_step(parameters: Any, batch: Batch, memory: Any = None) -> Metrics:
-        batch = placed(with_targets_ahead(batch, multi_token))
+        batch = with_routing_weights(placed(with_targets_ahead(batch, multi_token)))
         if memory is not None:
             batch = batch | {'memory': memory}
         if sums_of is not None:
             sums = sums_of(parameters, batch, None)[1]
         else:
             sums = _summed_loss(model, parameters, batch, None, 0.0)[1]
-        return {name: sums[name] for name in ('nll', 'tokens', 'ahead', 'pairs', 'memory') if name in sums}
+        kept = ('nll', 'tokens', 'routing', 'ahead', 'pairs', 'memory')
+        return {name: sums[name] for name in kept if name in sums}
 
     return evaluation_step
 

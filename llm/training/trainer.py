@@ -244,7 +244,10 @@ class Trainer:
         step = make_evaluation_step(self.model, pipeline, self._multi_token)
         out: Any = self.replicated
         if 'memory' in self.state_shardings:
-            out = {'nll': out, 'tokens': out, 'memory': self.state_shardings['memory']}
+            routing = (
+                {'routing': out} if isinstance(self.model_config, DecoderConfig) and self.model_config.routed else {}
+            )
+            out = {'nll': out, 'tokens': out, 'memory': self.state_shardings['memory'], **routing}
         return jax.jit(self._under_rules(step), out_shardings=out)
 
     @property

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.parallel.mesh import MeshConfig
+from llm.training.loop import Evaluation, evaluate
 from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
@@ -35,8 +37,18 @@ def batch(rows=4, length=8):
     return {name: jnp.asarray(x) for name, x in arrays.items()}
 
 
-def step(config: DecoderConfig, optimizer=SGD, accumulation=1, rows=None):
-    """(parameters before, parameters after, metrics) of a step in float64."""
+class One:
+    """An evaluation set of one batch."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def batch(self, step):
+        return self.arrays
+
+
+def step(config: DecoderConfig, optimizer=SGD, accumulation=1, rows=None, mesh=MeshConfig(data=1), evaluated=False):
+    """(parameters before, parameters after, metrics) of a step in float64; and figures of evaluation before it."""
     with jax.enable_x64():
         arrays = batch() if rows is None else rows
         shape = arrays['inputs'].shape
@@ -45,13 +57,16 @@ def step(config: DecoderConfig, optimizer=SGD, accumulation=1, rows=None):
             optimizer,
             StepConfig(*shape, gradient_accumulation=accumulation),
             10,
-            mesh=MeshConfig(data=1),
-            devices=jax.devices()[:1],
+            mesh=mesh,
+            devices=jax.devices()[: np.prod(mesh.sizes(8))],
         )
         state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, trainer.fresh_state())
         before = jax.device_get(state['parameters'])
+        arrays = jax.device_put(arrays, trainer.batch_sharding)
+        figures = evaluate(trainer, state['parameters'], Evaluation(One(arrays), 1)) if evaluated else None
         state, metrics = trainer.train_step(state, arrays)
-        return before, jax.device_get(state['parameters']), jax.device_get(metrics)
+        found = before, jax.device_get(state['parameters']), jax.device_get(metrics)
+        return (*found, figures) if evaluated else found
 
 
 def test_accumulation_and_padding_change_nothing():
@@ -106,6 +121,34 @@ def test_a_bias_moves_by_its_rate_and_by_nothing_else():
     assert (moved.min(-1) == -0.25).all()
     plain = step(moe_decoder(dataclasses.replace(BIASED, router=dataclasses.replace(BIASED.router, bias_rate=None))))
     np.testing.assert_allclose(metrics['gradient_norm'], plain[2]['gradient_norm'], rtol=1e-6)
+
+
+CHOOSING = {
+    'experts choose': (moe({'kind': 'expert_choice'}, dispatch='capacity', group_size=4), 'expert x fsdp x sequence'),
+    'hash': (moe({'kind': 'hash', 'hash_seed': 3}), 'expert x data x tensor'),
+    'balanced hash': (moe({'kind': 'hash', 'hash': 'balanced', 'hash_ids': 31}), 'expert x fsdp x sequence'),
+}
+MESHES = {
+    'expert x fsdp x sequence': MeshConfig(data=1, expert=2, fsdp=2, sequence=2),
+    'expert x data x tensor': MeshConfig(data=2, expert=2, tensor=2),
+}
+
+
+@pytest.mark.parametrize('name', CHOOSING)
+def test_other_routers_choose_alike_on_every_mesh(name):
+    layer, mesh = CHOOSING[name]
+    config = moe_decoder(layer, vocab_size=32)
+    _, one, metrics, figures = step(config, evaluated=True)
+    _, many, same, same_figures = step(config, mesh=MESHES[mesh], evaluated=True)
+    for path, value in jax.tree_util.tree_leaves_with_path(one):
+        found = dict(jax.tree_util.tree_leaves_with_path(many))[path]
+        np.testing.assert_allclose(found, value, rtol=0, atol=1e-9 * max(1.0, np.abs(value).max()), err_msg=str(path))
+    routing = ('routing_entropy', 'expert_load', 'worst_expert_load', 'drop_rate')
+    for figure in ('loss', *routing):
+        np.testing.assert_allclose(same[figure], metrics[figure], rtol=1e-6, err_msg=figure)
+        # Before the step evaluation sees the same model and the same tokens.
+        np.testing.assert_allclose(figures[figure], metrics[figure], rtol=1e-6, atol=1e-9, err_msg=figure)
+        np.testing.assert_allclose(same_figures[figure], figures[figure], rtol=1e-9, atol=1e-12, err_msg=figure)
 
 
 def test_leading_layers_come_first():

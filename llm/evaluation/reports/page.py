@@ -10,7 +10,7 @@ from typing import Any
 from llm.evaluation.reports.charts import Level, Line, line_chart
 from llm.evaluation.reports.document import cards, details, document, table
 from llm.evaluation.reports.escaping import escape
-from llm.evaluation.reports.run_record import RunRecord, read_run
+from llm.evaluation.reports.run_record import Points, RunRecord, read_run
 from llm.training.progress import short_duration, short_number
 from llm.training.run_directory import write_atomically
 
@@ -169,11 +169,8 @@ def _charts(run: RunRecord) -> str:
     losses = [Line('training', run.series('loss'), 0)]
     losses += [Line(name, run.evaluation_series(name, 'loss'), colour) for name, colour in sets.items()]
     conventions = (('mfu', 'all of attention counted'), ('mfu_causal', 'causal half only'))
-    utilization = [
-        Line(words, [(step, 100 * share) for step, share in run.series(name)], colour)
-        for colour, (name, words) in enumerate(conventions)
-    ]
-    accuracy = [(step, 100 * share) for step, share in run.series('next_sentence_accuracy')]
+    utilization = [Line(words, _percent(run.series(name)), colour) for colour, (name, words) in enumerate(conventions)]
+    accuracy = _percent(run.series('next_sentence_accuracy'))
     drawn = [
         chart('Bits per byte, held out', scores, levels=levels, wide=True),
         chart('Loss, nats per token', losses, wide=True),
@@ -204,16 +201,24 @@ def _depth_charts(run: RunRecord, chart: Callable[..., str]) -> list[str]:
 def _routing_charts(run: RunRecord, chart: Callable[..., str]) -> list[str]:
     """Of layers of experts; nothing is drawn of runs without them."""
     loads = (('expert_load', 'mean over layers'), ('worst_expert_load', 'worst layer'))
-    dropped = [(step, 100 * share) for step, share in run.series('drop_rate')]
+    dropped = [Line('training', _percent(run.series('drop_rate')), 0)]
+    entropy = [Line('training', run.series('routing_entropy'), 0)]
+    for colour, name in enumerate(run.evaluations, 1):
+        dropped.append(Line(name, _percent(run.evaluation_series(name, 'drop_rate')), colour % 5))
+        entropy.append(Line(name, run.evaluation_series(name, 'routing_entropy'), colour % 5))
     return [
         chart(
             'Load of the busiest expert over the mean',
             [Line(words, run.series(name), colour) for colour, (name, words) in enumerate(loads)],
             from_zero=True,
         ),
-        chart('Entropy of routing, nats', [Line('mean over layers', run.series('routing_entropy'))], from_zero=True),
-        chart('Choices dropped, %', [Line('mean over layers', dropped)], from_zero=True),
+        chart('Entropy of routing, nats, mean over layers', entropy, from_zero=True),
+        chart('Choices dropped, %, mean over layers', dropped, from_zero=True),
     ]
+
+
+def _percent(points: Points) -> Points:
+    return [(step, 100 * share) for step, share in points]
 
 
 def _level_name(baseline: str, evaluation_set: str, num_sets: int) -> str:
