@@ -1,6 +1,5 @@
 """Initial values: the schemes' standard deviations, and draws that depend on seed and path alone."""
 
-import dataclasses
 import functools
 import math
 
@@ -8,20 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.test_encoder_decoder_oracles import t5_parameters
 
 from llm.errors import UserError
+from llm.interop.huggingface.directory import open_directory
+from llm.interop.loading import load_parameters
 from llm.models import initialization
-from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder
-from llm.models.encoder_decoder import EncoderDecoderConfig
-from llm.models.feed_forward import FeedForwardConfig
 from llm.models.initialization import Initialization, initialize, residual_branches
-from llm.models.layer import LayerConfig
 from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, Role, named_specs, parameter_specs
-from llm.models.relative_bias import RelativeBiasConfig
-from llm.models.stack import StackConfig
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from tests.models.small_decoders import DECODER, decoder_config, layer
@@ -185,34 +179,26 @@ def test_the_default_decoder_is_drawn_as_gpt2():
 
 
 @pytest.mark.oracle
-def test_t5_starts_as_transformers_t5_does():
+def test_t5_starts_as_transformers_t5_does(tmp_path):
     """But for the output projection of an untied model, of std 1 there and 1 / sqrt(fan-in) in Mesh TensorFlow."""
     import torch
     import transformers
 
     sizes = {'vocab_size': 4096, 'd_model': 96, 'd_kv': 16, 'd_ff': 192, 'num_layers': 1, 'num_heads': 8}
-    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, feed_forward_proj='gated-gelu'))
     torch.manual_seed(0)
-    theirs.init_weights()
-    state = {name: x.detach().numpy() for name, x in theirs.state_dict().items()}
-    state = {name: x for name, x in state.items() if name != 'lm_head.weight'}
-    norm = NormConfig('rms', 1e-6)
-    mixer = AttentionConfig(8, 8, 16, causal=False, scale=1.0)
-    side = LayerConfig(mixer, FeedForwardConfig(192, 'geglu'), norm)
-    other = dataclasses.replace(side, mixer=dataclasses.replace(mixer, causal=True), cross=mixer)
-    config = EncoderDecoderConfig(
-        4096,
-        96,
-        StackConfig(1, (side,), norm, RelativeBiasConfig()),
-        StackConfig(1, (other,), norm, RelativeBiasConfig(bidirectional=False)),
+    theirs = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, feed_forward_proj='gated-gelu', tie_word_embeddings=False)
     )
-    asked = deviations(parameter_specs(config.build()), Initialization('t5', std=1.0))
+    theirs.init_weights()
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(4096, 96))  # transformers 5 ties it until it loads others
+    theirs.save_pretrained(tmp_path)
+    checkpoint = open_directory(tmp_path)
+    drawn = load_parameters(
+        checkpoint.pieces, checkpoint.specs, make_mesh(MeshConfig(), jax.devices()[:1]), AxisRules()
+    )
+    asked = deviations(checkpoint.specs, Initialization('t5', std=1.0))
     assert asked.pop('head/kernel') == pytest.approx(96**-0.5)
-    flat = {path: x for path, x in _flat(t5_parameters(state, 1)) if path in asked}
-    assert set(flat) == set(asked)
-    for path, value in flat.items():
-        assert np.std(value) == pytest.approx(asked[path], rel=4 / np.sqrt(value.size)), path
-
-
-def _flat(tree):
-    return [('/'.join(str(key.key) for key in path), np.asarray(x)) for path, x in jax.tree.leaves_with_path(tree)]
+    flat = {'/'.join(str(key.key) for key in path): np.asarray(x) for path, x in jax.tree.leaves_with_path(drawn)}
+    assert set(asked) <= set(flat)
+    for path, std in asked.items():
+        assert np.std(flat[path]) == pytest.approx(std, rel=4 / np.sqrt(flat[path].size)), path
