@@ -331,14 +331,12 @@ class Convert:
             partial.unlink(missing_ok=True)
 
     def _write_llama2c(self, model: _Model, directory: Path) -> None:
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError('is there already and not empty', where=str(directory), fix='Use a new directory.')
-        config = _decoder(model)
-        directory.mkdir(parents=True, exist_ok=True)
-        length = model.sequence_length or _NO_LENGTH
-        if model.vocabulary is not None:
-            llama2c.write_tokenizer(directory / 'tokenizer.bin', model.vocabulary)
-        llama2c.write_model(directory / 'model.bin', config, model.read, sequence_length=length)
+        config, length = _decoder(model), model.sequence_length or _NO_LENGTH
+        with _complete_or_absent(directory) as partial:
+            partial.mkdir(parents=True)
+            if model.vocabulary is not None:
+                llama2c.write_tokenizer(partial / 'tokenizer.bin', model.vocabulary)
+            llama2c.write_model(partial / 'model.bin', config, model.read, sequence_length=length)
 
 
 def _decoder(model: _Model) -> DecoderConfig:

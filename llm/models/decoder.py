@@ -268,52 +268,12 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(inputs, **more))
 
     def hidden(self, inputs: jax.Array, **more: Any) -> jax.Array:
-        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_and_sums` for the arguments."""
+        """What the logits are computed from: [B, S] -> [B, S, D]; see `hidden_sums_and_memory` for the arguments."""
         return self.hidden_and_sums(inputs, **more)[0]
 
-    def hidden_and_sums(
-        self,
-        inputs: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        token_index: ArrayLike | None = None,
-        token_weights: jax.Array | None = None,
-        prefix: jax.Array | None = None,
-        tokens_ahead: Sequence[jax.Array] | None = None,
-    ) -> tuple[jax.Array, Auxiliaries]:
-        """What the logits are computed from, [B, S] -> [B, S, D], and the sums of the layers' routers.
-
-        The sums are by group of stacked layers, position and name, with a leading repeat axis, as parameters are.
-
-        Args:
-            inputs: [B, S] token ids.
-            positions: [B, S] or [1, S]; default: from 0 in each segment.
-            segment_ids: [B, S]; tokens attend within their own segment only. Default: a row is one segment.
-            dropout_key: of this step; without it nothing is dropped.
-            token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
-                llm.parallel.sharding.SequenceCut.zigzag.
-            token_weights: [B, S], for layers of experts; see Context.
-            prefix: [B, S], not 0 on tokens that all of their segment see, also those before them: the prefix of a
-                prefix language model (Raffel et al. 2020, section 3.2.1).
-            tokens_ahead: of multi-token prediction, whose states are wanted too: [B, n, S, D], those of the next token
-                first. See MultiToken.
-
-        Raises:
-            UserError: S is more than max_positions; or multi-token prediction would see what it predicts.
-        """
-        hidden, sums, _ = self.hidden_sums_and_memory(
-            inputs,
-            {},
-            positions=positions,
-            segment_ids=segment_ids,
-            dropout_key=dropout_key,
-            token_index=token_index,
-            token_weights=token_weights,
-            prefix=prefix,
-            tokens_ahead=tokens_ahead,
-        )
+    def hidden_and_sums(self, inputs: jax.Array, **more: Any) -> tuple[jax.Array, Auxiliaries]:
+        """`hidden`, and the sums of the layers' routers; see `hidden_sums_and_memory` for the arguments."""
+        hidden, sums, _ = self.hidden_sums_and_memory(inputs, {}, **more)
         return hidden, sums
 
     def hidden_sums_and_memory(
@@ -329,11 +289,27 @@ class Decoder(nnx.Module):
         prefix: jax.Array | None = None,
         tokens_ahead: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array, Auxiliaries, Cache]:
-        """`hidden_and_sums` of rows that go on from others, and what they leave for the next.
+        """What the logits are computed from, [B, S, D], sums of the layers' routers, and what later rows go on from.
+
+        The sums are by group of stacked layers, position and name, with a leading repeat axis, as parameters are.
 
         Args:
+            inputs: [B, S] token ids.
             memory: from DecoderConfig.init_memory or the rows before; {} for rows that go on from nothing. The first
                 segment of a row goes on from there if its `positions`, which are then needed, do not begin at 0.
+            positions: [B, S] or [1, S]; default: from 0 in each segment.
+            segment_ids: [B, S]; tokens attend within their own segment only. Default: a row is one segment.
+            dropout_key: of this step; without it nothing is dropped.
+            token_index: [S], index in the row of each token where they do not lie in order; needs `positions`. See
+                llm.parallel.sharding.SequenceCut.zigzag.
+            token_weights: [B, S], for layers of experts; see Context.
+            prefix: [B, S], not 0 on tokens that all of their segment see, also those before them: the prefix of a
+                prefix language model (Raffel et al. 2020, section 3.2.1).
+            tokens_ahead: of multi-token prediction, whose states are wanted too: [B, n, S, D], those of the next token
+                first. See MultiToken.
+
+        Raises:
+            UserError: S is more than max_positions; or multi-token prediction would see what it predicts.
         """
         if tokens_ahead is not None and prefix is not None:
             raise UserError(
@@ -359,7 +335,7 @@ class Decoder(nnx.Module):
         """Logits of the tokens 1, 2, ..., n after each of `inputs`, by multi-token prediction: [B, S] -> [B, n, S, V].
 
         Args:
-            tokens_ahead: see `hidden_and_sums`; () where the heads are parallel.
+            tokens_ahead: see `hidden_sums_and_memory`; () where the heads are parallel.
         """
         hidden, _ = self.hidden_and_sums(inputs, tokens_ahead=tokens_ahead, **more)
         logits = self.logits(hidden.reshape(-1, *hidden.shape[2:]))

@@ -15,6 +15,7 @@ from llm.errors import UserError
 from llm.training.checkpoints import Checkpointer
 from llm.training.early_stopping import Patience
 from llm.training.metrics import MetricsWriter
+from llm.training.multi_token import depth_metrics
 from llm.training.progress import Progress
 from llm.training.routing import routing_metrics
 from llm.training.sentence_pairs import pair_metrics
@@ -79,37 +80,36 @@ class Evaluation:
     score: Callable[[Any, list[dict[str, np.ndarray]]], dict[str, float]] | None = None
 
 
+# What an evaluation step gives that adds up over batches.
+_SUMS = ('nll', 'tokens', 'routing', 'pairs', 'ahead')
+
+
 def evaluate(trainer: Trainer, parameters: Any, evaluation: Evaluation) -> dict[str, float]:
     """Loss (nats per token), perplexity and, where the bytes are known, bits per byte over the whole set.
 
     Sums are taken in float64 on the host, batch by batch in order.
     """
-    nll = tokens = 0.0
-    ahead, pairs = np.zeros((2, 0)), dict.fromkeys(('nll', 'correct', 'pairs'), 0.0)
-    routing: Any = {}
+    sums: dict[str, Any] = {}
     more: list[dict[str, np.ndarray]] = []
     step, memory = evaluation.step or trainer.evaluation_step, trainer.fresh_memory()
     for index in range(evaluation.num_batches):
         batch = evaluation.batches.batch(index)
         found = dict(step(parameters, batch) if memory is None else step(parameters, batch, memory))
         memory = found.pop('memory', None)
-        nll += float(found.pop('nll'))
-        tokens += float(found.pop('tokens'))
-        if 'ahead' in found:
-            part = found.pop('ahead')
-            summed = np.stack([np.asarray(part[name], np.float64) for name in ('nll', 'tokens')])
-            ahead = ahead + summed if index else summed
-        for name, value in found.pop('pairs', {}).items():
-            pairs[name] += float(value)
-        if 'routing' in found:
-            part = jax.tree.map(lambda x: np.asarray(x, np.float64), found.pop('routing'))
-            routing = jax.tree.map(np.add, routing, part) if routing else part
+        part = {name: found.pop(name) for name in _SUMS if name in found}
+        part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+        sums = jax.tree.map(np.add, sums, part) if sums else part
         more.append({name: np.asarray(value) for name, value in found.items()})
+    nll, tokens = float(sums['nll']), float(sums['tokens'])
     loss = nll / tokens
     values = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'tokens': tokens}
-    values |= pair_metrics({'pairs': pairs}) if pairs['pairs'] else {}
-    values |= {name: float(value) for name, value in routing_metrics(routing, tokens).items()}
-    values |= {f'loss_{depth}_ahead': nll / tokens for depth, (nll, tokens) in enumerate(ahead.T, 2) if tokens}
+    further = routing_metrics(sums.get('routing', {}), tokens)
+    if 'pairs' in sums and sums['pairs']['pairs']:
+        further |= pair_metrics(sums)
+    if 'ahead' in sums:
+        depths = zip(depth_metrics(sums).items(), sums['ahead']['tokens'], strict=True)
+        further |= dict(figure for figure, targets in depths if targets)
+    values |= {name: float(value) for name, value in further.items()}
     if evaluation.num_bytes:
         values['bits_per_byte'] = nll / math.log(2) / evaluation.num_bytes
     return values if evaluation.score is None else values | evaluation.score(parameters, more)

@@ -94,10 +94,10 @@ def summed_losses(
     return loss, {**{name: x[0] for name, x in sums.items()}, 'ahead': ahead}
 
 
-def depth_metrics(sums: dict[str, Any]) -> dict[str, jax.Array]:
+def depth_metrics(sums: dict[str, Any]) -> dict[str, Any]:
     """Mean loss in nats of the token 2, 3, ... ahead, `loss_2_ahead` and so on; {} without multi-token prediction."""
     ahead = sums.get('ahead')
     if ahead is None:
         return {}
-    means = ahead['nll'] / jnp.where(ahead['tokens'] > 0, ahead['tokens'], 1)
+    means = ahead['nll'] / (ahead['tokens'] + (ahead['tokens'] == 0))
     return {f'loss_{depth}_ahead': mean for depth, mean in enumerate(means, 2)}

@@ -1,17 +1,23 @@
-"""Fine-tuned models against transformers' own: logits and loss on rows of labelled examples, weights mapped by hand."""
+"""Fine-tuned models against transformers' own: logits and loss on rows of labelled examples."""
 
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from llm.data.labelled import LabelledExample, LabelledRows
 from llm.data.vocabularies import ByteVocabulary
+from llm.interop.huggingface.bert import BERT
+from llm.interop.huggingface.directory import family_links
+from llm.interop.huggingface.family import Family
+from llm.interop.huggingface.t5 import T5
 from llm.jobs.finetuned_model import finetuned_model
+from llm.models.model import ModelConfig
+from llm.models.parameters import named_specs, parameter_specs
 from llm.training.step import make_prediction_step
 from tests.models.small_encoders import D, F, H, K, bert, t5
 
@@ -21,82 +27,15 @@ VOCABULARY = ByteVocabulary()
 V, S, LAYERS = VOCABULARY.size, 24, 2
 
 
-def layers(weights: dict[str, np.ndarray], stack: str, parts: dict[str, str]) -> dict[str, Any]:
-    """Stacked layers: ours by theirs, with heads cut out of the projections of attention."""
-
-    def one(name: str, theirs: str) -> np.ndarray:
-        value, path = weights[theirs], name.split('/')
-        if path[0] in ('mixer', 'cross'):
-            if path[1] in ('query', 'key', 'value'):
-                return value.T.reshape(D, H, K)
-            if path[1].removesuffix('_bias') in ('query', 'key', 'value'):
-                return value.reshape(H, K)
-            return value.T.reshape(H, K, D) if value.ndim == 2 else value
-        return value.T
-
-    return {
-        f'{stack}/layers/0/{name}': np.stack([one(name, theirs.format(i)) for i in range(LAYERS)])
-        for name, theirs in parts.items()
-    }
-
-
-def nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(value)
-    return tree
-
-
-def bert_parameters(weights: dict[str, np.ndarray], *, pooler: bool) -> dict[str, Any]:
-    layer, parts = 'bert.encoder.layer.{}', {}
-    for ours, theirs in {
-        **{f'mixer/{name}': f'attention.self.{name}' for name in ('query', 'key', 'value')},
-        'mixer/output': 'attention.output.dense',
-        'feed_forward/up': 'intermediate.dense',
-        'feed_forward/down': 'output.dense',
-    }.items():
-        parts |= {ours: f'{layer}.{theirs}.weight', f'{ours}_bias': f'{layer}.{theirs}.bias'}
-    for ours, theirs in {'mixer_norm': 'attention.output', 'feed_forward_norm': 'output'}.items():
-        parts |= {f'{ours}/{a}': f'{layer}.{theirs}.LayerNorm.{b}' for a, b in (('scale', 'weight'), ('bias', 'bias'))}
-    found = layers(weights, 'encoder', parts)
-    for ours, theirs in {'embedding': 'word', 'positions': 'position', 'token_types': 'token_type'}.items():
-        found[f'{ours}/table'] = weights[f'bert.embeddings.{theirs}_embeddings.weight']
-    found |= {
-        f'embedding_norm/{a}': weights[f'bert.embeddings.LayerNorm.{b}']
-        for a, b in (('scale', 'weight'), ('bias', 'bias'))
-    }
-    found |= {'classifier/kernel': weights['classifier.weight'].T, 'classifier/bias': weights['classifier.bias']}
-    if pooler:
-        found |= {
-            'pooler/dense': weights['bert.pooler.dense.weight'].T,
-            'pooler/bias': weights['bert.pooler.dense.bias'],
-        }
-    return nested(found)
-
-
-def t5_parameters(weights: dict[str, np.ndarray]) -> dict[str, Any]:
-    found = {'embedding/table': weights['shared.weight']}
-    for side in ('encoder', 'decoder'):
-        block, parts = f'{side}.block.{{}}.layer', {}
-        mixers = [('mixer', 0, 'SelfAttention'), ('cross', 1, 'EncDecAttention')][: 1 + (side == 'decoder')]
-        for ours, number, theirs in mixers:
-            for name in ('query', 'key', 'value', 'output'):
-                parts[f'{ours}/{name}'] = f'{block}.{number}.{theirs}.{name[0]}.weight'
-            parts[f'{ours}_norm/scale'] = f'{block}.{number}.layer_norm.weight'
-        last = len(mixers)
-        parts |= {
-            f'feed_forward/{a}': f'{block}.{last}.DenseReluDense.{b}.weight' for a, b in (('up', 'wi'), ('down', 'wo'))
-        }
-        parts['feed_forward_norm/scale'] = f'{block}.{last}.layer_norm.weight'
-        found |= layers(weights, side, parts)
-        bias = f'{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-        found |= {f'{side}/relative_bias/table': weights[bias]}
-        found |= {f'{side}/final_norm/scale': weights[f'{side}.final_layer_norm.weight']}
-    return nested(found)
+def parameters(family: Family, model: ModelConfig, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Ours by the family's table, and a classifier, which belongs to no family."""
+    specs = parameter_specs(model.build())
+    found = {name: np.zeros(spec.shape, np.float32) for name, spec in named_specs(specs)}
+    for link in family_links(family, model, {name: x for name, x in specs.items() if name != 'classifier'}):
+        found[link.path][link.index] = link.read(weights[link.name])
+    if 'classifier' in specs:
+        found |= {'classifier/kernel': weights['classifier.weight'].T, 'classifier/bias': weights['classifier.bias']}
+    return unflatten_dict(found, sep='/')
 
 
 def shaken(model: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -152,7 +91,7 @@ def test_encoders(task):
     base = dataclasses.replace(bert(vocab=V, pooler=True, next_sentence=True), compute_dtype='float32')
     model = finetuned_model(base, task, labels)
     rows = LabelledRows(TASKS[task], VOCABULARY, task, S, labels, 'first', token_types=True)
-    logits, loss, batch = predicted(model, bert_parameters(weights, pooler=task != 'tagging'), rows)
+    logits, loss, batch = predicted(model, parameters(BERT, model, weights), rows)
     read = batch['loss_weights'] > 0
     targets = torch.tensor(batch['targets'])
     output = theirs(
@@ -198,7 +137,7 @@ def test_an_encoder_decoder():
     answers = examples((('What is 2 + 2?',), '4'), (('Say nothing at all, please.',), ''), (('Who?',), 'much too long'))
     rows = LabelledRows(answers, VOCABULARY, 'generation', S, (), target_length=8)
     assert rows.cut == 2  # the second text and the third answer
-    logits, loss, batch = predicted(model, t5_parameters(weights), rows)
+    logits, loss, batch = predicted(model, parameters(T5, model, weights), rows)
     read = batch['loss_weights'] > 0
     output = theirs(
         torch.tensor(batch['encoder_inputs']).long(),

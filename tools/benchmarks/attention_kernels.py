@@ -141,12 +141,9 @@ def bundles(folder: Path) -> dict[str, int]:
     return found
 
 
-def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> dict[str, Any]:
-    """The figures of a contender, compiled in a process of its own; what the compiler said if it failed."""
+def run_and_count(script: list[str]) -> tuple[subprocess.CompletedProcess[str], dict[str, int]]:
+    """Run a Python script with arguments that compiles for a TPU; what it did, and the bundles of each kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {name: value for name, value in vars(arguments).items() if name not in ('contender', 'causal')}
-        command = [sys.executable, __file__, *(f'--{name}={value}' for name, value in flags.items())]
-        command += [f'--contender={contender}', *(['--causal'] if causal else [])]
         settings = {
             'JAX_PLATFORMS': 'cpu',
             'TPU_SKIP_MDS_QUERY': '1',
@@ -155,10 +152,19 @@ def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> dict
             'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
             'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true',
         }
+        command = [sys.executable, *script]
         done = subprocess.run(command, check=False, env=os.environ | settings, capture_output=True, text=True)
-        if done.returncode:
-            return {'failure': done.stderr.strip().splitlines()[-1][:300]}
-        return {**json.loads(done.stdout.splitlines()[-1]), 'bundles': bundles(Path(folder))}
+        return done, {} if done.returncode else bundles(Path(folder))
+
+
+def measure(arguments: argparse.Namespace, contender: str, causal: bool) -> dict[str, Any]:
+    """The figures of a contender, compiled in a process of its own; what the compiler said if it failed."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in ('contender', 'causal')}
+    options = [*(f'--{name}={value}' for name, value in flags.items()), f'--contender={contender}']
+    done, counts = run_and_count([__file__, *options, *(['--causal'] if causal else [])])
+    if done.returncode:
+        return {'failure': done.stderr.strip().splitlines()[-1][:300]}
+    return {**json.loads(done.stdout.splitlines()[-1]), 'bundles': counts}
 
 
 def main() -> None:

@@ -8,14 +8,9 @@ once. Mamba-1.4B and Mamba-2 1.3B, one row of 2,048 tokens of packed documents i
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from attention_kernels import bundles  # beside this file
+from attention_kernels import run_and_count  # beside this file
 
 LENGTH = 2048
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -91,19 +86,10 @@ def main() -> None:
         return
     for scan in SIZES:
         for implementation in ('pallas_tpu', 'chunked'):
-            with tempfile.TemporaryDirectory() as folder:
-                settings = {
-                    'JAX_PLATFORMS': 'cpu',
-                    'TPU_SKIP_MDS_QUERY': '1',
-                    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-                    'TPU_WORKER_HOSTNAMES': 'localhost',
-                    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-                    'LIBTPU_INIT_ARGS': f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true',
-                }
-                command = [sys.executable, __file__, f'--topology={arguments.topology}', '--one', scan, implementation]
-                done = subprocess.run(command, check=True, env=os.environ | settings, capture_output=True, text=True)
-                figures = json.loads(done.stdout.splitlines()[-1])
-                counts = bundles(Path(folder))
+            script = [__file__, f'--topology={arguments.topology}', '--one', scan, implementation]
+            done, counts = run_and_count(script)
+            done.check_returncode()
+            figures = json.loads(done.stdout.splitlines()[-1])
             print(
                 f'{scan}, {implementation}: temporaries {figures["temporaries"] / 1e6:.1f} MB, '
                 f'HBM with each operand of a kernel once {figures["program"] / 1e6:.1f} MB'
