@@ -246,7 +246,7 @@ def _decode(config: DecoderConfig | EncoderDecoderConfig, cache: _Cache) -> Sign
         return {'logits': model.logits(last)[:, 0], **{f'new_{each.name}': by_name[each.name] for each in cache.arrays}}
 
     grows = any(ROOM in each.shape for each in cache.arrays)
-    constraints = () if config.longest is None else (f'{LENGTH} <= {config.longest}',)
+    constraints: tuple[str, ...] = () if config.longest is None else (f'{LENGTH} <= {config.longest}',)
     constraints += (f'{LENGTH} <= {ROOM}',) if grows else ()
     if grows and config.longest is not None:
         constraints += (f'{ROOM} <= {config.longest}',)

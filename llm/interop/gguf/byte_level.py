@@ -41,15 +41,15 @@ def read_byte_level(stored: Stored) -> Vocabulary:
     tokens, where = stored.tokens, stored.where
     name = stored.metadata.get('pre')
     name = _ALIASES.get(str(name), name)
-    if name not in _SPLITS:
+    if not isinstance(name, str) or name not in _SPLITS:
         raise UserError(
             f'how its tokenizer splits text, {name!r:.40}, is not known',
             where=where,
             fix=f'Known are {", ".join(_SPLITS)}; get the tokenizer from its Hugging Face directory.',
         )
     merges = stored.metadata.get('merges', [])
-    pairs = [merge.split(' ') for merge in merges if isinstance(merge, str)] if isinstance(merges, list) else [[]]
-    if len(pairs) != len(merges) or any(len(pair) != 2 for pair in pairs):
+    pairs = [merge.split(' ') for merge in merges if isinstance(merge, str)] if isinstance(merges, list) else []
+    if not isinstance(merges, list) or len(pairs) != len(merges) or any(len(pair) != 2 for pair in pairs):
         raise broken(where, 'has merges that are not pairs')
     split, whole_first = _SPLITS[name]
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}

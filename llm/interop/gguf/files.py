@@ -12,7 +12,8 @@ import numpy as np
 from llm.data.vocabularies import Vocabulary
 from llm.errors import UserError
 from llm.interop.gguf import rotary
-from llm.interop.gguf.architectures import ARCHITECTURES, NAMES, Architecture, find
+from llm.interop.gguf.architecture import Architecture
+from llm.interop.gguf.architectures import ARCHITECTURES, NAMES, find
 from llm.interop.gguf.blocks import BY_NAME, BlockType
 from llm.interop.gguf.format import GgufFile, read_header
 from llm.interop.gguf.tokenizer import read_tokenizer, tokenizer_metadata
@@ -75,7 +76,7 @@ def open_gguf(path: str | Path) -> GgufModel:
     file = read_header(path)
     where = str(file.path)
     architecture = find(file.metadata, where)
-    config = _read_config(architecture, file.metadata, file.tensors, where)
+    config = read_config(architecture, file.metadata, file.tensors, where)
     specs = parameter_specs(Decoder(config))
     table = links(architecture.rows(config), specs, config.num_layers, config.location)
     check_tensors(file.tensors, table, where, rotary.TENSORS if architecture.factors else ())
@@ -149,7 +150,7 @@ def write_gguf(
         metadata['tokenizer.chat_template'] = chat_template
     # Whatever the keys cannot say, the config read back shows.
     shown = {tensor.name: _Shown(tensor.shape, tensor.make) for tensor in tensors}
-    back = _read_config(architecture, metadata, shown, str(path))
+    back = read_config(architecture, metadata, shown, str(path))
     if described(_without_scaling(back)) != described(_without_scaling(config)):
         raise UserError(
             f'as {architecture.name!r}, the nearest architecture, a GGUF file would not say all of the model',
@@ -166,9 +167,14 @@ class _Shown:
     read: Callable[[], np.ndarray]
 
 
-def _read_config(
+def read_config(
     architecture: Architecture, metadata: Mapping[str, Any], tensors: Mapping[str, Any], where: str
 ) -> DecoderConfig:
+    """The config that metadata and the names and shapes of tensors say.
+
+    Raises:
+        UserError: a key is unknown, missing, or has a value that is not supported.
+    """
     settings = architecture.settings(metadata, tensors, where)
     config, _ = read_settings(settings, architecture.family, where)
     assert isinstance(config, DecoderConfig)  # all of these architectures are

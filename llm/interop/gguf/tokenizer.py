@@ -31,7 +31,7 @@ def read_tokenizer(file: GgufFile) -> Vocabulary:
     where = str(file.path)
     metadata = {key.removeprefix(_START): value for key, value in file.metadata.items() if key.startswith(_START)}
     kind = metadata.get('model')
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         what = 'has no tokenizer' if kind is None else f'has a tokenizer of the kind {kind!r:.40}'
         raise UserError(what, where=where, fix='Get the tokenizer from its Hugging Face directory.')
     try:

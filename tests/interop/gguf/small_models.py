@@ -99,7 +99,7 @@ def configs() -> dict[str, DecoderConfig]:
         short_factors=factors[0],
         long_factors=factors[1],
     )
-    partial = {'rotary_fraction': 0.25}
+    partial: dict[str, Any] = {'rotary_fraction': 0.25}
     over = (0.1 * 0.7 * math.log(4.0) + 1) ** 2 / math.sqrt(24)
     return {
         'llama': _config(LayerConfig(PLAIN, SWIGLU, RMS)),

@@ -25,12 +25,13 @@ TEXTS = (
     '龟兔 Заяц hares',
 )  # fmt: skip
 _WORDS = ('the', 'he', 'her', 'hare', 'hares', 'tor', 'toise', 'ran', 'and', 'an', 'ea', 'rs', 'fi', 'ne', 'full')
+_MODEL: Any = vars(sentencepiece_model_pb2)['ModelProto']
 _LETTERS = "abcdefghijklmnopqrstuvwxyzTHEFULÉ12,.!?:'éü–"
 
 
 def _proto(words: Any, **trainer: Any) -> Any:
     """Pieces: special tokens, words with and without a space before, letters; the earlier, the better."""
-    proto: Any = sentencepiece_model_pb2.ModelProto()
+    proto = _MODEL()
     kinds = proto.SentencePiece
     for name, kind in (('<pad>', kinds.CONTROL), ('</s>', kinds.CONTROL), ('<unk>', kinds.UNKNOWN)):
         proto.pieces.add(piece=name, score=0.0, type=kind)
@@ -54,7 +55,7 @@ def _unigram() -> Vocabulary:
         normalization_rule_name='nmt_nfkc',
         minloglevel=3,
     )
-    table: Any = sentencepiece_model_pb2.ModelProto.FromString(trained.getvalue())
+    table = _MODEL.FromString(trained.getvalue())
     proto.normalizer_spec.CopyFrom(table.normalizer_spec)
     return SentencePieceVocabulary(proto.SerializeToString())
 

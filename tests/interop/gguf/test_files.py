@@ -14,7 +14,10 @@ from flax import nnx
 
 from llm.data.vocabularies import SpecialTokens, train_vocabulary
 from llm.errors import UserError
-from llm.interop.gguf.files import open_gguf, write_gguf
+from llm.interop.gguf.architectures import find
+from llm.interop.gguf.files import open_gguf, read_config, write_gguf
+from llm.interop.gguf.format import read_header
+from llm.interop.gguf.tokenizer import read_tokenizer
 from llm.interop.huggingface.family import described
 from llm.interop.loading import load_parameters
 from llm.models.decoder import Decoder, DecoderConfig
@@ -177,6 +180,8 @@ def test_models_and_vocabularies_that_do_not_fit_are_refused_before_a_file_is_ma
         ({'llama.rope.scaling.type': 'yarn', 'llama.rope.scaling.yarn_beta_fast': 8.0}, 'rope.scaling is '),
         ({'llama.rope.scaling.type': 'longrope'}, "rope.scaling is {'type': 'longrope'}"),
         ({'llama.rope.scaling.factor': 0.0}, "rope.scaling is {'factor': 0.0}"),
+        ({'llama.block_count': 1 << 31}, 'llama.block_count is 2147483648'),
+        ({'llama.attention.head_count': 0}, 'num_attention_heads is 0'),
         ({'llama.rope.dimension_count': 8}, 'llama.rope.dimension_count is 8, not 16'),
         ({'llama.attention.head_count': [4, 4, 2]}, 'differs from layer to layer'),
     ],
@@ -190,3 +195,16 @@ def test_keys_that_are_unknown_or_do_not_fit_are_named(folder, tmp_path, change,
     write_file(tmp_path / 'bad.gguf', {**model.file.metadata, **change}, tensors)
     with pytest.raises(UserError, match=message):
         open_gguf(tmp_path / 'bad.gguf')
+
+
+@pytest.mark.parametrize('name', ['llama', 'jamba'])
+def test_nonsense_in_any_key_is_a_user_error_of_one_line_or_changes_nothing(folder, name):
+    file = read_header(small_models.write(name, 'F32', folder))
+    for key in file.metadata:
+        for value in ([], 'x', -1):
+            changed = dataclasses.replace(file, metadata={**file.metadata, key: value})
+            try:
+                read_config(find(changed.metadata, 'a.gguf'), changed.metadata, file.tensors, 'a.gguf')
+                read_tokenizer(changed)
+            except UserError as error:
+                assert '\n' not in str(error)
