@@ -102,7 +102,7 @@ class Pieces:
         for place in np.ndindex(*out.shape[:depth]):
             link = pieces[tuple(start + i for (start, _), i in zip(bounds[:depth], place, strict=True))]
             piece = link.read(self._tensors[link.name].read())[tuple(slice(*each) for each in bounds[depth:])]
-            out[place] = piece if not link.offset else piece.astype(np.float32) - np.float32(link.offset)
+            out[place] = link.ours(piece)
         return out.squeeze(tuple(numbers))
 
 

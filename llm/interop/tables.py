@@ -50,6 +50,7 @@ from typing import Any
 
 import numpy as np
 
+from llm.errors import UserError
 from llm.models.parameters import ParameterSpec, named_specs
 
 Shape = tuple[int, ...]
@@ -69,6 +70,7 @@ class Row:
         theirs: the name of the tensor.
         axes: their dimensions -> ours.
         offset: theirs is ours plus this (norms that store 1 + scale where ours is the scale).
+        rate: theirs is -exp(ours): the rate of a state that decays, where ours is its logarithm.
         beside, without: a parameter of ours; the row is passed over where the model lacks it, or has it: for tensors
             whose name depends on what else there is.
     """
@@ -77,6 +79,7 @@ class Row:
     theirs: str
     axes: str = ''
     offset: float = 0.0
+    rate: bool = False
     beside: str | None = None
     without: str | None = None
 
@@ -105,7 +108,7 @@ class Link:
         index: of the piece, along the leading axes of our array.
         name: of their tensor.
         layout: how dimensions correspond.
-        offset: see Row.
+        offset, rate: see Row.
     """
 
     path: str
@@ -113,15 +116,32 @@ class Link:
     name: str
     layout: 'Layout'
     offset: float
+    rate: bool = False
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
-        """The piece in their tensor, in their dtype: a view of it wherever NumPy can make one."""
+        """The piece in their tensor, with their numbers: a view of it wherever NumPy can make one."""
         return self.layout.view(tensor).reshape(self.layout.ours)
+
+    def ours(self, piece: np.ndarray) -> np.ndarray:
+        """Our numbers for some of what `read` gave.
+
+        Raises:
+            UserError: a rate is not negative.
+        """
+        if self.rate:
+            if not (piece < 0).all():
+                raise UserError(
+                    f'{self.name} has rates that are not negative', fix='Get the file again: it is damaged.'
+                )
+            return np.log(-piece.astype(np.float64))
+        return piece.astype(np.float32) - np.float32(self.offset) if self.offset else piece
 
     def write(self, tensor: np.ndarray, piece: np.ndarray) -> None:
         """Put the piece into their tensor, cast to its dtype."""
         view = self.layout.view(tensor)
-        if self.offset:
+        if self.rate:
+            piece = -np.exp(piece.astype(np.float64))
+        elif self.offset:
             piece = piece.astype(np.float32) + np.float32(self.offset)
         view[...] = piece.reshape(view.shape)
 
@@ -217,7 +237,7 @@ def _row_links(
         values = dict(zip(row.spread, counts, strict=True)) | {_LAYER: layer}
         name = row.theirs.format(**values)
         for path, layout in zip(paths, layouts, strict=True):
-            found.append(Link(path, index + counts, name, layout, row.offset))
+            found.append(Link(path, index + counts, name, layout, row.offset, row.rate))
     return found
 
 

@@ -15,22 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm.configuration import Invocation, render
-from llm.data.vocabularies import Vocabulary, load_vocabulary, read_chat_templates, write_vocabulary
+from llm.data.vocabularies import write_vocabulary
 from llm.errors import UserError
 from llm.interop import llama2c
 from llm.interop.exporting.writing import PLATFORMS, ProgramFormat, check_exportable, write_programs
-from llm.interop.gguf.files import GgufType, open_gguf, write_gguf
-from llm.interop.huggingface.directory import SETTINGS, StoredType, find_family, open_directory, write_directory
-from llm.interop.huggingface.sentence_transformers import read_pooling, write_pooling
-from llm.jobs.trained_model import VOCABULARY, read_run
+from llm.interop.gguf.files import GgufType, write_gguf
+from llm.interop.huggingface.directory import StoredType, find_family, write_directory
+from llm.interop.huggingface.sentence_transformers import write_pooling
+from llm.jobs.conversion_source import SourceModel, SourceOptions, open_model
+from llm.jobs.trained_model import VOCABULARY
 from llm.models.decoder import ComputeType, DecoderConfig
 from llm.models.encoder_decoder import EncoderDecoderConfig
-from llm.models.low_rank import ReadPiece, merging_reader
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.models.pooling import PoolingConfig
 from llm.parallel.processes import require_one
-from llm.training.checkpoints import CheckpointConfig, Checkpointer, StoredParameters, StreamedArray
+from llm.training.checkpoints import CheckpointConfig, Checkpointer, StreamedArray
 from llm.training.run_directory import claim, write_atomically
 from llm.training.run_lock import RunLock
 
@@ -59,27 +59,6 @@ class Converted:
         """Say what the model is."""
         del invocation
         print(f'{count_parameters(parameter_specs(self.model.build())):,} parameters, from {self.source}')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """A model to convert.
-
-    Attributes:
-        config, sequence_length, vocabulary: of the model, None where its files have none.
-        dtypes: of its parameters by name.
-        read: a slice of a parameter, in its own dtype.
-        chat_template: a Jinja template.
-        pooling: see Converted.
-    """
-
-    config: ModelConfig
-    sequence_length: int | None
-    vocabulary: Vocabulary | None
-    dtypes: dict[str, str]
-    read: ReadPiece
-    chat_template: str | None = None
-    pooling: PoolingConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +112,10 @@ class Convert:
         require_one('convert')
         start = time.perf_counter()
         source, destination = Path(self.source).expanduser(), Path(self.destination).expanduser()
-        model = self._open(source)
+        options = SourceOptions(
+            self.vocabulary, self.checkpoint_step, self.ignored_settings, self.compute_dtype, self.to != 'run'
+        )
+        model = open_model(source, options)
         parameters = count_parameters(parameter_specs(model.config.build()))
         kept = self.block_type or self.dtype or ', '.join(sorted({*model.dtypes.values()}))
         what = f'{source}: {parameters:,} parameters'
@@ -162,89 +144,7 @@ class Convert:
     def _makes_programs(self) -> bool:
         return self.to in get_args(ProgramFormat)
 
-    def _open(self, source: Path) -> _Model:
-        if (source / 'config.gin').is_file():
-            model = self._open_run(source)
-        elif (source / SETTINGS).is_file():
-            model = self._open_hugging_face(source)
-        elif source.suffix == '.gguf':
-            model = self._open_gguf(source)
-        elif source.suffix == '.bin':
-            model = self._open_llama2c(source)
-        else:
-            raise UserError(
-                f'this is neither a run directory (config.gin) nor a Hugging Face directory ({SETTINGS}), nor a .gguf '
-                'file or a .bin file of llama2.c',
-                where=str(source),
-                fix='Check the path.',
-            )
-        if model.vocabulary is not None and model.vocabulary.size > model.config.vocab_size:
-            raise UserError(
-                f'the vocabulary has {model.vocabulary.size} tokens and the model {model.config.vocab_size}',
-                where=str(source),
-                fix='Give the vocabulary that the model was trained with: Convert.vocabulary.',
-            )
-        return model
-
-    def _open_run(self, source: Path) -> _Model:
-        config, sequence_length, pooling = read_run(source)
-        stored = StoredParameters(source, self.checkpoint_step)
-        specs = dict(named_specs(parameter_specs(config.build())))
-        if {name: spec.shape for name, spec in specs.items()} != {n: shape for n, (_, shape) in stored.arrays.items()}:
-            raise UserError(
-                f'the parameters of step {stored.step} are not those of its config',
-                where=str(source),
-                fix='Bring back the config.gin that the run was started with.',
-            )
-        vocabulary = None
-        if self.vocabulary is not None or (source / VOCABULARY).exists():
-            vocabulary = load_vocabulary(self.vocabulary or source / VOCABULARY)
-        dtypes = {name: dtype for name, (dtype, _) in stored.arrays.items()}
-        read: ReadPiece = stored.read
-        if self.to != 'run' and config.low_rank is not None:
-            # Other programs know nothing of adapters.
-            read = merging_reader(read, specs, config.low_rank)
-            config = dataclasses.replace(config, low_rank=None)
-            plain = [name for name, _ in named_specs(parameter_specs(config.build()))]
-            dtypes = {name: dtypes.get(name) or dtypes[f'{name}/base'] for name in plain}
-        template = _chat_template(source / VOCABULARY)
-        return _Model(config, sequence_length, vocabulary, dtypes, read, template, pooling)
-
-    def _open_hugging_face(self, source: Path) -> _Model:
-        checkpoint = open_directory(source, self.ignored_settings)
-        config = dataclasses.replace(checkpoint.config, compute_dtype=self.compute_dtype)
-        try:
-            vocabulary = load_vocabulary(self.vocabulary or source)
-        except UserError:
-            # Of a vocabulary that was asked for, or is there and damaged, one wants to hear.
-            if self.vocabulary is not None or any(source.glob('*tokenizer*')) or any(source.glob('vocab*')):
-                raise
-            vocabulary = None
-
-        pieces = checkpoint.pieces
-        template = _chat_template(source)
-        pooling, most = read_pooling(source)
-        length = checkpoint.sequence_length if most is None else min(most, checkpoint.sequence_length or most)
-        return _Model(config, length, vocabulary, pieces.dtypes, pieces.read, template, pooling)
-
-    def _open_gguf(self, source: Path) -> _Model:
-        found = open_gguf(source)
-        vocabulary = found.read_vocabulary() if self.vocabulary is None else load_vocabulary(self.vocabulary)
-        config = dataclasses.replace(found.config, compute_dtype=self.compute_dtype)
-        pieces = found.pieces
-        return _Model(config, found.sequence_length, vocabulary, pieces.dtypes, pieces.read, found.chat_template)
-
-    def _open_llama2c(self, source: Path) -> _Model:
-        found = llama2c.open_model(source)
-        vocabulary: Vocabulary | None = None
-        if self.vocabulary is not None and self.vocabulary.endswith('.bin'):
-            vocabulary = llama2c.read_tokenizer(self.vocabulary, found.config.vocab_size)
-        elif self.vocabulary is not None:
-            vocabulary = load_vocabulary(self.vocabulary)
-        config = dataclasses.replace(found.config, compute_dtype=self.compute_dtype)
-        return _Model(config, found.sequence_length, vocabulary, found.pieces.dtypes, found.pieces.read)
-
-    def _write_run(self, model: _Model, directory: Path) -> None:
+    def _write_run(self, model: SourceModel, directory: Path) -> None:
         converted = Converted(
             model.config, str(Path(self.source).expanduser().absolute()), model.sequence_length, model.pooling
         )
@@ -273,7 +173,7 @@ class Convert:
             metadata = {} if model.vocabulary is None else {'vocabulary': model.vocabulary.digest}
             checkpointer.save(0, {'parameters': parameters}, metadata)
 
-    def _write_hugging_face(self, model: _Model, directory: Path) -> None:
+    def _write_hugging_face(self, model: SourceModel, directory: Path) -> None:
         names = ('bos', 'eos', 'pad')
         ids = {f'{name}_token_id': getattr(model.vocabulary, f'{name}_id', None) for name in names}
         if isinstance(model.config, EncoderDecoderConfig):
@@ -293,7 +193,7 @@ class Convert:
             if model.pooling is not None:
                 write_pooling(partial, model.pooling, model.config.d_model, model.sequence_length)
 
-    def _write_programs(self, model: _Model, directory: Path) -> None:
+    def _write_programs(self, model: SourceModel, directory: Path) -> None:
         with _complete_or_absent(directory) as partial:
             partial.mkdir(parents=True)
             write_programs(
@@ -307,7 +207,7 @@ class Convert:
             )
             _write_vocabulary(model, partial)
 
-    def _write_gguf(self, model: _Model, file: Path) -> None:
+    def _write_gguf(self, model: SourceModel, file: Path) -> None:
         if file.exists():
             raise UserError('is there already', where=str(file), fix='Use a new file.')
         if model.vocabulary is None:
@@ -330,7 +230,7 @@ class Convert:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _write_llama2c(self, model: _Model, directory: Path) -> None:
+    def _write_llama2c(self, model: SourceModel, directory: Path) -> None:
         config, length = _decoder(model), model.sequence_length or _NO_LENGTH
         with _complete_or_absent(directory) as partial:
             partial.mkdir(parents=True)
@@ -339,7 +239,7 @@ class Convert:
             llama2c.write_model(partial / 'model.bin', config, model.read, sequence_length=length)
 
 
-def _decoder(model: _Model) -> DecoderConfig:
+def _decoder(model: SourceModel) -> DecoderConfig:
     if not isinstance(model.config, DecoderConfig):
         raise UserError(
             f'this format is for decoders ({type(model.config).__name__})',
@@ -371,7 +271,7 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_vocabulary(model: _Model, directory: Path) -> None:
+def _write_vocabulary(model: SourceModel, directory: Path) -> None:
     if model.vocabulary is not None:
         write_vocabulary(
             model.vocabulary,
@@ -382,11 +282,7 @@ def _write_vocabulary(model: _Model, directory: Path) -> None:
         )
 
 
-def _chat_template(directory: Path) -> str | None:
-    return read_chat_templates(directory).get('default')
-
-
-def _reader(model: _Model, name: str, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:
+def _reader(model: SourceModel, name: str, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:
     def read(start: int, stop: int) -> np.ndarray:
         values = model.read(name, (slice(start, stop),))
         with np.errstate(over='ignore'):

@@ -10,8 +10,9 @@ from llm.models.position import Rotary
 
 Cache = dict[str, Any]
 
-# Logical axis of a cache's array along which tokens are stored; a recurrent state has none.
+# Logical axes of a cache's array along which tokens are stored (a recurrent state has none), and those of an encoder.
 CACHED_TOKENS = 'cached_tokens'
+MEMORY_TOKENS = 'memory_tokens'
 
 
 @jax.tree_util.register_dataclass

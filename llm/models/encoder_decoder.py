@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from llm.errors import UserError
-from llm.models.context import Cache, Context
+from llm.models.context import MEMORY_TOKENS, Cache, Context
 from llm.models.decoder import ComputeType
 from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
@@ -217,7 +217,7 @@ class EncoderDecoder(nnx.Module):
 
     def cache_axes(self) -> Cache:
         """Logical axes of each array of `init_cache` with segment ids, in dicts like it."""
-        return {'layers': self.decoder.cache_axes(), 'memory_segment_ids': ('batch', None)}
+        return {'layers': self.decoder.cache_axes(), 'memory_segment_ids': ('batch', MEMORY_TOKENS)}
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits in at least float32: [B, S, D] -> [B, S, V]. Losses do without them; see `projection`."""

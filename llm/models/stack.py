@@ -11,7 +11,7 @@ from flax import nnx
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
-from llm.models.context import Cache, Context
+from llm.models.context import MEMORY_TOKENS, Cache, Context
 from llm.models.layer import Layer, LayerConfig
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.moe import MoeConfig
@@ -173,9 +173,32 @@ class Stack(nnx.Module):
         for group, layers in (('layers', self.layers), ('remainder', self.remainder)):
             if layers:
                 cache[group] = {
-                    p: _layer_cache(e, repeats[group], batch, length, dtype, memory) for p, e in layers.items()
+                    p: e.init_cache(repeats[group], batch, length, dtype)
+                    if memory is None or e.cross is None
+                    else {
+                        'mixer': e.init_cache(repeats[group], batch, length, dtype),
+                        'cross': self._cross_cache(e, repeats[group], dtype, memory),
+                    }
+                    for p, e in layers.items()
                 }
         return cache
+
+    def _cross_cache(self, layer: Layer, repeats: int, dtype: jnp.dtype, memory: jax.Array) -> Cache:
+        """Keys and values of the cross-attention of a stack of layers: [L, B, T, G, K] each."""
+        entries = nnx.state(layer, nnx.Param)
+        graph = nnx.split(layer)[0]
+
+        def of_one(state: nnx.State) -> Cache:
+            one = nnx.merge(graph, state)
+            assert one.cross is not None
+            return jax.tree.map(lambda x: x.astype(dtype), one.cross.keys_and_values(memory))
+
+        if self.config.scan_layers:
+            found: Cache = jax.lax.map(of_one, entries)
+            return found
+        each = [of_one(jax.tree.map(lambda x, i=i: x[i], entries)) for i in range(repeats)]
+        # Not jnp.stack: ONNX knows concatenation alone.
+        return jax.tree.map(lambda *arrays: jnp.concatenate([x[None] for x in arrays]), *each)
 
     def cache_axes(self) -> Cache:
         """Logical axes of the arrays of `init_cache`, those of cross-attention among them if layers have it."""
@@ -193,20 +216,4 @@ def _layer_cache_axes(layer: Layer) -> Cache:
     own = layer.cache_axes()
     if layer.cross is None:
         return own
-    return {'mixer': own, 'cross': dict.fromkeys(('key', 'value'), (None, 'batch', None, 'kv_heads', None))}
-
-
-def _layer_cache(
-    layer: Layer, repeats: int, batch: int, length: int, dtype: jnp.dtype, memory: jax.Array | None
-) -> Cache:
-    own = layer.init_cache(repeats, batch, length, dtype)
-    if memory is None or layer.cross is None:
-        return own
-
-    def cross(one: Layer) -> Cache:
-        assert one.cross is not None
-        return jax.tree.map(lambda x: x.astype(dtype), one.cross.keys_and_values(memory))
-
-    entries = nnx.state(layer, nnx.Param)
-    graph = nnx.split(layer)[0]
-    return {'mixer': own, 'cross': jax.lax.map(lambda state: cross(nnx.merge(graph, state)), entries)}
+    return {'mixer': own, 'cross': dict.fromkeys(('key', 'value'), (None, 'batch', MEMORY_TOKENS, 'kv_heads', None))}

@@ -13,6 +13,7 @@ from llm.data.vocabularies.tiktoken_vocabulary import TiktokenVocabulary
 from llm.data.vocabularies.tokenizer_json import TokenizerJson
 from llm.data.vocabularies.tokenizer_json_export import as_tokenizer_json
 from llm.data.vocabularies.vocabulary import Vocabulary
+from llm.data.vocabularies.wordpiece import wordpiece_json
 from llm.errors import UserError
 
 _CONFIG, _MAP, _TEMPLATE = 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja'
@@ -209,8 +210,6 @@ def _t5_sentinels(directory: Path) -> int:
 
 def _wordpiece_as_json(directory: Path, path: Path) -> bytes:
     """BERT's vocab.txt, one token a line, as the tokenizer.json that `tokenizers` makes of it."""
-    import tokenizers
-
     try:
         tokens = storage.read_bytes(path).decode().rstrip('\n').split('\n')
     except UnicodeDecodeError as error:
@@ -218,26 +217,17 @@ def _wordpiece_as_json(directory: Path, path: Path) -> bytes:
     if len(set(tokens)) < len(tokens):
         raise storage.damaged(path, 'has a token twice')
     config = _object(directory / _CONFIG)
-    settings = {
-        'lowercase': config.get('do_lower_case', True),
-        'strip_accents': config.get('strip_accents'),
-        'handle_chinese_chars': config.get('tokenize_chinese_chars', True),
-    }
-    vocab = {token.removesuffix('\r'): i for i, token in enumerate(tokens)}
-    special = [name for name in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if name in vocab]
+    ids = {token.removesuffix('\r'): i for i, token in enumerate(tokens)}
+    special = [name for name in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if name in ids]
     if '[UNK]' not in special:
         raise storage.damaged(path, 'has no [UNK]: this is no vocab.txt of BERT')
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token='[UNK]'))
-    tokenizer.add_special_tokens(special)
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(**settings)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = tokenizers.decoders.WordPiece()
-    if {'[CLS]', '[SEP]'} <= set(special):
-        ends = [(name, vocab[name]) for name in ('[CLS]', '[SEP]')]
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=ends
-        )
-    return tokenizer.to_str().encode()
+    return wordpiece_json(
+        ids,
+        special,
+        lowercase=config.get('do_lower_case', True),
+        strip_accents=config.get('strip_accents'),
+        split_chinese=config.get('tokenize_chinese_chars', True),
+    )
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -5,10 +5,8 @@ vary. So they are traced by JAX first, and jax2onnx sees primitives alone. Layer
 and each reads its own part of the stacked parameters in place: a loop would copy them at every turn.
 """
 
-import contextlib
-import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 
 from llm.errors import UserError
+from llm.interop.exporting.packages import without_logs
 from llm.interop.exporting.signatures import Signature
 from llm.interop.safetensors import StoredTensor
 
@@ -27,18 +26,13 @@ SUPPORTED = jax.__version_info__ < (0, 12)
 _Layer = tuple[int, int]  # argument, layer
 
 
-def check_installed() -> None:
-    """Raises UserError where the packages that write ONNX are not installed, or do not know this JAX."""
+def check_supported() -> None:
+    """Raises UserError where jax2onnx does not know this JAX."""
     if not SUPPORTED:
         raise UserError(
             f'jax2onnx cannot read programs of jax {jax.__version__}',
             fix='Use an environment with a jax below 0.12 (Python 3.11 gets one from constraints/python3.11.txt).',
         )
-    try:
-        with _quiet():
-            import jax2onnx  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'writing ONNX needs {error.name}', fix="pip install 'llm-jax[export]'.") from error
 
 
 def write_onnx(
@@ -67,7 +61,11 @@ def _write_graph(path: Path, program: Signature, stored: Mapping[str, StoredTens
     # As JAX flattens dicts.
     names, shapes = [*sorted(parameters), *sorted(inputs)], [*traced.in_avals]
     outputs = sorted(array.name for array in program.outputs)
-    run, kept, layers = _taken_apart(traced, {i for i, name in enumerate(names) if name in stacked})
+    run, kept, layers = _taken_apart(
+        traced,
+        {i for i, name in enumerate(names) if name in stacked},
+        {i for i, name in enumerate(names) if name in parameters},
+    )
     constants = {}
     given = {names[i]: shapes[i] for i in kept}
     for name in given.keys() - inputs.keys():
@@ -83,7 +81,7 @@ def _write_graph(path: Path, program: Signature, stored: Mapping[str, StoredTens
         made = dict(zip(outputs, run(*values), strict=True))
         return [made[array.name] for array in program.outputs]
 
-    with _quiet():
+    with without_logs():
         model: Any = jax2onnx.to_onnx(
             in_order,
             [jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in order],
@@ -118,11 +116,13 @@ def _place(name: str, tensor: StoredTensor, layer: int | None = None) -> Any:
     )
 
 
-def _taken_apart(closed: Any, stacked: Collection[int]) -> tuple[Callable[..., list[Any]], list[int], list[_Layer]]:
+def _taken_apart(
+    closed: Any, stacked: Collection[int], parameters: Collection[int]
+) -> tuple[Callable[..., list[Any]], list[int], list[_Layer]]:
     """A traced function that is given layers in place of the stacks that it only takes them out of.
 
     Args:
-        stacked: those of its arguments that are stacks.
+        stacked: those of its arguments that are stacks. parameters: those that go where nobody reads them.
 
     Returns:
         The function, which arguments it still has, and which layers follow those: (argument, layer).
@@ -143,7 +143,8 @@ def _taken_apart(closed: Any, stacked: Collection[int]) -> tuple[Callable[..., l
         if equation.outvars[0] not in layers and any(id(each) in read for each in equation.outvars):
             equations.append(equation)
             read |= {id(each) for each in equation.invars}
-    kept = [i for i, each in enumerate(jaxpr.invars) if i not in stacked or id(each) in read]
+    kept = [i for i, each in enumerate(jaxpr.invars) if i not in parameters or id(each) in read]
+    layers = {each: layer for each, layer in layers.items() if id(each) in read}
     rewritten = jaxpr.replace(
         invars=[*(jaxpr.invars[i] for i in kept), *layers],
         eqns=equations[::-1],
@@ -161,14 +162,3 @@ def _layer_of(equation: Any, stacks: Mapping[Any, int]) -> _Layer | None:
     if one and source in stacks and not any(start[1:]) and tuple(stop[1:]) == tuple(shape[1:]):
         return stacks[source], start[0]
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the complaints of jax2onnx about parts of it that are made for other libraries."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -11,19 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm.errors import UserError
 from llm.interop.exporting.signatures import Signature
 from llm.interop.safetensors import StoredTensor
 
 _MAIN, _SERVED_AS = 'logits', 'serving_default'
-
-
-def check_installed() -> None:
-    """Raises UserError where TensorFlow, or JAX's way to it, is not installed."""
-    try:
-        from jax.experimental import jax2tf  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'writing a SavedModel needs {error.name}', fix="pip install 'llm-jax[export]'.") from error
 
 
 def write_saved_model(

@@ -7,7 +7,10 @@ One description for every format. A decoder has
 
 `decode` reads a prompt, padded on the right to its `lengths`, with offsets 0 and a cache of zeros; then one token at a
 time, at `offsets` of what each row holds. The logits are those after the last real token of each row, and the new cache
-goes into the next call. An encoder has `logits` and `encode`, an encoder-decoder `encode` and `logits`.
+goes into the next call. An encoder has `logits` and `encode`. An encoder-decoder has all three:
+
+    encode    encoder_tokens [batch, encoder_length], encoder_lengths [batch] -> states, memory_...
+    decode    as a decoder's, with encoder_lengths and memory_..., the keys and values that all of its calls read
 """
 
 import dataclasses
@@ -16,13 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from llm.errors import UserError
-from llm.models.context import CACHED_TOKENS
+from llm.models.context import CACHED_TOKENS, MEMORY_TOKENS
 from llm.models.decoder import DecoderConfig
 from llm.models.encoder import EncoderConfig
+from llm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
 from llm.models.parameters import named_specs, parameter_specs
@@ -159,9 +162,9 @@ def _logits(config: ModelConfig, *positions: str) -> Array:
     return Array('logits', (BATCH, *positions, classes), 'float32')
 
 
-def _real(lengths: jax.Array, tokens: jax.Array) -> jax.Array:
-    """1 on real tokens and 0 on the padding after them: lengths [B], tokens [B, S] -> [B, S]."""
-    return (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+def _real(lengths: jax.Array, width: Any) -> jax.Array:
+    """1 on real tokens and 0 on the padding after them: lengths [B] -> [B, width]."""
+    return (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
 
 
 def _positions(tokens: jax.Array) -> jax.Array:
@@ -178,42 +181,79 @@ def _of_decoder(config: DecoderConfig) -> tuple[Signature, ...]:
     whole = Signature('logits', (_tokens(),), (_logits(config, LENGTH),), longest, logits)
     if config.num_outputs is not None:  # a model of classes continues nothing
         return (whole,)
-    cache, structure, grows = _cache(config)
+    return whole, _decode(config, _cache(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cache:
+    """What decoding carries: `structure` of `arrays`, or of these and, of an encoder-decoder, `memory`, by `places`.
+
+    Attributes:
+        structure: of the model's cache. places: of each of its leaves, the array that it is.
+        arrays: that each call changes. memory: that `encode` makes.
+    """
+
+    structure: Any
+    places: tuple[Array, ...]
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(each for each in self.places if not each.name.startswith('memory'))
+
+    @property
+    def memory(self) -> tuple[Array, ...]:
+        return tuple(each for each in self.places if each.name.startswith('memory'))
+
+
+def _cache(config: DecoderConfig | EncoderDecoderConfig) -> _Cache:
+    model = config.build()
+    dtype = jnp.dtype(config.compute_dtype)
+    if isinstance(model, EncoderDecoder):
+        bind, parameters = _bound(config), named_specs(parameter_specs(model))
+        shapes = jax.eval_shape(
+            lambda values, memory: bind(values).init_cache(memory, 1)['layers'],
+            {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in parameters},
+            jax.ShapeDtypeStruct((1, 1, config.d_model), dtype),
+        )
+        axes = model.cache_axes()['layers']
+    else:
+        shapes, axes = jax.eval_shape(lambda: model.init_cache(1, 1, dtype)), model.cache_axes()
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    dynamic = {'batch': BATCH, CACHED_TOKENS: ROOM, MEMORY_TOKENS: ENCODER_LENGTH}
+    found = []
+    for (path, leaf), each in zip(leaves, jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple), strict=True):
+        sizes = tuple(dynamic.get(axis, size) for axis, size in zip(each, leaf.shape, strict=True))
+        start = 'memory' if MEMORY_TOKENS in each else 'cache'
+        found.append(Array('_'.join((start, *(str(key.key) for key in path))), sizes, str(leaf.dtype)))
+    return _Cache(structure, tuple(found))
+
+
+def _decode(config: DecoderConfig | EncoderDecoderConfig, cache: _Cache) -> Signature:
+    """The step with a cache."""
+    bind = _bound(config)
+    encodes = isinstance(config, EncoderDecoderConfig)
 
     def decode(parameters: Mapping[str, Any], arrays: Arrays) -> Arrays:
         model, lengths = bind(parameters), arrays['lengths']
-        held = jax.tree.unflatten(structure, [arrays[each.name] for each in cache])
+        held = jax.tree.unflatten(cache.structure, [arrays[each.name] for each in cache.places])
+        if encodes:
+            width = arrays[cache.memory[0].name].shape[2]
+            held = {'layers': held, 'memory_segment_ids': _real(arrays['encoder_lengths'], width)}
         hidden, held = model.decode_hidden(arrays['tokens'], held, arrays['offsets'], lengths=lengths)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        new = {f'new_{each.name}': leaf for each, leaf in zip(cache, jax.tree.leaves(held), strict=True)}
-        return {'logits': model.logits(last)[:, 0], **new}
+        leaves = jax.tree.leaves(held['layers'] if encodes else held)
+        by_name = {each.name: leaf for each, leaf in zip(cache.places, leaves, strict=True)}
+        return {'logits': model.logits(last)[:, 0], **{f'new_{each.name}': by_name[each.name] for each in cache.arrays}}
 
-    constraints = (*longest, *((f'{LENGTH} <= {ROOM}',) if grows else ()))
+    grows = any(ROOM in each.shape for each in cache.arrays)
+    constraints: tuple[str, ...] = () if config.longest is None else (f'{LENGTH} <= {config.longest}',)
+    constraints += (f'{LENGTH} <= {ROOM}',) if grows else ()
     if grows and config.longest is not None:
         constraints += (f'{ROOM} <= {config.longest}',)
-    inputs = (_tokens(), _lengths(), _lengths('offsets'), *cache)
-    outputs = (_logits(config), *(dataclasses.replace(each, name=f'new_{each.name}') for each in cache))
-    return whole, Signature('decode', inputs, outputs, constraints, decode)
-
-
-def _cache(config: DecoderConfig) -> tuple[tuple[Array, ...], Any, bool]:
-    """The arrays of the cache, how they make one, and whether it grows with the tokens."""
-    model = config.build()
-    axes = model.cache_axes()
-    leaves, structure = jax.tree_util.tree_flatten_with_path(
-        jax.eval_shape(lambda: model.init_cache(1, 1, config.compute_dtype))
-    )
-    names = jax.tree.leaves(axes, is_leaf=lambda node: type(node) is tuple)
-    dynamic = {'batch': BATCH, CACHED_TOKENS: ROOM}
-    arrays = tuple(
-        Array(
-            '_'.join(('cache', *(str(key.key) for key in path))),
-            tuple(dynamic.get(axis, size) for axis, size in zip(each, leaf.shape, strict=True)),
-            str(leaf.dtype),
-        )
-        for (path, leaf), each in zip(leaves, names, strict=True)
-    )
-    return arrays, structure, any(CACHED_TOKENS in each for each in names)
+    read = (_lengths('encoder_lengths'), *cache.memory) if encodes else ()
+    inputs = (_tokens(), _lengths(), _lengths('offsets'), *read, *cache.arrays)
+    outputs = (_logits(config), *(dataclasses.replace(each, name=f'new_{each.name}') for each in cache.arrays))
+    return Signature('decode', inputs, outputs, constraints, decode)
 
 
 def _of_encoder(config: EncoderConfig) -> tuple[Signature, ...]:
@@ -224,7 +264,7 @@ def _of_encoder(config: EncoderConfig) -> tuple[Signature, ...]:
 
     def more(arrays: Arrays) -> Arrays:
         tokens = arrays['tokens']
-        found = {'segment_ids': _real(arrays['lengths'], tokens), 'positions': _positions(tokens)}
+        found = {'segment_ids': _real(arrays['lengths'], tokens.shape[1]), 'positions': _positions(tokens)}
         return found | ({'token_types': arrays['token_types']} if types else {})
 
     def logits(parameters: Mapping[str, Any], arrays: Arrays) -> Arrays:
@@ -244,13 +284,13 @@ def _of_encoder(config: EncoderConfig) -> tuple[Signature, ...]:
     )
 
 
-def _of_encoder_decoder(config: Any) -> tuple[Signature, ...]:
+def _of_encoder_decoder(config: EncoderDecoderConfig) -> tuple[Signature, ...]:
     bind = _bound(config)
     read = (_tokens('encoder_tokens', ENCODER_LENGTH), _lengths('encoder_lengths'))
 
     def encoder(arrays: Arrays) -> Arrays:
         tokens = arrays['encoder_tokens']
-        return {'segment_ids': _real(arrays['encoder_lengths'], tokens), 'positions': _positions(tokens)}
+        return {'segment_ids': _real(arrays['encoder_lengths'], tokens.shape[1]), 'positions': _positions(tokens)}
 
     def logits(parameters: Mapping[str, Any], arrays: Arrays) -> Arrays:
         tokens = arrays['tokens']
@@ -258,17 +298,18 @@ def _of_encoder_decoder(config: Any) -> tuple[Signature, ...]:
         more |= {'segment_ids': jnp.ones_like(tokens), 'positions': _positions(tokens)}
         return {'logits': bind(parameters)(tokens, arrays['encoder_tokens'], **more)}
 
-    def encode(parameters: Mapping[str, Any], arrays: Arrays) -> Arrays:
-        return {'states': bind(parameters).encode(arrays['encoder_tokens'], **encoder(arrays))}
+    cache = _cache(config)
 
-    states = (Array('states', (BATCH, ENCODER_LENGTH, config.d_model), config.compute_dtype),)
+    def encode(parameters: Mapping[str, Any], arrays: Arrays) -> Arrays:
+        model = bind(parameters)
+        states = model.encode(arrays['encoder_tokens'], **encoder(arrays))
+        leaves = jax.tree.leaves(model.init_cache(states, 1)['layers'])
+        by_name = {each.name: leaf for each, leaf in zip(cache.places, leaves, strict=True)}
+        return {'states': states, **{each.name: by_name[each.name] for each in cache.memory}}
+
+    states = Array('states', (BATCH, ENCODER_LENGTH, config.d_model), config.compute_dtype)
     return (
         Signature('logits', (_tokens(), *read), (_logits(config, LENGTH),), (), logits),
-        Signature('encode', read, states, (), encode),
+        Signature('encode', read, (states, *cache.memory), (), encode),
+        _decode(config, cache),
     )
-
-
-def parameter_shapes(config: ModelConfig, dtypes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of every parameter by path, in the given dtypes."""
-    specs = named_specs(parameter_specs(config.build()))
-    return {path: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtypes[path])) for path, spec in specs}

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from llm.errors import UserError
 from llm.interop.exporting import onnx_graphs, saved_model, signatures, stablehlo
 from llm.interop.exporting.manifest import write_manifest
+from llm.interop.exporting.packages import check_installed
 from llm.interop.exporting.stored_parameters import FILE, write_parameters
 from llm.models.low_rank import ReadPiece
 from llm.models.model import ModelConfig
@@ -15,6 +16,11 @@ from llm.models.parameters import named_specs, parameter_specs
 ProgramFormat = Literal['onnx', 'saved_model', 'jax_export']
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _KNOWN_PLATFORMS = (*PLATFORMS, 'rocm')
+_PACKAGES: dict[ProgramFormat, tuple[str, ...]] = {
+    'onnx': ('jax2onnx', 'onnx_ir'),
+    'saved_model': ('tensorflow', 'jax.experimental.jax2tf'),
+    'jax_export': (),
+}
 # Axes along which layers are stacked; see llm.models.parameters.stack.
 _STACKED = ('layers', 'remainder')
 
@@ -27,9 +33,8 @@ def check_exportable(config: ModelConfig, to: ProgramFormat, platforms: Sequence
     if to not in get_args(ProgramFormat):
         raise ValueError(f'no format is called {to!r}')
     if to == 'onnx':
-        onnx_graphs.check_installed()
-    if to == 'saved_model':
-        saved_model.check_installed()
+        onnx_graphs.check_supported()
+    check_installed(_PACKAGES[to], to)
 
 
 def write_programs(

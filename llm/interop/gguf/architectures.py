@@ -1,218 +1,312 @@
-"""Which models GGUF files hold: for each architecture, its tensors and its keys, by way of a Hugging Face family.
+"""The architectures of GGUF files, and the keys of each. Sources: llama.cpp's `conversion/` and `src/models/`.
 
-A key of the metadata says what a setting of config.json says, so the family that reads and writes config.json knows
-what it means; only names are translated here. Sources: llama.cpp's `constants.py` and `convert_hf_to_gguf.py`.
-
-Llama's queries and keys are stored for rotation of neighbours: a head's halves are interleaved. Gemma's norms are
-stored with their 1.
+To add one: its tensors in `tables`, an entry here, a model in tests/interop/gguf/small_models.py, and the logits that
+llama.cpp computes of it (tools/gguf_reference.py).
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm.errors import UserError
-from llm.interop.huggingface.families import FAMILIES
-from llm.interop.huggingface.family import Family
-from llm.interop.tables import Row
-from llm.models.decoder import DecoderConfig
+from llm.interop.gguf import tables
+from llm.interop.gguf.architecture import ROTATED, Architecture, Settings
+from llm.interop.huggingface.jamba import period
+from llm.interop.loading import Tensor
 
-_LAYER = 'blk.{layer}'
-# Say nothing that changes logits, or what tensors say as well.
-_HARMLESS = {'vocab_size', 'rope.dimension_count', 'attention.value_length', 'tensor_data_layout', 'context_length'}
-FREQUENCIES = 'rope_freqs.weight'
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """One value of general.architecture.
-
-    Attributes:
-        name.
-        model_type: of the family that has the same models.
-        table: see llm.interop.tables.
-        keys: key, without the architecture -> setting of config.json.
-        constants: settings that every such model has.
-    """
-
-    name: str
-    model_type: str
-    table: tuple[Row, ...]
-    keys: Mapping[str, str]
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def family(self) -> Family:
-        """Of Hugging Face models."""
-        return FAMILIES[self.model_type]
-
-    def settings(self, metadata: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The config.json that says what the metadata say.
-
-        Raises:
-            UserError: a key is unknown, or has a value that is not supported.
-        """
-        start = f'{self.name}.'
-        given = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
-        settings: dict[str, Any] = {'model_type': self.model_type, **self.constants}
-        embedding = tensors.get('token_embd.weight')
-        if embedding is not None:
-            settings['vocab_size'] = embedding.shape[0]
-        settings['tie_word_embeddings'] = 'output.weight' not in tensors
-        scaling = {key.removeprefix('rope.scaling.'): given.pop(key) for key in [*given] if 'rope.scaling.' in key}
-        for key, value in given.items():
-            if key in self.keys:
-                settings[self.keys[key]] = _plain(value, key, where)
-            elif key not in _HARMLESS:
-                raise UserError(
-                    f'the key {start}{key} ({value!r:.40}) is unknown',
-                    where=where,
-                    fix='This model cannot be converted as it is.',
-                )
-        size = settings.get('head_dim')
-        heads, width = settings.get('num_attention_heads'), settings.get('hidden_size')
-        if size is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
-            size = width // heads
-        for key in ('rope.dimension_count', 'attention.value_length'):
-            if given.get(key, size) != size and self.name != 'gpt2':
-                raise UserError(f'{start}{key} is {given[key]!r:.40}, not {size}', where=where, fix='Not supported.')
-        if rope := _read_scaling(scaling, tensors, given.get('context_length'), where):
-            settings['rope_scaling'] = rope
-        return settings
-
-    def metadata(self, settings: Mapping[str, Any], config: DecoderConfig, length: int) -> dict[str, Any]:
-        """Keys and values for a model with these settings of config.json, which say more than keys can."""
-        found: dict[str, Any] = {'context_length': length, 'vocab_size': config.vocab_size}
-        found |= {key: settings[name] for key, name in self.keys.items() if settings.get(name) is not None}
-        mixer: Any = config.pattern[0].mixer
-        if mixer.rotary.size:
-            found |= {'rope.dimension_count': mixer.rotary.size, 'attention.value_length': mixer.head_dim}
-        rope = settings.get('rope_scaling')
-        if rope is not None and rope['rope_type'] == 'linear':
-            found |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': rope['factor']}
-        return {f'{self.name}.{key}': value for key, value in found.items()}
-
-
-def _read_scaling(
-    scaling: dict[str, Any], tensors: Mapping[str, Any], length: Any, where: str
-) -> dict[str, Any] | None:
-    kind = scaling.get('type', 'none')
-    if FREQUENCIES in tensors:
-        # What Llama 3.1 computes from five numbers, as a factor for each frequency.
-        if kind not in ('none', 'linear') or scaling.get('factor', 1.0) != 1.0 or type(length) is not int:
-            raise UserError(f'has {FREQUENCIES} and scaling {scaling!r:.60}', where=where, fix='Not supported.')
-        factors = [float(each) for each in tensors[FREQUENCIES].read()]
-        both = {'short_factor': factors, 'long_factor': factors, 'attention_factor': 1.0, 'factor': 1.0}
-        return {'rope_type': 'longrope', **both, 'original_max_position_embeddings': length}
-    if kind == 'none':
-        return None
-    if kind != 'linear' or set(scaling) - {'type', 'factor', 'finetuned', 'original_context_length'}:
-        raise UserError(f'rope.scaling is {scaling!r:.80}', where=where, fix="Only 'linear' is supported.")
-    return {'rope_type': 'linear', 'factor': scaling.get('factor', 1.0)}
-
-
-def _plain(value: Any, key: str, where: str) -> Any:
-    """Numbers that a list gives for each layer, where all are equal."""
-    if isinstance(value, list):
-        if not value or any(each != value[0] for each in value):
-            raise UserError(f'the key {key} differs from layer to layer', where=where, fix='Not supported.')
-        return value[0]
-    # fp32, of numbers that were written down in decimal: 1e-05, not 9.999999747378752e-06.
-    return float(f'{value:.7g}') if isinstance(value, float) else value
-
-
-def _rows(names: Mapping[str, str], axes: str = '', bias: str = '', offset: float = 0.0) -> tuple[Row, ...]:
-    return tuple(
-        row
-        for ours, theirs in names.items()
-        for row in (
-            Row(ours, f'{theirs}.weight', axes, offset),
-            Row(f'{ours}_bias', f'{theirs}.bias', bias),
-        )
-    )
-
-
-def _norms(names: Mapping[str, str], offset: float = 0.0) -> tuple[Row, ...]:
-    return tuple(
-        row
-        for ours, theirs in names.items()
-        for row in (Row(f'{ours}/scale', f'{theirs}.weight', '', offset), Row(f'{ours}/bias', f'{theirs}.bias'))
-    )
-
-
-def _llama_like(norms: Mapping[str, str], *, interleaved: bool = False, offset: float = 0.0) -> tuple[Row, ...]:
-    """Tensors with Llama's names."""
-    size, ours = ('k 2', '(2 k)') if interleaved else ('K', 'K')
-    return (
-        Row('embedding/table', 'token_embd.weight'),
-        Row('head/kernel', 'output.weight', 'V D -> D V'),
-        *_rows({'mixer/query': f'{_LAYER}.attn_q'}, f'(H {size}) D -> D H {ours}', f'(H {size}) -> H {ours}'),
-        *_rows({'mixer/key': f'{_LAYER}.attn_k'}, f'(G {size}) D -> D G {ours}', f'(G {size}) -> G {ours}'),
-        *_rows({'mixer/value': f'{_LAYER}.attn_v'}, '(G K) D -> D G K', '(G K) -> G K'),
-        *_rows({'mixer/output': f'{_LAYER}.attn_output'}, 'D (H K) -> H K D'),
-        *_rows({'feed_forward/gate': f'{_LAYER}.ffn_gate', 'feed_forward/up': f'{_LAYER}.ffn_up'}, 'F D -> D F'),
-        *_rows({'feed_forward/down': f'{_LAYER}.ffn_down'}, 'D F -> F D'),
-        *_norms(
-            {'final_norm': 'output_norm', **{name: f'{_LAYER}.{theirs}' for name, theirs in norms.items()}}, offset
-        ),
-    )
-
-
-_PRE_NORMS = {'mixer_norm': 'attn_norm', 'feed_forward_norm': 'ffn_norm'}
-_QK_NORMS = {'mixer/query_norm': 'attn_q_norm', 'mixer/key_norm': 'attn_k_norm'}
-_SANDWICH = {'mixer_output_norm': 'post_attention_norm', 'feed_forward_output_norm': 'post_ffw_norm'}
-_QKV = ('mixer/query', 'mixer/key', 'mixer/value')
-_LLAMA_KEYS = {
+_BLOCKS = {
     'block_count': 'num_hidden_layers',
     'embedding_length': 'hidden_size',
     'feed_forward_length': 'intermediate_size',
     'attention.head_count': 'num_attention_heads',
+}
+_EPSILON = 'attention.layer_norm_rms_epsilon'
+_BY_HEAD = {
+    **_BLOCKS,
     'attention.head_count_kv': 'num_key_value_heads',
-    'attention.key_length': 'head_dim',
-    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+    _EPSILON: 'rms_norm_eps',
     'rope.freq_base': 'rope_theta',
 }
-_GEMMA2_KEYS = {
-    **_LLAMA_KEYS,
-    'attention.sliding_window': 'sliding_window',
-    'attn_logit_softcapping': 'attn_logit_softcapping',
+_LLAMA = {**_BY_HEAD, 'attention.key_length': 'head_dim'}
+_LAYER_NORM = {key: name for key, name in _BY_HEAD.items() if key != _EPSILON}
+_LAYER_NORM_EPSILON = 'attention.layer_norm_epsilon'
+_EXPERTS_USED = {'expert_used_count': 'num_experts_per_tok'}
+_WINDOW, _PATTERN = 'attention.sliding_window', 'attention.sliding_window_pattern'
+_GEMMA = {
+    **_LLAMA,
+    _WINDOW: 'sliding_window',
     'final_logit_softcapping': 'final_logit_softcapping',
 }
-_GPT2_KEYS = {
-    'block_count': 'n_layer',
-    'embedding_length': 'n_embd',
-    'feed_forward_length': 'n_inner',
-    'attention.head_count': 'n_head',
-    'attention.layer_norm_epsilon': 'layer_norm_epsilon',
-    'context_length': 'n_positions',
+_SSM = {
+    'block_count': 'num_hidden_layers',
+    'embedding_length': 'hidden_size',
+    _EPSILON: 'layer_norm_epsilon',
+    'ssm.conv_kernel': 'conv_kernel',
+    'ssm.state_size': 'state_size',
 }
-_GPT2_TABLE = (
-    Row('embedding/table', 'token_embd.weight'),
-    Row('positions/table', 'position_embd.weight'),
-    Row('head/kernel', 'output.weight', 'V D -> D V'),
-    Row(_QKV, f'{_LAYER}.attn_qkv.weight', '(* H K) D -> D H K'),
-    Row(tuple(f'{name}_bias' for name in _QKV), f'{_LAYER}.attn_qkv.bias', '(* H K) -> H K'),
-    *_rows({'mixer/output': f'{_LAYER}.attn_output'}, 'D (H K) -> H K D'),
-    *_rows({'feed_forward/up': f'{_LAYER}.ffn_up'}, 'F D -> D F'),
-    *_rows({'feed_forward/down': f'{_LAYER}.ffn_down'}, 'D F -> F D'),
-    *_norms({'final_norm': 'output_norm', 'mixer_norm': f'{_LAYER}.attn_norm'}),
-    *_norms({'feed_forward_norm': f'{_LAYER}.ffn_norm'}),
-)
+_NO_HEADS = {'feed_forward_length': 0, 'attention.head_count': 0}
+
+
+def _gemma_scale(layers: int) -> Callable[..., Settings]:
+    """llama.cpp tells the 27B, alone in scaling by width / heads, by its layers."""
+
+    def derived(keys: dict[str, Any], settings: Settings, tensors: Mapping[str, Tensor]) -> Settings:
+        wide = settings['num_hidden_layers'] == layers
+        size = settings['hidden_size'] / settings['num_attention_heads'] if wide else settings.get('head_dim', 256)
+        return {'query_pre_attn_scalar': size}
+
+    return derived
+
+
+def _gemma3(keys: dict[str, Any], settings: Settings, tensors: Mapping[str, Tensor]) -> Settings:
+    count, pattern = settings['num_hidden_layers'], keys.get(_PATTERN, 6)
+    if type(pattern) is int:
+        pattern = [(i + 1) % pattern != 0 for i in range(count)]
+    if not settings.get('sliding_window'):
+        pattern = [False] * count
+    types = ['sliding_attention' if each else 'full_attention' for each in pattern]
+    return {'layer_types': types, **_gemma_scale(62)(keys, settings, tensors)}
+
+
+def _gemma3_pattern(settings: Settings) -> dict[str, Any]:
+    local = [each == 'sliding_attention' for each in settings['layer_types']]
+    return {_PATTERN: local} if any(local) else {}
+
+
+def _mamba2_sizes(settings: Settings) -> dict[str, Any]:
+    return {
+        'ssm.inner_size': settings['num_heads'] * settings['head_dim'],
+        'ssm.time_step_rank': settings['num_heads'],
+    }
+
+
+def _jamba_layers(keys: dict[str, Any], settings: Settings, tensors: Mapping[str, Tensor]) -> Settings:
+    key_heads, count = keys['attention.head_count_kv'], settings['num_hidden_layers']
+    heads = {each for each in key_heads if each}
+    if len(key_heads) != count or len(heads) != 1:
+        raise KeyError('attention.head_count_kv')
+    has_experts = [f'blk.{i}.ffn_gate_inp.weight' in tensors for i in range(count)]
+    return {
+        'num_key_value_heads': heads.pop(),
+        **period('attn', [bool(each) for each in key_heads]),
+        **period('expert', has_experts),
+    }
+
+
+def _jamba_heads(settings: Settings) -> dict[str, Any]:
+    every, first = settings['attn_layer_period'], settings['attn_layer_offset']
+    heads = settings['num_key_value_heads']
+    return {
+        'attention.head_count_kv': [heads if i % every == first else 0 for i in range(settings['num_hidden_layers'])],
+        'ssm.inner_size': settings['mamba_expand'] * settings['hidden_size'],
+    }
+
+
+def _deepseek2_heads(keys: dict[str, Any], settings: Settings, tensors: Mapping[str, Tensor]) -> Settings:
+    rotated = keys[ROTATED]
+    return {
+        'qk_rope_head_dim': rotated,
+        'qk_nope_head_dim': keys['attention.key_length_mla'] - rotated,
+        'q_lora_rank': keys.get('attention.q_lora_rank') or None,
+    }
+
+
+def _deepseek2_sizes(settings: Settings) -> dict[str, Any]:
+    latent, rotated = settings['kv_lora_rank'], settings['qk_rope_head_dim']
+    return {
+        'attention.q_lora_rank': settings['q_lora_rank'] or 0,
+        'attention.key_length': latent + rotated,
+        'attention.value_length': latent,
+        'attention.key_length_mla': settings['qk_nope_head_dim'] + rotated,
+    }
+
 
 # When a model is written, the first that can describe it is taken.
-ARCHITECTURES: dict[str, Architecture] = {
-    each.name: each
-    for each in (
-        Architecture('llama', 'llama', _llama_like(_PRE_NORMS, interleaved=True), _LLAMA_KEYS),
-        Architecture('qwen2', 'qwen2', _llama_like(_PRE_NORMS), _LLAMA_KEYS),
-        Architecture('qwen3', 'qwen3', _llama_like(_PRE_NORMS | _QK_NORMS), _LLAMA_KEYS),
-        Architecture(
-            'gemma2',
-            'gemma2',
-            _llama_like(_PRE_NORMS | _SANDWICH, offset=1.0),
-            _GEMMA2_KEYS,
-            {'hidden_activation': 'gelu_pytorch_tanh'},
-        ),
-        Architecture('gpt2', 'gpt2', _GPT2_TABLE, _GPT2_KEYS, {'activation_function': 'gelu_new'}),
-    )
-}
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture('llama', 'llama', tables.llama_like(tables.PRE_NORMS, interleaved=True), _LLAMA, factors=True),
+    Architecture('qwen2', 'qwen2', tables.llama_like(tables.PRE_NORMS), _LLAMA),
+    Architecture('qwen3', 'qwen3', tables.llama_like(tables.PRE_NORMS | tables.QK_NORMS), _LLAMA),
+    Architecture(
+        'gemma2',
+        'gemma2',
+        tables.llama_like(tables.PRE_NORMS | tables.OUTPUT_NORMS, offset=1.0),
+        {**_GEMMA, 'attn_logit_softcapping': 'attn_logit_softcapping'},
+        {'hidden_activation': 'gelu_pytorch_tanh'},
+        derived=_gemma_scale(46),
+    ),
+    Architecture(
+        'gemma3',
+        'gemma3_text',
+        tables.llama_like(tables.PRE_NORMS | tables.OUTPUT_NORMS | tables.QK_NORMS, offset=1.0),
+        {**_GEMMA, 'rope.freq_base_swa': 'rope_local_base_freq'},
+        {'hidden_activation': 'gelu_pytorch_tanh'},
+        derived=_gemma3,
+        written=_gemma3_pattern,
+        own_keys=(_PATTERN,),
+    ),
+    Architecture(
+        'phi3',
+        'phi3',
+        tables.PHI3,
+        _BY_HEAD,
+        factors=True,
+        fraction='partial_rotary_factor',
+        # llama.cpp passes over the window; 0 tells Phi-4 from others.
+        written=lambda settings: {_WINDOW: 0},
+        derived=lambda keys, settings, tensors: {'sliding_window': keys.get(_WINDOW) or None},
+        own_keys=(_WINDOW,),
+    ),
+    Architecture(
+        'starcoder2',
+        'starcoder2',
+        tables.llama_like(tables.PRE_NORMS),
+        {**_LAYER_NORM, _LAYER_NORM_EPSILON: 'norm_epsilon'},
+    ),
+    Architecture(
+        'stablelm',
+        'stablelm',
+        tables.STABLELM,
+        {
+            **_LAYER_NORM,
+            _LAYER_NORM_EPSILON: 'layer_norm_eps',
+            'use_parallel_residual': 'use_parallel_residual',
+        },
+        tied=False,
+        fraction='partial_rotary_factor',
+        derived=lambda keys, settings, tensors: {
+            'use_qkv_bias': 'blk.0.attn_q.bias' in tensors,
+            'qk_layernorm': 'blk.0.attn_q_norm.weight' in tensors,
+        },
+    ),
+    Architecture(
+        'gptneox',
+        'gpt_neox',
+        tables.FUSED,
+        {
+            **_BLOCKS,
+            _LAYER_NORM_EPSILON: 'layer_norm_eps',
+            'use_parallel_residual': 'use_parallel_residual',
+            'rope.freq_base': 'rotary_emb_base',
+        },
+        tied=False,
+        fraction='rotary_pct',
+    ),
+    Architecture(
+        'gpt2',
+        'gpt2',
+        tables.GPT2,
+        {
+            'block_count': 'n_layer',
+            'embedding_length': 'n_embd',
+            'feed_forward_length': 'n_inner',
+            'attention.head_count': 'n_head',
+            _LAYER_NORM_EPSILON: 'layer_norm_epsilon',
+            'context_length': 'n_positions',
+        },
+        {'activation_function': 'gelu_new'},
+    ),
+    Architecture('olmo2', 'olmo2', tables.OLMO2, _BY_HEAD, tied=False),
+    Architecture(
+        'llama',
+        'mixtral',
+        tables.llama_like(tables.PRE_NORMS, interleaved=True),
+        {**_LLAMA, **_EXPERTS_USED, 'expert_count': 'num_local_experts'},
+        {'sliding_window': None},
+        factors=True,
+    ),
+    Architecture(
+        'qwen3moe',
+        'qwen3_moe',
+        tables.llama_like(tables.PRE_NORMS | tables.QK_NORMS),
+        {
+            **_LLAMA,
+            **_EXPERTS_USED,
+            'expert_count': 'num_experts',
+            'expert_feed_forward_length': 'moe_intermediate_size',
+        },
+        {'norm_topk_prob': True},
+    ),
+    Architecture(
+        'olmoe',
+        'olmoe',
+        tables.OLMOE,
+        {**_BY_HEAD, **_EXPERTS_USED, 'expert_count': 'num_experts'},
+        tied=False,
+    ),
+    Architecture(
+        'mamba',
+        'mamba',
+        tables.MAMBA,
+        {**_SSM, 'ssm.inner_size': 'intermediate_size', 'ssm.time_step_rank': 'time_step_rank'},
+        fixed={**_NO_HEADS, 'ssm.dt_b_c_rms': False},
+        # llama.cpp runs no other width.
+        derived=lambda keys, settings, tensors: {'intermediate_size': 2 * settings['hidden_size']},
+    ),
+    Architecture(
+        'mamba2',
+        'mamba2',
+        tables.MAMBA2,
+        {**_SSM, 'ssm.group_count': 'n_groups'},
+        fixed=_NO_HEADS,
+        written=_mamba2_sizes,
+        derived=lambda keys, settings, tensors: {
+            'num_heads': keys['ssm.time_step_rank'],
+            'head_dim': keys['ssm.inner_size'] // keys['ssm.time_step_rank'],
+            'expand': keys['ssm.inner_size'] // settings['hidden_size'],
+        },
+        own_keys=('ssm.inner_size', 'ssm.time_step_rank'),
+    ),
+    Architecture(
+        'jamba',
+        'jamba',
+        tables.JAMBA,
+        {
+            **_BLOCKS,
+            **_EXPERTS_USED,
+            _EPSILON: 'rms_norm_eps',
+            'expert_count': 'num_experts',
+            'ssm.conv_kernel': 'mamba_d_conv',
+            'ssm.state_size': 'mamba_d_state',
+            'ssm.time_step_rank': 'mamba_dt_rank',
+        },
+        written=_jamba_heads,
+        derived=_jamba_layers,
+        own_keys=('attention.head_count_kv', 'ssm.inner_size'),
+    ),
+    Architecture(
+        'deepseek2',
+        'deepseek_v2',
+        tables.DEEPSEEK2,
+        {
+            **_BLOCKS,
+            **_EXPERTS_USED,
+            'expert_count': 'n_routed_experts',
+            'expert_shared_count': 'n_shared_experts',
+            'expert_feed_forward_length': 'moe_intermediate_size',
+            'expert_weights_scale': 'routed_scaling_factor',
+            'leading_dense_block_count': 'first_k_dense_replace',
+            'attention.kv_lora_rank': 'kv_lora_rank',
+            'attention.value_length_mla': 'v_head_dim',
+            'rope.freq_base': 'rope_theta',
+        },
+        # The norms of latents have an epsilon of their own in the family, and the model's here.
+        {'rms_norm_eps': 1e-6},
+        {_EPSILON: 1e-6, 'attention.head_count_kv': 1, 'expert_weights_norm': False, 'expert_gating_func': 1},
+        written=_deepseek2_sizes,
+        derived=_deepseek2_heads,
+        own_keys=('attention.q_lora_rank', 'attention.key_length', 'attention.key_length_mla'),
+    ),
+)
+NAMES = tuple(dict.fromkeys(each.name for each in ARCHITECTURES))
+
+
+def find(metadata: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture of a file.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    name = metadata.get('general.architecture')
+    candidates = [each for each in ARCHITECTURES if each.name == name]
+    if not candidates:
+        raise UserError(f'general.architecture is {name!r:.40}', where=where, fix=f'Known are {", ".join(NAMES)}.')
+    return next((each for each in candidates if each.holds(metadata)), candidates[0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,9 @@ import numpy as np
 
 from llm.data.vocabularies import Vocabulary
 from llm.errors import UserError
-from llm.interop.gguf.architectures import ARCHITECTURES, FREQUENCIES, Architecture
+from llm.interop.gguf import rotary
+from llm.interop.gguf.architecture import Architecture
+from llm.interop.gguf.architectures import ARCHITECTURES, NAMES, find
 from llm.interop.gguf.blocks import BY_NAME, BlockType
 from llm.interop.gguf.format import GgufFile, read_header
 from llm.interop.gguf.tokenizer import read_tokenizer, tokenizer_metadata
@@ -21,12 +24,15 @@ from llm.interop.loading import Pieces, check_tensors
 from llm.interop.tables import Link, links
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.parameters import parameter_specs
+from llm.models.position import RotaryScaling
 
 GgufType = Literal['F32', 'F16', 'BF16', 'Q8_0']
 # llama.cpp's numbers for what most of a file is (general.file_type).
 _FILE_TYPES: dict[GgufType, int] = {'F32': 0, 'F16': 1, 'Q8_0': 7, 'BF16': 32}
-# Its code computes with these in fp32 alone.
-_ALWAYS_F32 = ('position_embd.weight', FREQUENCIES)
+# Its code computes with these in fp32 alone: positions, routers, convolutions, norms, and what is no weight.
+_ALWAYS_F32 = re.compile(r'^position_embd|ffn_gate_inp\.|ssm_conv1d\.|_norm\.|(?<!\.weight)$')
+# llama.cpp looks for these, and stops where they are missing, in a model of which the name says that it is Phi-3's.
+_PHI3_TOKENS = {'</s>', '<unk>', '<s>', '<|endoftext|>'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +75,12 @@ def open_gguf(path: str | Path) -> GgufModel:
     """
     file = read_header(path)
     where = str(file.path)
-    name = file.metadata.get('general.architecture')
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f'general.architecture is {name!r:.40}', where=where, fix=f'Known are {", ".join(ARCHITECTURES)}.'
-        )
-    architecture = ARCHITECTURES[name]
-    config = _read_config(architecture, file.metadata, file.tensors, where)
+    architecture = find(file.metadata, where)
+    config = read_config(architecture, file.metadata, file.tensors, where)
     specs = parameter_specs(Decoder(config))
-    table = links(architecture.table, specs, config.num_layers, config.location)
-    check_tensors(file.tensors, table, where, [FREQUENCIES])
-    length = file.metadata.get(f'{name}.context_length')
+    table = links(architecture.rows(config), specs, config.num_layers, config.location)
+    check_tensors(file.tensors, table, where, rotary.TENSORS if architecture.factors else ())
+    length = file.metadata.get(f'{architecture.name}.context_length')
     sequence_length = length if type(length) is int else None
     return GgufModel(file, architecture, config, sequence_length, Pieces(file.tensors, table, specs))
 
@@ -109,16 +110,17 @@ def write_gguf(
     """
     path = Path(path)
     architecture, settings = _find_architecture(config)
-    metadata = {
+    keys, factors = architecture.metadata(settings, config, config.max_positions or sequence_length)
+    metadata: dict[str, Any] = {
         'general.architecture': architecture.name,
         'general.name': name,
         'general.file_type': _FILE_TYPES[dtype],
         'general.quantization_version': 2,
-        **architecture.metadata(settings, config, config.max_positions or sequence_length),
+        **keys,
     }
     specs = parameter_specs(Decoder(config))
     by_name: dict[str, list[Link]] = {}
-    for link in links(architecture.table, specs, config.num_layers, config.location):
+    for link in links(architecture.rows(config), specs, config.num_layers, config.location):
         by_name.setdefault(link.name, []).append(link)
 
     def make(parts: list[Link]) -> np.ndarray:
@@ -129,27 +131,29 @@ def write_gguf(
 
     def type_of(name: str, shape: tuple[int, ...]) -> BlockType:
         wanted = BY_NAME[dtype]
-        plain = len(shape) < 2 or name in _ALWAYS_F32 or shape[-1] % wanted.numbers
+        plain = len(shape) < 2 or _ALWAYS_F32.search(name) or shape[-1] % wanted.numbers
         return BY_NAME['F32'] if plain else wanted
 
     tensors = []
     for theirs, parts in by_name.items():
         shape = parts[0].layout.theirs
         tensors.append(NewTensor(theirs, shape, type_of(theirs, shape), functools.partial(make, parts)))
-    if (slowing := _frequencies(config, sequence_length)) is not None:
-        tensors.append(NewTensor(FREQUENCIES, slowing.shape, BY_NAME['F32'], lambda: slowing))
+    for theirs, values in factors.items():
+        tensors.append(NewTensor(theirs, values.shape, BY_NAME['F32'], functools.partial(np.asarray, values)))
     embedding = by_name['token_embd.weight'][0].layout.theirs
     if vocabulary.size > embedding[0]:
         raise UserError(f'the vocabulary has {vocabulary.size} tokens and the model {embedding[0]}')
     metadata |= tokenizer_metadata(vocabulary, embedding[0])
+    if re.search('phi-?3', name.lower()) and _PHI3_TOKENS - {*metadata['tokenizer.ggml.tokens']}:
+        del metadata['general.name']
     if chat_template is not None:
         metadata['tokenizer.chat_template'] = chat_template
     # Whatever the keys cannot say, the config read back shows.
     shown = {tensor.name: _Shown(tensor.shape, tensor.make) for tensor in tensors}
-    back = _read_config(architecture, metadata, shown, str(path))
+    back = read_config(architecture, metadata, shown, str(path))
     if described(_without_scaling(back)) != described(_without_scaling(config)):
         raise UserError(
-            f'the model is no {architecture.name} as GGUF files can describe it',
+            f'as {architecture.name!r}, the nearest architecture, a GGUF file would not say all of the model',
             where='DecoderConfig',
             fix='Export it to a Hugging Face directory.',
         )
@@ -163,58 +167,42 @@ class _Shown:
     read: Callable[[], np.ndarray]
 
 
-def _read_config(
+def read_config(
     architecture: Architecture, metadata: Mapping[str, Any], tensors: Mapping[str, Any], where: str
 ) -> DecoderConfig:
+    """The config that metadata and the names and shapes of tensors say.
+
+    Raises:
+        UserError: a key is unknown, missing, or has a value that is not supported.
+    """
     settings = architecture.settings(metadata, tensors, where)
-    if architecture.name == 'gemma2':
-        # llama.cpp tells the 27B, alone in scaling by width / heads, by its layers.
-        wide = settings.get('num_hidden_layers') == 46 and settings.get('num_attention_heads')
-        settings['query_pre_attn_scalar'] = settings['hidden_size'] / wide if wide else settings.get('head_dim', 256)
     config, _ = read_settings(settings, architecture.family, where)
     assert isinstance(config, DecoderConfig)  # all of these architectures are
     return config
 
 
 def _find_architecture(config: DecoderConfig) -> tuple[Architecture, dict[str, Any]]:
-    reasons = {}
-    for name, architecture in ARCHITECTURES.items():
+    reasons = []
+    for architecture in ARCHITECTURES:
         try:
             _, settings = find_family(config, architecture.model_type)
         except UserError as error:
-            reasons[name] = error.what
+            reasons.append(error.what)
             continue
         return architecture, settings
     raise UserError(
-        f'the model is of no architecture that can be written: {reasons["llama"]}',
+        f'the model is of no architecture that can be written: {reasons[0]}',
         where='DecoderConfig',
-        fix=f'Architectures: {", ".join(ARCHITECTURES)}. Or export it to a Hugging Face directory.',
+        fix=f'Architectures: {", ".join(NAMES)}. Or export it to a Hugging Face directory.',
     )
 
 
-def _frequencies(config: DecoderConfig, length: int) -> np.ndarray | None:
-    """Factors by which frequencies are divided, where these are not all one number."""
-    mixer: Any = config.pattern[0].mixer
-    if mixer.rotary_scaling.kind in ('none', 'linear'):
-        return None
-    if mixer.rotary_scaling.kind not in ('llama3', 'longrope') or mixer.rotary_scaling.attention_factor not in (
-        None,
-        1,
-    ):
-        raise UserError(
-            f'rotary scaling {mixer.rotary_scaling.kind!r} cannot be written to a GGUF file',
-            where='AttentionConfig.rotary_scaling',
-        )
-    return np.asarray(1 / mixer.rotary.slowing(length), np.float32)
-
-
 def _without_scaling(config: DecoderConfig) -> DecoderConfig:
-    """The config without what `_frequencies` says."""
-    from llm.models.position import RotaryScaling
+    """The config without what tensors of factors say, which round them."""
 
     def plain(layer: Any) -> Any:
         mixer = layer.mixer
-        if mixer.rotary_scaling.kind in ('llama3', 'longrope'):
+        if getattr(mixer, 'rotary_scaling', RotaryScaling()).kind in ('llama3', 'longrope'):
             mixer = dataclasses.replace(mixer, rotary_scaling=RotaryScaling())
         return dataclasses.replace(layer, mixer=mixer)
 

@@ -13,7 +13,7 @@ from llm.errors import UserError
 from llm.interop.gguf.blocks import BlockType, quantize_q8_0
 from llm.interop.gguf.format import ARRAY, DEFAULT_ALIGNMENT, MAGIC, STRING
 
-_UINT32, _INT32, _FLOAT32, _BOOL = 4, 5, 6, 7
+_UINT8, _UINT32, _INT32, _FLOAT32, _BOOL = 0, 4, 5, 6, 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def write_file(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[
     """Write a file.
 
     Args:
-        metadata: booleans, integers of 32 bits, floats, strings and lists of one of these.
+        metadata: booleans, integers of 32 bits, floats, strings, bytes, and lists of one of the others.
 
     Raises:
         UserError: a number does not fit the type of its tensor, or the file cannot be written.
@@ -85,6 +85,8 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return struct.pack('<IIQ', ARRAY, _UINT8, len(value)) + value
     if isinstance(value, list | tuple):
         kind = _type(value[0]) if value else STRING
         kind = _INT32 if kind == _UINT32 else kind  # as llama.cpp wants lists

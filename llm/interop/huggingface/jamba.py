@@ -91,14 +91,18 @@ def _read(settings: Settings) -> DecoderConfig:
     )
 
 
-def _period(kind: str, wanted: Sequence[bool]) -> dict[str, int]:
-    """The settings of which `_every` makes this."""
+def period(kind: str, wanted: Sequence[bool]) -> dict[str, int]:
+    """The settings that say which layers are of a kind that comes once in a period.
+
+    Raises:
+        UserError: they do not.
+    """
     length = len(wanted)
     # One more than the layers: none of them is.
-    for period in range(1, length + 2):
-        for offset in range(period):
-            if [i % period == offset for i in range(length)] == list(wanted):
-                return {f'{kind}_layer_period': period, f'{kind}_layer_offset': offset}
+    for every in range(1, length + 2):
+        for offset in range(every):
+            if [i % every == offset for i in range(length)] == list(wanted):
+                return {f'{kind}_layer_period': every, f'{kind}_layer_offset': offset}
     raise UserError('attention or experts that do not come at one distance', where='DecoderConfig.pattern')
 
 
@@ -134,8 +138,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         'mamba_d_conv': recurrent.convolution_width,
         'mamba_conv_bias': recurrent.convolution_bias,
         'mamba_proj_bias': recurrent.bias,
-        **_period('attn', [isinstance(each, AttentionConfig) for each in mixers]),
-        **_period('expert', [isinstance(each, MoeConfig) for each in networks]),
+        **period('attn', [isinstance(each, AttentionConfig) for each in mixers]),
+        **period('expert', [isinstance(each, MoeConfig) for each in networks]),
         'num_experts': 1 if moe is None else moe.num_experts,
         'num_experts_per_tok': 1 if moe is None else moe.experts_per_token,
         'router_aux_loss_coef': 0.001 if moe is None else moe.router.balance_loss,

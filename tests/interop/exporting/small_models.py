@@ -1,7 +1,7 @@
 """Small models of every kind, with parameters in files as programs are exported from, and arrays to run them on."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,25 @@ def expected(name: str, program: str, arrays: Mapping[str, np.ndarray]) -> dict[
     return {key: np.asarray(value) for key, value in _jitted(name, program)(parameters(name), dict(arrays)).items()}
 
 
+def calls(
+    name: str, program: Signature, rows: Sequence[tuple[int, int]] = ((2, 7), (3, 9)), steps: int = 3
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """What to call a program of a model with, and what it gives here.
+
+    Args:
+        rows: batch and length of each call. steps: of `decode`, a prompt and the tokens after it.
+    """
+    for batch, length in rows:
+        given = arrays(program, batch, length)
+        for _ in range(steps if program.name == 'decode' else 1):
+            wanted = expected(name, program.name, given)
+            yield given, wanted
+            if program.name == 'decode':
+                given = next_arrays(wanted, given)
+
+
 def arrays(program: Signature, batch: int, length: int, room: int = 16) -> dict[str, np.ndarray]:
-    """Inputs of a program: rows of different lengths, an empty cache."""
+    """Inputs of a program: rows of different lengths, an empty cache, any memory of an encoder."""
     random = np.random.default_rng(batch)
     sizes = {'batch': batch, 'length': length, 'encoder_length': length + 2, 'room': room}
     found: dict[str, np.ndarray] = {}
@@ -97,6 +114,8 @@ def arrays(program: Signature, batch: int, length: int, room: int = 16) -> dict[
             found[each.name] = np.arange(length - batch + 1, length + 1, dtype=np.int32)
         elif each.name.endswith('tokens'):
             found[each.name] = random.integers(1, 30, shape, np.int32)
+        elif each.name.startswith('memory'):
+            found[each.name] = random.normal(size=shape).astype(each.dtype)
         elif each.name == 'token_types':
             found[each.name] = random.integers(0, 2, shape, np.int32)
         else:
@@ -109,4 +128,4 @@ def next_arrays(made: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
     tokens = made['logits'].argmax(-1)[:, None].astype(np.int32)
     cache = {name.removeprefix('new_'): np.asarray(array) for name, array in made.items() if name != 'logits'}
     ones = np.ones(len(tokens), np.int32)
-    return {'tokens': tokens, 'lengths': ones, 'offsets': before['offsets'] + before['lengths'], **cache}
+    return {**before, 'tokens': tokens, 'lengths': ones, 'offsets': before['offsets'] + before['lengths'], **cache}

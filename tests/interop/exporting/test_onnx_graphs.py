@@ -26,6 +26,10 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
 
 
+def called(run: onnxruntime.InferenceSession, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip((each.name for each in run.get_outputs()), run.run(None, arrays), strict=True))
+
+
 if SUPPORTED:
 
     @pytest.mark.parametrize('name', list(small_models.configs()))
@@ -36,33 +40,31 @@ if SUPPORTED:
             file = folder / name / manifest['signatures'][program.name]['file']
             run = session(file)
             assert [each.name for each in run.get_inputs()] == [each.name for each in program.inputs]
-            for batch, length in ((2, 7), (3, 9)):
-                arrays = small_models.arrays(program, batch, length)
-                # A prompt, and for `decode` the two tokens after it.
-                for _ in range(3 if program.name == 'decode' else 1):
-                    wanted = small_models.expected(name, program.name, arrays)
-                    outputs = dict(zip((each.name for each in run.get_outputs()), run.run(None, arrays), strict=True))
-                    assert set(outputs) == set(wanted)
-                    for key, value in outputs.items():
-                        np.testing.assert_allclose(value, wanted[key], atol=1e-4, rtol=0)
-                    if program.name != 'decode':
-                        continue
-                    assert (outputs['logits'].argmax(-1) == wanted['logits'].argmax(-1)).all()
-                    arrays = small_models.next_arrays(outputs, arrays)
+            for arrays, wanted in small_models.calls(name, program):
+                outputs = called(run, arrays)
+                assert set(outputs) == set(wanted)
+                for key, value in outputs.items():
+                    np.testing.assert_allclose(value, wanted[key], atol=1e-4, rtol=0)
 
-    def test_decode_goes_on_as_the_whole_row_says(folder):
+    @pytest.mark.parametrize('name', ['llama', 't5'])
+    def test_decode_goes_on_as_the_whole_row_says(folder, name):
         """Greedy tokens by the graph with a cache are those by the graph without one."""
-        directory = folder / 'greedy'
-        _, program = small_models.write('llama', 'onnx', directory)
-        decode, logits = session(directory / 'decode.onnx'), session(directory / 'logits.onnx')
-        arrays = small_models.arrays(program, 1, 5)
+        directory = folder / f'greedy {name}'
+        programs = {program.name: program for program in small_models.write(name, 'onnx', directory)}
+        run = {program: session(directory / f'{program}.onnx') for program in programs}
+        arrays, encoder = small_models.arrays(programs['decode'], 1, 5), {}
+        if 'encode' in run:
+            encoder = small_models.arrays(programs['encode'], 1, 7)
+            made = called(run['encode'], encoder)
+            arrays |= {key: value for key, value in (encoder | made).items() if key in arrays}
         row = arrays['tokens'][:, : arrays['lengths'][0]]
         for _ in range(8):
-            outputs = dict(zip((each.name for each in decode.get_outputs()), decode.run(None, arrays), strict=True))
-            arrays = small_models.next_arrays(outputs, arrays)
-            whole = logits.run(None, {'tokens': row})[0][:, -1].argmax(-1)
+            made = called(run['decode'], arrays)
+            whole = called(run['logits'], {'tokens': row, **encoder})['logits'][:, -1]
+            np.testing.assert_allclose(made['logits'], whole, atol=1e-4, rtol=0)
+            arrays = small_models.next_arrays(made, arrays)
+            assert whole.argmax(-1).tolist() == arrays['tokens'][0].tolist()
             row = np.concatenate([row, arrays['tokens']], axis=1)
-            assert whole.tolist() == arrays['tokens'][0].tolist()
 
     def test_graphs_share_one_file_of_parameters_and_hold_none(folder):
         directory = folder / 'parameters'

@@ -19,11 +19,15 @@ def test_arrays_are_named_with_the_sizes_that_vary():
         ('cache_layers_0_state', (2, 'batch', 4, 32)),
     ]
     assert [each.name for each in decode.outputs] == ['logits', *(f'new_{each.name}' for each in decode.inputs[3:])]
-    assert [each.name for each in signatures(small_models.configs()['t5'])[0].inputs] == [
-        'tokens',
-        'encoder_tokens',
-        'encoder_lengths',
-    ]
+    whole, encode, decode = signatures(small_models.configs()['t5'])
+    assert [each.name for each in whole.inputs] == ['tokens', 'encoder_tokens', 'encoder_lengths']
+    memory = encode.outputs[1:]
+    assert memory[0].shape == (2, 'batch', 'encoder_length', 4, 8)
+    assert [each.name for each in memory] == ['memory_layers_0_cross_key', 'memory_layers_0_cross_value']
+    # The memory is read and not given back.
+    assert decode.inputs[3:6] == (encode.inputs[1], *memory)
+    assert [each.name for each in decode.outputs] == ['logits', *(f'new_{each.name}' for each in decode.inputs[6:])]
+    assert decode.inputs[6].shape == (2, 'batch', 'room', 4, 8)
 
 
 def test_models_that_need_to_know_sizes_are_refused_by_name():

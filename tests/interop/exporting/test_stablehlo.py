@@ -17,11 +17,11 @@ def test_programs_come_back_to_the_bit(tmp_path, name):
     loaded = load_programs(tmp_path / name)
     assert set(loaded) == {program.name for program in programs}
     for program in programs:
-        arrays = small_models.arrays(program, 2, 7)
-        wanted, found = small_models.expected(name, program.name, arrays), loaded[program.name](arrays)
-        assert set(found) == set(wanted)
-        for key, value in wanted.items():
-            np.testing.assert_array_equal(np.asarray(found[key]), value)
+        for arrays, wanted in small_models.calls(name, program, rows=((2, 7),), steps=1):
+            found = loaded[program.name](arrays)
+            assert set(found) == set(wanted)
+            for key, value in wanted.items():
+                np.testing.assert_array_equal(np.asarray(found[key]), value)
     signatures = json.loads((tmp_path / name / 'manifest.json').read_text())['signatures']
     for program in programs:
         said = signatures[program.name]
