@@ -16,7 +16,7 @@ only indexes these.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, get_args
 
@@ -34,12 +34,12 @@ from llm.models.layer import AttendingConfig, Layer, LayerConfig
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.moe import MoeConfig
-from llm.models.multi_token import MultiToken, MultiTokenConfig
+from llm.models.multi_token import MultiToken, MultiTokenConfig, run_head
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, check_length, positions_of, rotary_table, sinusoids
 from llm.models.recurrent_attention import MEMORY, RecurrentAttentionConfig
-from llm.models.remat import RematKind, check_remat
+from llm.models.remat import RematKind, check_remat, rematerialized
 
 _LONGEST = 'DecoderConfig.max_positions'
 ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
@@ -510,16 +510,17 @@ class Decoder(nnx.Module):
                 context,
                 embed=lambda ids: self.embedding(ids, dtype),
                 normalize=self.normalize,
-                # Dropout counts them as layers after the embedding.
-                dropout_keys=lambda depth: (
-                    None if dropout_key is None else jax.random.fold_in(dropout_key, config.num_layers + 1 + depth)
-                ),
-                remat=config.remat,
-                remat_names=config.remat_names,
+                dropout_keys=self.further_keys(dropout_key),
+                run=rematerialized(run_head, config.remat, config.remat_names, in_scan=False),
             )
             if sums:
                 auxiliary['multi_token'] = sums
         return hidden, new_cache, auxiliary
+
+    def further_keys(self, dropout_key: jax.Array | None) -> Callable[[int], jax.Array | None]:
+        """The key of each depth of multi-token prediction: dropout counts them as layers after the embedding."""
+        first = self.config.num_layers + 1
+        return lambda depth: None if dropout_key is None else jax.random.fold_in(dropout_key, first + depth)
 
     def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""

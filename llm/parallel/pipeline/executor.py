@@ -47,14 +47,14 @@ def run(
         layers: tree of parameters with a leading axis of repeats, sharded over `pipeline`.
         shared: {'ends': of embedding and loss, 'repeats': the same tree as `layers` of the repeats after those, not
             sharded along the leading axis, 'leading', 'remainder': the layers before the first repeat and after the
-            last}; the last three may be empty.
+            last, 'multi_token': those after all, stacked by depth}; all but the first may be empty.
         batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
         key: of the step, for dropout; every microbatch folds in its index.
 
     Returns:
         ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
         for the gradients. Where layers have sums, those of the loss have 'layers' beside them: {'leading', 'staged',
-        'repeats', 'remainder'}, with a leading axis of repeats for the middle two.
+        'repeats', 'remainder', 'multi_token'}, with a leading axis of repeats for 'staged' and 'repeats'.
     """
     batch_axes = names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
@@ -108,6 +108,8 @@ class _Device:
         self.table, self.manual, self.placements, self.evaluation = table, manual, placements, problem.evaluation
         self.num_stages, self.chunks = problem.stages, problem.config.chunks
         self.shared, self.stage = shared, jax.lax.axis_index(AXIS)
+        # Where others come after them, the last layer of the stages is not the model's.
+        self.stages = stages.without_trunk() if shared['repeats'] or shared['remainder'] else stages
         self.joint = Joint(problem, stages, rules, placements[1], manual, batch, key)
         stored = layers
         if self.chunks > 1:
@@ -115,8 +117,8 @@ class _Device:
         rows, first = self.joint.rows(jnp.int32(0)), jnp.int32(0)
         x, _, sums = jax.eval_shape(self.joint.embed, shared, rows, first)
         self.message = _zeros(x)
-        _, of_loss = jax.eval_shape(self.joint.loss, shared, self.message, rows, first)
-        self.operations = Operations(table, stages, placements[0], manual, self.joint, layers, self.message)
+        _, of_loss = jax.eval_shape(self.joint.loss, shared, self.stages.output(self.message), rows, first)
+        self.operations = Operations(table, self.stages, placements[0], manual, self.joint, layers, self.message)
         self.initial = self._initial(jax.tree.map(_zeros, joined(of_loss, sums)), stored)
 
     def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums, Any]:
@@ -151,7 +153,7 @@ class _Device:
             inputs=[jnp.zeros((table.input_slots, table.problem.chunk_repeats, *s.shape), s.dtype) for s in split.kept],
             sums=sums,
             staged=jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), of_repeat),
-            gradients=jnp.zeros((table.gradient_slots, *message.shape), message.dtype),
+            gradients=self.stages.output(jnp.zeros((table.gradient_slots, *message.shape), message.dtype)),
             residuals=buffers(split.residuals, table.residual_cells),
             operands=buffers(split.operands, table.weight_cells),
             layers=jax.tree.map(jnp.zeros_like, layers),
@@ -173,12 +175,13 @@ class _Device:
         state = dataclasses.replace(state, sums=sums)
         state = with_input(state, due & (self.stage == 0), x, both['embed_slot'], 0)
 
-        state, x = self.operations.forward(state, row)
+        state, y = self.operations.forward(state, row)
+        x = self.stages.stream(y)
         if self.evaluation:
-            state = self._loss_only(state, x, both)
+            state = self._loss_only(state, y, both)
             return self._received(state, 'inputs', x, 1, row, both, state.sums), None
-        state, dx = self.operations.backward(state, x, row)
-        state = self._after_last(state, x, dx, both)
+        state, dx = self.operations.backward(state, y, row)
+        state = self._after_last(state, y, dx, both)
         state = self._after_first(state, dx, both)
         state = self._received(state, 'inputs', x, 1, row, both, state.shared)
         return self._received(state, 'gradients', dx, -1, row, both, state.inputs), None
@@ -203,31 +206,36 @@ class _Device:
         slot = row[f'receive_{name}']
         if name == 'inputs':
             return with_input(state, slot >= 0, x, slot, 0)
-        return dataclasses.replace(state, gradients=write_if(slot >= 0, state.gradients, x, slot))
+        return self._with_gradient(state, slot >= 0, self.stages.output(x), slot)
 
-    def _loss_only(self, state: State, x: jax.Array, both: dict[str, jax.Array]) -> State:
+    @staticmethod
+    def _with_gradient(state: State, condition: jax.Array, dy: Any, slot: jax.Array) -> State:
+        written = jax.tree.map(lambda buffer, one: write_if(condition, buffer, one, slot), state.gradients, dy)
+        return dataclasses.replace(state, gradients=written)
+
+    def _loss_only(self, state: State, y: Any, both: dict[str, jax.Array]) -> State:
         def compute(sums: Sums) -> Sums:
-            return added(sums, self.joint.loss(self.shared, x, self.joint.rows(both['loss']), both['loss'])[1])
+            return added(sums, self.joint.loss(self.shared, y, self.joint.rows(both['loss']), both['loss'])[1])
 
         return dataclasses.replace(state, sums=when(both['loss'] >= 0, compute, state.sums))
 
-    def _after_last(self, state: State, x: jax.Array, dx: jax.Array, both: dict[str, jax.Array]) -> State:
+    def _after_last(self, state: State, y: Any, dx: jax.Array, both: dict[str, jax.Array]) -> State:
         """Loss and its gradient for the microbatch that left the last chunk, after the backward pass, which gave dx."""
         due = both['loss'] >= 0
 
-        def compute(carry: tuple[Any, Sums, jax.Array]) -> tuple[Any, Sums, jax.Array]:
+        def compute(carry: tuple[Any, Sums, Any]) -> tuple[Any, Sums, Any]:
             shared, sums, _ = carry
             rows = self.joint.rows(both['loss'])
             loss, vjp, found = jax.vjp(
-                lambda shared, x: self.joint.loss(shared, x, rows, both['loss']), self.shared, x, has_aux=True
+                lambda shared, y: self.joint.loss(shared, y, rows, both['loss']), self.shared, y, has_aux=True
             )
-            d_shared, dx = vjp(self.joint.on(0, jnp.ones_like(loss)))
-            return jax.tree.map(jnp.add, shared, d_shared), added(sums, found), dx
+            d_shared, dy = vjp(self.joint.on(0, jnp.ones_like(loss)))
+            return jax.tree.map(jnp.add, shared, d_shared), added(sums, found), dy
 
-        carry = state.shared, state.sums, self.message
-        shared, sums, dx = when(following(due, dx), compute, carry)
-        gradients = write_if(due & (self.stage == self.num_stages - 1), state.gradients, dx, both['loss_slot'])
-        return dataclasses.replace(state, shared=shared, sums=sums, gradients=gradients)
+        carry = state.shared, state.sums, self.stages.output(self.message)
+        shared, sums, dy = when(following(due, dx), compute, carry)
+        state = dataclasses.replace(state, shared=shared, sums=sums)
+        return self._with_gradient(state, due & (self.stage == self.num_stages - 1), dy, both['loss_slot'])
 
     def _after_first(self, state: State, dx: jax.Array, both: dict[str, jax.Array]) -> State:
         """Gradient of the embedding of the microbatch that came out of the first chunk."""

@@ -24,8 +24,8 @@ class State:
     Attributes:
         inputs: what the forward passes of repeats keep, [slots, repeats, ...] each. The first is their inputs, [slots,
             repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
-        staged: sums of the stage's layers, one entry a repeat. gradients: [slots, B, S, D]. residuals, operands: see
-            Table. layers, shared: sums of gradients. These are None in evaluation.
+        staged: sums of the stage's layers, one entry a repeat. gradients: of what a repeat gives, [slots, B, S, D].
+            residuals, operands: see Table. layers, shared: sums of gradients. These are None in evaluation.
     """
 
     inputs: list[jax.Array]
@@ -92,60 +92,61 @@ class Operations:
         whole = gathered(parameters, without_leading_axis(self.placements), self.manual)
         return self.stages.repeat(whole, x, index, context)
 
-    def forward(self, state: State, row: dict[str, jax.Array]) -> tuple[State, jax.Array]:
-        """FORWARD, if that is this tick's operation: the state, and x after the last repeat."""
+    def forward(self, state: State, row: dict[str, jax.Array]) -> tuple[State, Any]:
+        """FORWARD, if that is this tick's operation: the state, and what the last repeat gives."""
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
         due = row['operation'] == Operation.FORWARD
 
-        def step(repeat: jax.Array, carry: tuple[list[jax.Array], Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
-            inputs, staged, x = carry
+        def step(repeat: jax.Array, carry: tuple[list[jax.Array], Any, Any]) -> tuple[Any, Any, Any]:
+            inputs, staged, y = carry
+            x = self.stages.stream(y)
             local, index = self._indices(row, repeat)
             if self.evaluation:
                 return inputs, staged, self.repeat(self.parameters(local), x, (index, context))[0]
             y, sums, kept = self.split.forward(self.parameters(local), in_order(x), (index, context))
             return write(inputs, in_order(kept), slot, repeat), add(staged, sums, local), in_order(y)
 
-        x = read(state.inputs[0], slot, row['first'])
-        carry = state.inputs, state.staged, x
-        inputs, staged, x = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, carry)
+        y = self.stages.output(read(state.inputs[0], slot, row['first']))
+        carry = state.inputs, state.staged, y
+        inputs, staged, y = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, carry)
         state = dataclasses.replace(state, inputs=inputs, staged=staged)
         if self.evaluation:
-            return state, x
+            return state, y
         at = slot, jnp.minimum(last, self.repeats - 1)
-        return with_input(state, due & (last < self.repeats), x, *at), x
+        return with_input(state, due & (last < self.repeats), self.stages.stream(y), *at), y
 
-    def backward(self, state: State, x: jax.Array, row: dict[str, jax.Array]) -> tuple[State, jax.Array]:
+    def backward(self, state: State, y: Any, row: dict[str, jax.Array]) -> tuple[State, jax.Array]:
         """The other operations, if one is this tick's: the state, and the gradient of x before the first repeat.
 
-        It comes after the forward pass, which gave `x`.
+        It comes after the forward pass, which gave `y`.
 
         Each is a loop from the last repeat to the first, over the one buffer that it writes to and the gradient.
         """
-        split, context, slot = self.split, self._context(row), row['input_slot']
+        split, context, slot, output = self.split, self._context(row), row['input_slot'], self.stages.output
 
-        def whole(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+        def whole(layers: Any, dy: Any, at: _At) -> tuple[Any, Any]:
             gradient, dx = split.whole(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context, dy)
-            return add(layers, gradient, at.local), dx
+            return add(layers, gradient, at.local), output(dx)
 
-        def recompute(residuals: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+        def recompute(residuals: Any, dy: Any, at: _At) -> tuple[Any, Any]:
             found = split.recompute(at.parameters, in_order(read(state.inputs, slot, at.repeat)), at.context)
             return write(residuals, in_order(found), at.offset), dy
 
-        def from_residuals(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+        def from_residuals(operands: Any, dy: Any, at: _At) -> tuple[Any, Any]:
             residuals = in_order(read(state.residuals, at.offset))
             dx, found = split.input_gradient(at.parameters, residuals, at.context, dy)
-            return write(operands, in_order(found), at.cell), dx
+            return write(operands, in_order(found), at.cell), output(dx)
 
-        def from_input(operands: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+        def from_input(operands: Any, dy: Any, at: _At) -> tuple[Any, Any]:
             kept = in_order(read(state.inputs, slot, at.repeat))
             dx, found = split.recompute_input_gradient(at.parameters, kept, at.context, dy)
-            return write(operands, in_order(found), at.cell), dx
+            return write(operands, in_order(found), at.cell), output(dx)
 
-        def weights(layers: Any, dy: jax.Array, at: _At) -> tuple[Any, jax.Array]:
+        def weights(layers: Any, dy: Any, at: _At) -> tuple[Any, Any]:
             operands = in_order(read(state.operands, at.cell))
             return add(layers, split.weight_gradient(at.parameters, operands, at.context), at.local), dy
 
-        steps: dict[Operation, tuple[str, Callable[[Any, jax.Array, _At], tuple[Any, jax.Array]]]] = {
+        steps: dict[Operation, tuple[str, Callable[[Any, Any, _At], tuple[Any, Any]]]] = {
             Operation.BACKWARD: ('layers', whole),
             Operation.RECOMPUTE: ('residuals', recompute),
             Operation.INPUT_GRADIENT: ('operands', from_residuals),
@@ -157,18 +158,20 @@ class Operations:
             if operation not in self.table.operations:
                 continue
 
-            def one(i: jax.Array, carry: tuple[Any, jax.Array], step: Any = step) -> tuple[Any, jax.Array]:
+            def one(i: jax.Array, carry: tuple[Any, Any], step: Any = step) -> tuple[Any, Any]:
                 offset = row['count'] - 1 - i
                 repeat = row['first'] + offset
                 local, index = self._indices(row, repeat)
                 cell = (row['weight_cell'] + i) % max(self.table.weight_cells, 1)
                 return step(*carry, _At(repeat, offset, local, cell, self.parameters(local), (index, context)))
 
-            count = jnp.where(following(row['operation'] == operation, x), row['count'], 0)
+            count = jnp.where(following(row['operation'] == operation, y), row['count'], 0)
             buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))
             state = _replace(state, name, buffer)
         # Without an operation that changes it, it is written back as it was.
-        return dataclasses.replace(state, gradients=write(state.gradients, dy, row['gradient_slot'])), dy
+        return dataclasses.replace(
+            state, gradients=write(state.gradients, dy, row['gradient_slot'])
+        ), self.stages.stream(dy)
 
     def _context(self, row: dict[str, jax.Array]) -> Any:
         return self.joint.context(self.joint.rows(row['microbatch']), row['microbatch'])

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
-Layers = tuple[jax.Array, Any, Any]  # x, losses, sums
+Layers = tuple[Any, Any, Any]  # x, losses, sums
+# Makes of a function of whole parameters, and more, one of the parameters as devices have them.
+Gathering = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,12 @@ class Stages:
             after the last.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
         remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
+        multi_token: what else predicts tokens, after the last layer: (shared, parameters, x, rows, context, gathering)
+            -> (x of the loss, losses, sums). Only the parameters are as devices have them, stacked by depth;
+            `gathering` is for functions of those of one depth.
+        ahead: (shared, rows) -> further arrays of these rows that `multi_token` reads, [B, ...] each.
+        trunk: whether `multi_token` reads more than x. Then `repeat` and `remainder` give (x, what their last layer
+            reads) in place of x, and that is what it gets of the model's last.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
@@ -33,3 +42,26 @@ class Stages:
     remainder: Callable[[Any, jax.Array, Any], Layers]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    multi_token: Callable[[Any, Any, Any, Batch, Any, Gathering], Layers] | None = None
+    ahead: Callable[[Any, Batch], Batch] | None = None
+    trunk: bool = False
+
+    def output(self, x: jax.Array) -> Any:
+        """Like what a repeat gives, with this x and nothing of the trunk."""
+        return (x, jnp.zeros_like(x)) if self.trunk else x
+
+    def stream(self, y: Any) -> jax.Array:
+        """x of what a repeat gives: what the next one reads."""
+        x: jax.Array = y[0] if self.trunk else y
+        return x
+
+    def without_trunk(self) -> 'Stages':
+        """The same, where other layers are the model's last."""
+        if not self.trunk:
+            return self
+
+        def repeat(*arguments: Any) -> Layers:
+            y, losses, sums = self.repeat(*arguments)
+            return self.stream(y), losses, sums
+
+        return dataclasses.replace(self, repeat=repeat, trunk=False)
