@@ -124,7 +124,11 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
 
     remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
     leading, remainder = (functools.partial(outside, group) for group in ('leading', 'remainder'))
-    found = Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat)
+
+    def states(shared: Any, x: jax.Array) -> jax.Array:
+        return merged(shared).normalize(x)
+
+    found = Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat, states)
     if further is None:
         return found
     return dataclasses.replace(found, multi_token=multi_token, ahead=None if trunk else ahead, trunk=trunk)
@@ -146,14 +150,25 @@ def _cut_stack(spec: ParameterSpec, size: int, axis: str) -> ParameterSpec:
 
 
 def make_pipeline(
-    config: DecoderConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
+    config: DecoderConfig,
+    specs: Any,
+    table: Table,
+    mesh: Mesh,
+    rules: AxisRules,
+    z_loss: float,
+    loss_of_states: Callable[[jax.Array, Batch], tuple[jax.Array, Sums]] | None = None,
 ) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Sums]]:
     """(parameters, batch, key of the step) -> (gradients of the summed loss, sums), as `table` says.
 
     The same as accumulating over `table.problem.microbatches` microbatches on one device. Without a key there is no
     dropout, and if the table is for evaluation no gradients.
+
+    Args:
+        loss_of_states: (states [B, S, D], rows) -> (loss, sums), in place of the loss of tokens.
     """
     stages = make_stages(config, z_loss)
+    if loss_of_states is not None:
+        stages = stages.with_loss(loss_of_states)
     staged = table.problem.staged_repeats
     left = config.repeats - staged
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))

@@ -27,6 +27,7 @@ class Stages:
             after the last.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
         remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
+        states: (shared, x) -> what comes out of the last layer, as it is read. [B, S, D]
         multi_token: what else predicts tokens, after the last layer: (shared, parameters, x, rows, context, gathering)
             -> (x of the loss, losses, sums). Only the parameters are as devices have them, stacked by depth;
             `gathering` is for functions of those of one depth.
@@ -42,6 +43,7 @@ class Stages:
     remainder: Callable[[Any, jax.Array, Any], Layers]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    states: Callable[[Any, jax.Array], jax.Array] = lambda _, x: x
     multi_token: Callable[[Any, Any, Any, Batch, Any, Gathering], Layers] | None = None
     ahead: Callable[[Any, Batch], Batch] | None = None
     trunk: bool = False
@@ -54,6 +56,10 @@ class Stages:
         """x of what a repeat gives: what the next one reads."""
         x: jax.Array = y[0] if self.trunk else y
         return x
+
+    def with_loss(self, loss: Callable[[jax.Array, Batch], tuple[jax.Array, Sums]]) -> 'Stages':
+        """The same, with another loss: (states, rows) -> (loss, sums)."""
+        return dataclasses.replace(self, loss=lambda shared, x, rows: loss(self.states(shared, x), rows))
 
     def without_trunk(self) -> 'Stages':
         """The same, where other layers are the model's last."""
