@@ -1,22 +1,15 @@
-"""The decoder-only language model: embedding, a stack of layers, logits.
+"""The decoder-only language model: embedding, a stack of layers, logits. Where layers are stored: see LayerLayout.
 
-Layers repeat in a pattern of p layers (p = 1 for most models; 2 for Gemma 2's local and global attention). Layer i is
-position i mod p of repeat i div p. The parameters of a position are stacked along a leading repeat axis, as
-`layers/<position>/...`; the num_layers mod p layers that are left at the end are `remainder/<position>/...`, stacked
-too, one deep. Layers that come before the pattern and are not of it (DeepSeek's first, dense ones) are
-`leading/<index>/...`, likewise, and i counts from the first after them. Whatever runs the layers (scan, loop, pipeline)
-only indexes these.
-
-    decoder = Decoder(config)                                   # shapes, no values
-    specs = parameter_specs(decoder)
-    params = initialize(specs, config.initialization, seed=0)   # a nested dict of arrays
-    graph, _ = nnx.split(decoder)
-    logits = nnx.merge(graph, params)(inputs)                   # [B, S, V]
+decoder = Decoder(config)                                   # shapes, no values
+specs = parameter_specs(decoder)
+params = initialize(specs, config.initialization, seed=0)   # a nested dict of arrays
+graph, _ = nnx.split(decoder)
+logits = nnx.merge(graph, params)(inputs)                   # [B, S, V]
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, get_args
 
@@ -31,15 +24,16 @@ from llm.models.dropout import Purpose, dropout
 from llm.models.embedding import Embedding, Head, Projection
 from llm.models.initialization import Initialization
 from llm.models.layer import AttendingConfig, Layer, LayerConfig
+from llm.models.layer_layout import LayerLayout
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.low_rank import LowRankConfig, adapt
 from llm.models.moe import MoeConfig
-from llm.models.multi_token import MultiToken, MultiTokenConfig
+from llm.models.multi_token import MultiToken, MultiTokenConfig, run_head
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import stack
 from llm.models.position import PositionKind, Rotary, check_length, positions_of, rotary_table, sinusoids
 from llm.models.recurrent_attention import MEMORY, RecurrentAttentionConfig
-from llm.models.remat import RematKind, check_remat
+from llm.models.remat import RematKind, check_remat, rematerialized
 
 _LONGEST = 'DecoderConfig.max_positions'
 ComputeType = Literal['float32', 'bfloat16', 'float16', 'float64']
@@ -47,14 +41,14 @@ Auxiliaries = dict[str, Auxiliary]  # by group of stacked layers
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(LayerLayout):
     """A decoder-only language model.
 
     Attributes:
         vocab_size: V.
         d_model: D.
         num_layers: L.
-        pattern: the layers that repeat; see the module's docstring.
+        pattern: the layers that repeat; see LayerLayout.
         final_norm: normalisation after the last layer; None for none (post-norm models).
         position: how tokens know their order; 'learned' needs max_positions.
         max_positions: longest sequence of learned positions.
@@ -150,21 +144,6 @@ class DecoderConfig:
             raise UserError(f'mup_base_width is {self.mup_base_width}', where=where, fix='Use at least 1, or None.')
 
     @property
-    def repeats(self) -> int:
-        """How often the whole pattern occurs."""
-        return (self.num_layers - len(self.leading)) // len(self.pattern)
-
-    @property
-    def remainder(self) -> tuple[LayerConfig, ...]:
-        """The layers left after the last whole pattern."""
-        return self.pattern[: (self.num_layers - len(self.leading)) % len(self.pattern)]
-
-    @property
-    def layers(self) -> tuple[LayerConfig, ...]:
-        """All of them, in order."""
-        return tuple(self.layer(index) for index in range(self.num_layers))
-
-    @property
     def routed(self) -> bool:
         """Whether there are layers of experts."""
         layers = (*self.leading, *self.pattern, *self.further_layers)
@@ -194,24 +173,6 @@ class DecoderConfig:
             for group, repeats, _ in self.groups()
             if repeats and counts[group]
         }
-
-    def groups(self) -> tuple[tuple[str, int, int], ...]:
-        """The groups of stacked layers in the order in which they run: (name, repeats, index of the first layer)."""
-        first = len(self.leading)
-        last = first + self.repeats * len(self.pattern)
-        return ('leading', 1, 0), ('layers', self.repeats, first), ('remainder', 1, last)
-
-    def layer(self, index: int) -> LayerConfig:
-        """The configuration of layer `index` of num_layers."""
-        first = len(self.leading)
-        return self.leading[index] if index < first else self.pattern[(index - first) % len(self.pattern)]
-
-    def location(self, index: int) -> tuple[str, str, int]:
-        """Where layer `index` is stored: (group, position, entry along the leading axis of the stacked parameters)."""
-        if index < len(self.leading):
-            return 'leading', str(index), 0
-        repeat, position = divmod(index - len(self.leading), len(self.pattern))
-        return ('layers', str(position), repeat) if repeat < self.repeats else ('remainder', str(position), 0)
 
     @property
     def longest(self) -> int | None:
@@ -510,16 +471,17 @@ class Decoder(nnx.Module):
                 context,
                 embed=lambda ids: self.embedding(ids, dtype),
                 normalize=self.normalize,
-                # Dropout counts them as layers after the embedding.
-                dropout_keys=lambda depth: (
-                    None if dropout_key is None else jax.random.fold_in(dropout_key, config.num_layers + 1 + depth)
-                ),
-                remat=config.remat,
-                remat_names=config.remat_names,
+                dropout_keys=self.further_keys(dropout_key),
+                run=rematerialized(run_head, config.remat, config.remat_names, in_scan=False),
             )
             if sums:
                 auxiliary['multi_token'] = sums
         return hidden, new_cache, auxiliary
+
+    def further_keys(self, dropout_key: jax.Array | None) -> Callable[[int], jax.Array | None]:
+        """The key of each depth of multi-token prediction: dropout counts them as layers after the embedding."""
+        first = self.config.num_layers + 1
+        return lambda depth: None if dropout_key is None else jax.random.fold_in(dropout_key, first + depth)
 
     def rotary(self, positions: jax.Array, length: int | None = None) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         """The rotary tables that the layers read at `positions`, in rows of `length`; see Context and rotary_table."""

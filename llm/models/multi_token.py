@@ -26,7 +26,6 @@ from llm.models.layer import Layer, LayerConfig
 from llm.models.normalization import Norm, NormConfig
 from llm.models.parameters import Role, parameter, stack
 from llm.models.position import PositionKind
-from llm.models.remat import RematKind, rematerialized
 from llm.parallel.sharding import constrain
 
 # DeepSeek-V3, section 4.2: lambda for the first 10T tokens.
@@ -100,6 +99,21 @@ class NextTokenModule(nnx.Module):
         return x if self.final_norm is None else self.final_norm(x)
 
 
+def run_head(
+    head: Layer | NextTokenModule, source: tuple[jax.Array, ...], context: Context, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """One of them, which reads `source`, [B, S, D] each.
+
+    Returns:
+        What comes out of its layer; the same, as its own norm leaves it if it has one; its router's sums.
+    """
+    if isinstance(head, NextTokenModule):
+        x, _, sums = head.layer(head.combined(*source), context, key)
+        return x, head.normalize(x), sums
+    x, _, sums = head(source[0], context, key)
+    return x, x, sums
+
+
 class MultiToken(nnx.Module):
     """All heads or modules of a decoder."""
 
@@ -129,8 +143,7 @@ class MultiToken(nnx.Module):
         embed: Callable[[jax.Array], jax.Array],
         normalize: Callable[[jax.Array], jax.Array],
         dropout_keys: Callable[[int], jax.Array | None],
-        remat: RematKind = 'none',
-        remat_names: tuple[str, ...] = (),
+        run: Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]] = run_head,
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
         """What the logits of the next token and of those after it are computed from: [B, n, S, D], n = depths + 1.
 
@@ -140,31 +153,21 @@ class MultiToken(nnx.Module):
                 depths. Heads in parallel need none.
             embed: ids to embeddings [B, S, D]. normalize: the decoder's final norm.
             dropout_keys: the key of depth k = 0, 1, ...
+            run: computes what `run_head` does, with recomputation for example.
 
         Returns:
             The states, and the sums of routers by depth; see Router.
         """
-        run = rematerialized(_run_head, remat, remat_names, in_scan=False)
         states, state = [hidden], hidden
         sums: dict[str, dict[str, jax.Array]] = {}
         for depth in range(self.config.depths):
             head: Layer | NextTokenModule = jax.tree.map(operator.itemgetter(depth), self.heads)
             source = (state, embed(tokens[depth])) if self.config.kind == 'sequential' else (trunk,)
-            state, found = run(head, source, context, dropout_keys(depth))
-            states.append(head.normalize(state) if isinstance(head, NextTokenModule) else normalize(state))
+            state, normal, found = run(head, source, context, dropout_keys(depth))
+            states.append(normal if self.config.kind == 'sequential' else normalize(normal))
             if found:
                 sums[str(depth)] = jax.tree.map(lambda x: x[None], found)
         return jnp.stack(states, axis=1), sums
 
 
-def _run_head(
-    head: Layer | NextTokenModule, source: tuple[jax.Array, ...], context: Context, key: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    if isinstance(head, NextTokenModule):
-        x, _, sums = head.layer(head.combined(*source), context, key)
-    else:
-        x, _, sums = head(source[0], context, key)
-    return x, sums
-
-
-__all__ = ['MultiToken', 'MultiTokenConfig', 'NextTokenModule']
+__all__ = ['MultiToken', 'MultiTokenConfig', 'NextTokenModule', 'run_head']

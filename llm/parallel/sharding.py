@@ -76,7 +76,7 @@ class AxisRules:
         cut up over the stages along another dimension: the largest that can be.
         """
         spec = list(self.partition(axes, mesh, parameters=True))
-        if not axes or axes[0] not in ('layers', 'remainder'):
+        if not axes or axes[0] not in ('layers', 'remainder', 'depths'):
             return PartitionSpec(*spec)
         over = names(self.partition(('layers',), mesh, parameters=True)[0])
         ways = math.prod(mesh.shape[axis] for axis in over)

@@ -14,19 +14,23 @@ from llm.errors import UserError
 from llm.models.context import Context
 from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.layer_stack import run_layers
+from llm.models.multi_token import run_head
 from llm.models.parameters import ParameterSpec, Role
 from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
-from llm.parallel.pipeline.executor import Batch, Layers, Placement, Stages, Sums, run
+from llm.parallel.pipeline.executor import run
 from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.placement import Placement
 from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
+from llm.parallel.pipeline.stages import Batch, Gathering, Layers, Stages, Sums
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
 from llm.parallel.sharding import AxisRules, names
 from llm.training.layout import token_order
 from llm.training.losses import summed_loss
+from llm.training.multi_token import depths_of, summed_losses
 
 _REMATS: tuple[RematKind, ...] = ('none', 'full', 'dots', 'dots_no_batch', 'names')
 
@@ -48,6 +52,9 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
     graphs = {group: nnx.split(getattr(decoder, group))[0] for group, _, _ in config.groups()}
     starts = {group: first for group, _, first in config.groups()}
     unused = nnx.to_pure_dict(abstract)
+    further = config.multi_token
+    trunk = further is not None and further.kind == 'parallel'
+    graph_of_heads = nnx.split(decoder.multi_token)[0]
 
     def merged(shared: Any) -> Decoder:
         return nnx.merge(graph, {**unused, **shared})
@@ -61,14 +68,18 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
         routed = (rows['inputs'], rows.get('routing_weights')) if config.routed else (None, None)
         return rows['segment_ids'], decoder.rotary(rows['positions']), key, routed
 
-    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> Layers:
-        segment_ids, rotary, key, (ids, weights) = context
+    def read_of(context: Any) -> Context:
+        segment_ids, rotary, _, (ids, weights) = context
         order = token_order(segment_ids.shape[1])
         index = None if order is None else jnp.asarray(order)
-        read = Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
-        x, _, sums, _ = run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)
+        return Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
+
+    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> Layers:
+        x, _, sums, read = run_layers(
+            dict(layers.items()), x, read_of(context), repeats=1, first=first, dropout_key=context[2], trunk=trunk
+        )
         losses = {position: each.pop('loss').sum() for position, each in sums.items()}
-        return x, losses, sums
+        return (x, read) if trunk else x, losses, sums
 
     def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> Layers:
         layers = nnx.merge(graphs['layers'], jax.tree.map(lambda p: p[None], parameters))
@@ -78,13 +89,49 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
     def outside(group: str, parameters: Any, x: jax.Array, context: Any) -> Layers:
         return run_once(nnx.merge(graphs[group], parameters), x, starts[group], context)
 
+    def ahead(shared: Any, rows: Batch) -> Batch:
+        model, dtype = merged(shared), jnp.dtype(config.compute_dtype)
+        return {f'embedded_{depth}': model.embedding(ids, dtype) for depth, ids in enumerate(depths_of(rows)[0][:-1])}
+
+    def multi_token(shared: Any, parameters: Any, x: Any, rows: Batch, context: Any, gathering: Gathering) -> Layers:
+        def run(head: Any, source: Any, context: Context, key: jax.Array | None) -> Any:
+            kind, parts = nnx.split(head)
+            whole = gathering(lambda whole, source, key: run_head(nnx.merge(kind, whole), source, context, key))
+            return whole(nnx.to_pure_dict(parts), source, key)
+
+        assert further is not None
+        model, heads = merged(shared), nnx.merge(graph_of_heads, {'heads': parameters})
+        assert heads is not None
+        x, read = x if trunk else (x, x)
+        states, sums = heads(
+            read,
+            model.normalize(x),
+            [] if trunk else [rows[f'embedded_{depth}'] for depth in range(further.depths)],
+            read_of(context),
+            embed=lambda embedded: embedded,
+            normalize=model.normalize,
+            dropout_keys=model.further_keys(context[2]),
+            run=run,
+        )
+        losses = {depth: each.pop('loss').sum() for depth, each in sums.items()}
+        return states, losses, sums
+
     def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
         model = merged(shared)
+        if further is not None:
+            return summed_losses(model.projection(), x, *depths_of(rows), z_loss)
         return summed_loss(model.projection(), model.normalize(x), rows['targets'], rows['loss_weights'], z_loss)
 
     remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
     leading, remainder = (functools.partial(outside, group) for group in ('leading', 'remainder'))
-    return Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat)
+
+    def states(shared: Any, x: jax.Array) -> jax.Array:
+        return merged(shared).normalize(x)
+
+    found = Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat, states)
+    if further is None:
+        return found
+    return dataclasses.replace(found, multi_token=multi_token, ahead=None if trunk else ahead, trunk=trunk)
 
 
 def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
@@ -103,25 +150,37 @@ def _cut_stack(spec: ParameterSpec, size: int, axis: str) -> ParameterSpec:
 
 
 def make_pipeline(
-    config: DecoderConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
+    config: DecoderConfig,
+    specs: Any,
+    table: Table,
+    mesh: Mesh,
+    rules: AxisRules,
+    z_loss: float,
+    loss_of_states: Callable[[jax.Array, Batch], tuple[jax.Array, Sums]] | None = None,
 ) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Sums]]:
     """(parameters, batch, key of the step) -> (gradients of the summed loss, sums), as `table` says.
 
     The same as accumulating over `table.problem.microbatches` microbatches on one device. Without a key there is no
     dropout, and if the table is for evaluation no gradients.
+
+    Args:
+        loss_of_states: (states [B, S, D], rows) -> (loss, sums), in place of the loss of tokens.
     """
     stages = make_stages(config, z_loss)
+    if loss_of_states is not None:
+        stages = stages.with_loss(loss_of_states)
     staged = table.problem.staged_repeats
     left = config.repeats - staged
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
-    stacks = ('layers', 'leading', 'remainder')
+    outside = ('leading', 'remainder')
 
     def divided(tree: Any, first: Callable[[Any], Any], rest: Callable[[Any], Any]) -> tuple[Any, Any]:
         """(what the stages have, the others) of a tree like the parameters; the functions cut the layers up."""
         return jax.tree.map(first, tree['layers']), {
-            'ends': {name: value for name, value in tree.items() if name not in stacks},
+            'ends': {name: value for name, value in tree.items() if name not in ('layers', 'multi_token', *outside)},
             'repeats': jax.tree.map(rest, tree['layers']) if left else {},
-            **{name: tree.get(name, {}) for name in ('leading', 'remainder')},
+            **{name: tree.get(name, {}) for name in outside},
+            'multi_token': tree.get('multi_token', {}).get('heads', {}),
         }
 
     # Only stages have a leading axis that is cut up.
@@ -152,8 +211,10 @@ def make_pipeline(
         layers, shared = found
         if left:
             layers = jax.tree.map(joined, layers, shared['repeats'], specs['layers'])
-        outside = {name: shared[name] for name in ('leading', 'remainder') if shared[name]}
-        return {**shared['ends'], **outside, 'layers': layers}, sums
+        others = {name: shared[name] for name in outside if shared[name]}
+        if heads := shared['multi_token']:
+            others['multi_token'] = {'heads': heads}
+        return {**shared['ends'], **others, 'layers': layers}, sums
 
     return compute
 
@@ -173,7 +234,7 @@ def repeat_costs_of(
     context = jax.eval_shape(stages.context, dict.fromkeys(('inputs', 'segment_ids', 'positions'), tokens), key)
 
     def repeat(parameters: Any, x: jax.Array, context: Any) -> Layers:
-        return stages.repeat(parameters, x, jnp.int32(0), context)
+        return stages.without_trunk().repeat(parameters, x, jnp.int32(0), context)
 
     x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)
     return count(repeat, parameters, x, context, stages.remat)
@@ -190,14 +251,8 @@ def make_pipeline_table(
     """The schedule of a training step whose microbatches have `shape` (rows, length).
 
     Raises:
-        UserError: there are fewer repeats of the layers than blocks, too few microbatches, or multi-token prediction.
+        UserError: there are fewer repeats of the layers than blocks, or too few microbatches.
     """
-    if config.multi_token is not None:
-        raise UserError(
-            'a pipeline does not run multi-token prediction',
-            where='MeshConfig.pipeline',
-            fix='Use 1 and other axes of the mesh, or DecoderConfig.multi_token = None.',
-        )
     problem = Problem(pipeline, num_stages, microbatches, config.repeats)
     table = make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
     validate(table)

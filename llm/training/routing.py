@@ -16,12 +16,13 @@ def with_routing_weights(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     All losses are sums that are divided by the number of tokens with a token loss; more tokens than those are routed
     (prompts, say), so each counts for less than one. Padding, segment 0, counts for nothing.
     """
-    found = {}
-    for side in ('', 'encoder_'):  # each side of an encoder-decoder has its own tokens
-        if (segments := batch.get(f'{side}segment_ids')) is not None:
-            real = (segments > 0).astype(batch['loss_weights'].dtype)
-            ratio = jnp.sum(batch['loss_weights']) / jnp.maximum(jnp.sum(real), 1)
-            found[f'{side}routing_weights'] = real * ratio
+    found: dict[str, jax.Array] = {}
+    # Each side of an encoder-decoder has its own tokens; the same layers see all texts that are compared.
+    for sides in (('', 'positive_', 'negative_'), ('encoder_',)):
+        present = [side for side in sides if f'{side}segment_ids' in batch]
+        real = [(batch[f'{side}segment_ids'] > 0).astype(batch['loss_weights'].dtype) for side in present]
+        ratio = jnp.sum(batch['loss_weights']) / jnp.maximum(sum(map(jnp.sum, real)), 1)
+        found |= {f'{side}routing_weights': each * ratio for side, each in zip(present, real, strict=True)}
     return batch | found
 
 

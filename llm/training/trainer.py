@@ -15,15 +15,20 @@ from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
 from llm.models.model import ModelConfig, layers_of
-from llm.models.moe import MoeConfig
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
-from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.placement import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules
-from llm.training.contrastive import ContrastiveConfig, make_contrastive_gradients, make_contrastive_prediction
+from llm.training.contrastive import (
+    ContrastiveConfig,
+    LossOfStates,
+    make_contrastive_gradients,
+    make_contrastive_prediction,
+    make_pipelined_contrastive_gradients,
+)
 from llm.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer, place_optimizer_state
 from llm.training.parametrization import trained
 from llm.training.pipeline import evaluation_table, make_pipeline, make_pipeline_table
@@ -70,7 +75,6 @@ class Trainer:
         self.contrastive = contrastive
         self.mesh: Mesh = make_mesh(mesh, devices)
         self._check_batch()
-        self._check_contrastive()
         self._check_length()
         self._check_sequence()
         self._check_memory()
@@ -119,22 +123,6 @@ class Trainer:
                 f'(mesh axes {self.rules.partition(("batch",), self.mesh, parameters=False)[0]})',
                 where='StepConfig.batch_size',
                 fix=f'Make it a multiple of {ways}, or change the mesh.',
-            )
-
-    def _check_contrastive(self) -> None:
-        if self.contrastive is None:
-            return
-        if self.mesh.shape[PIPELINE_AXIS] > 1:
-            raise UserError(
-                'pairs are compared across a whole batch, which a pipeline never holds',
-                where='MeshConfig.pipeline',
-                fix='Use 1, and other axes of the mesh.',
-            )
-        if any(isinstance(layer.feed_forward, MoeConfig) for layer in layers_of(self.model_config)):
-            raise UserError(
-                'contrastive training has no losses for routers, and the model has layers of experts',
-                where='Trainer.contrastive',
-                fix='Use a dense model.',
             )
 
     def _pipeline_table(self, pipeline: PipelineConfig) -> Table | None:
@@ -271,8 +259,11 @@ class Trainer:
     def _gradients_of_sums(self) -> Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]] | None:
         """What stands in for the token loss, and microbatches one after the other."""
         if self.contrastive is not None:
-            accumulation = self.step_config.gradient_accumulation
-            return make_contrastive_gradients(self.model, self.contrastive, self.specs, accumulation)
+            accumulation, table = self.step_config.gradient_accumulation, self.pipeline_table
+            if table is None:
+                return make_contrastive_gradients(self.model, self.contrastive, self.specs, accumulation)
+            forward, backward = (functools.partial(self._pipeline, each) for each in (evaluation_table(table), table))
+            return make_pipelined_contrastive_gradients(forward, backward, self.contrastive, self.specs, accumulation)
         if self.pipeline_table is None:
             return None
         pipeline = self._pipeline(self.pipeline_table)
@@ -283,9 +274,12 @@ class Trainer:
 
         return gradients
 
-    def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
+    def _pipeline(
+        self, table: Table, loss: LossOfStates | None = None
+    ) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
         assert isinstance(self.model_config, DecoderConfig)
-        return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
+        z_loss = self.step_config.z_loss
+        return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, z_loss, loss)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -18,8 +18,8 @@ _INLINED = ('jit', 'pjit', 'closed_call', 'core_call')
 
 Arrays = list[jax.Array]
 # (parameters, x, context) -> (y, losses, sums): what goes on, scalars that add to the loss as they are, and arrays that
-# only add up. Trees, which may be empty.
-Function = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any, Any]]
+# only add up. Trees, of which the last two may be empty.
+Function = Callable[[Any, jax.Array, Any], tuple[Any, Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SplitBackward:
             context alone: that is computed again. The first that is kept is x.
     """
 
-    forward: Callable[..., tuple[jax.Array, Any, Arrays]]
+    forward: Callable[..., tuple[Any, Any, Arrays]]
     whole: Callable[..., tuple[Any, jax.Array]]
     recompute: Callable[..., Arrays]
     input_gradient: Callable[..., tuple[jax.Array, Arrays]]
@@ -51,7 +51,7 @@ class SplitBackward:
 def split_backward(
     function: Function, parameters: Any, x: Any, context: Any, remat: Callable[[Function], Function] | None = None
 ) -> SplitBackward:
-    """Split the backward pass of `function(parameters, x, context) -> (y, losses, sums)`, y of the shape and type of x.
+    """Split the backward pass of `function(parameters, x, context) -> (y, losses, sums)`.
 
     Gradients are those of y, given dy, and of the sum of the losses.
 
@@ -65,7 +65,7 @@ def split_backward(
     wrapped = function if remat is None else remat(function)
 
     def flat(*arguments: jax.Array) -> Arrays:
-        leaves, (x, dy), c_leaves = _three(arguments, len(p_leaves), 2)
+        leaves, (x, *dy), c_leaves = _three(arguments, len(p_leaves), 1 + len(some_y))
         p, c = jax.tree.unflatten(p_tree, leaves), jax.tree.unflatten(c_tree, c_leaves)
 
         def apart(p: Any, x: jax.Array) -> tuple[Any, Any]:
@@ -73,40 +73,42 @@ def split_backward(
             return (y, losses), sums
 
         (y, losses), vjp, sums = jax.vjp(apart, p, x, has_aux=True)
-        gradients, dx = vjp((dy, jax.tree.map(jnp.ones_like, losses)))
-        return [y, *jax.tree.leaves(sums), *jax.tree.leaves(gradients), dx]
+        gradients, dx = vjp((jax.tree.unflatten(y_tree, dy), jax.tree.map(jnp.ones_like, losses)))
+        return [*jax.tree.leaves(y), *jax.tree.leaves(sums), *jax.tree.leaves(gradients), dx]
 
-    example = (*p_leaves, x, x, *c_leaves)
-    some_sums, sums_tree = jax.tree.flatten(jax.eval_shape(wrapped, parameters, x, context)[2])
-    count = len(some_sums)
+    found_y, _, found_sums = jax.eval_shape(wrapped, parameters, x, context)
+    (some_y, y_tree), (some_sums, sums_tree) = jax.tree.flatten(found_y), jax.tree.flatten(found_sums)
+    example = (*p_leaves, x, *some_y, *c_leaves)
+    count = len(some_y) + len(some_sums)
     both_ways = _inline(jax.make_jaxpr(flat)(*example), example)
     jaxpr = both_ways.jaxpr
-    p_vars, (x_var, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), 2)
-    (y_var, *sum_vars), gradient_vars = jaxpr.outvars[: 1 + count], jaxpr.outvars[1 + count :]
-    after_x, after_dy = _dependents(jaxpr.eqns, [x_var]), _dependents(jaxpr.eqns, [dy_var])
+    p_vars, (x_var, *dy_vars), c_vars = _three(jaxpr.invars, len(p_leaves), 1 + len(some_y))
+    result_vars, gradient_vars = jaxpr.outvars[:count], jaxpr.outvars[count:]
+    after_x, after_dy = _dependents(jaxpr.eqns, [x_var]), _dependents(jaxpr.eqns, dy_vars)
     wanted = _reads([e for e in jaxpr.eqns if set(e.outvars) & after_dy], gradient_vars)
     made = [v for e in jaxpr.eqns for v in e.outvars if v in after_x and v not in after_dy]
     kept = [x_var, *(v for v in made if v in wanted)]
-    forward = _part(both_ways, jaxpr.eqns, [*p_vars, x_var, *c_vars], [y_var, *sum_vars, *kept[1:]])
+    forward = _part(both_ways, jaxpr.eqns, [*p_vars, x_var, *c_vars], [*result_vars, *kept[1:]])
 
     # The same for the backward pass alone, and what it computes again.
-    inputs = [*p_vars, *kept, dy_var, *c_vars]
+    inputs = [*p_vars, *kept, *dy_vars, *c_vars]
     example = tuple(_struct(v) for v in inputs)
     backward = jax.make_jaxpr(_part(both_ways, jaxpr.eqns, inputs, gradient_vars))(*example)
     program = _inline(backward, example, open_remat=remat is not None)
     jaxpr = program.jaxpr
-    p_vars, (*kept, dy_var), c_vars = _three(jaxpr.invars, len(p_leaves), len(kept) + 1)
+    p_vars, kept_and_dy, c_vars = _three(jaxpr.invars, len(p_leaves), len(kept) + len(some_y))
+    kept, dy_vars = kept_and_dy[: len(kept)], kept_and_dy[len(kept) :]
     *weight_vars, dx_var = jaxpr.outvars
     everywhere = [*jaxpr.constvars, *p_vars, *c_vars]
 
     # What depends on what is kept only is recomputed; of what depends on dy, dx needs some, and the rest can wait.
-    after_x, after_dy = _dependents(jaxpr.eqns, kept), _dependents(jaxpr.eqns, [dy_var])
+    after_x, after_dy = _dependents(jaxpr.eqns, kept), _dependents(jaxpr.eqns, dy_vars)
     for_dx = _ancestors(jaxpr.eqns, [dx_var], everywhere)
     waiting = [e for e in jaxpr.eqns if set(e.outvars) & after_dy and not set(e.outvars) & for_dx]
     first = [e for e in jaxpr.eqns if e not in waiting]
     again = [e for e in first if not set(e.outvars) & after_dy]
 
-    made = [*kept, dy_var, *(v for e in first for v in e.outvars if v in after_x or v in after_dy)]
+    made = [*kept, *dy_vars, *(v for e in first for v in e.outvars if v in after_x or v in after_dy)]
     wanted = _reads(waiting, weight_vars)
     operands = [v for v in made if v in wanted]
     wanted = _reads([e for e in first if set(e.outvars) & after_dy], [dx_var, *operands])
@@ -114,17 +116,17 @@ def split_backward(
 
     whole = _part(program, jaxpr.eqns, jaxpr.invars, jaxpr.outvars)
     recompute = _part(program, again, [*p_vars, *kept, *c_vars], residuals)
-    input_gradient = _part(program, first, [*p_vars, *residuals, dy_var, *c_vars], [dx_var, *operands])
+    input_gradient = _part(program, first, [*p_vars, *residuals, *dy_vars, *c_vars], [dx_var, *operands])
     both = _part(program, first, jaxpr.invars, [dx_var, *operands])
     weight_gradient = _part(program, jaxpr.eqns, [*p_vars, *operands, *c_vars], weight_vars)
     leaves = jax.tree.leaves
 
-    def forward_and_kept(p: Any, x: jax.Array, c: Any) -> tuple[jax.Array, Any, Arrays]:
-        y, *others = forward(*leaves(p), x, *leaves(c))
-        return y, jax.tree.unflatten(sums_tree, others[:count]), [x, *others[count:]]
+    def forward_and_kept(p: Any, x: jax.Array, c: Any) -> tuple[Any, Any, Arrays]:
+        y, sums, others = _three(forward(*leaves(p), x, *leaves(c)), len(some_y), len(some_sums))
+        return jax.tree.unflatten(y_tree, y), jax.tree.unflatten(sums_tree, sums), [x, *others]
 
-    def gradients(p: Any, k: Arrays, c: Any, dy: jax.Array) -> tuple[Any, jax.Array]:
-        *found, dx = whole(*leaves(p), *k, dy, *leaves(c))
+    def gradients(p: Any, k: Arrays, c: Any, dy: Any) -> tuple[Any, jax.Array]:
+        *found, dx = whole(*leaves(p), *k, *leaves(dy), *leaves(c))
         return jax.tree.unflatten(p_tree, found), dx
 
     def first_and_rest(arrays: Arrays) -> tuple[jax.Array, Arrays]:
@@ -134,8 +136,8 @@ def split_backward(
         forward=forward_and_kept,
         whole=gradients,
         recompute=lambda p, k, c: recompute(*leaves(p), *k, *leaves(c)),
-        input_gradient=lambda p, r, c, dy: first_and_rest(input_gradient(*leaves(p), *r, dy, *leaves(c))),
-        recompute_input_gradient=lambda p, k, c, dy: first_and_rest(both(*leaves(p), *k, dy, *leaves(c))),
+        input_gradient=lambda p, r, c, dy: first_and_rest(input_gradient(*leaves(p), *r, *leaves(dy), *leaves(c))),
+        recompute_input_gradient=lambda p, k, c, dy: first_and_rest(both(*leaves(p), *k, *leaves(dy), *leaves(c))),
         weight_gradient=lambda p, o, c: jax.tree.unflatten(p_tree, weight_gradient(*leaves(p), *o, *leaves(c))),
         kept=[_struct(v) for v in kept],
         residuals=[_struct(v) for v in residuals],

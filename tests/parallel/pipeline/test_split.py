@@ -75,25 +75,27 @@ def test_parts_give_the_gradient(in_one, remat):
 
 
 @pytest.mark.parametrize('remat', REMATS.values(), ids=REMATS)
-def test_losses_of_the_layer_add_to_the_gradient(remat):
+def test_losses_and_further_results_of_the_layer_add_to_the_gradient(remat):
     def layer(parameters, x, context):
         y = _plain(parameters, x, context)
-        return y, {'loss': jnp.sum(jnp.sin(y) * x), 'other': jnp.sum(x**2)}, {'count': jnp.sum(y, (0, 1))}
+        return (y, x), {'loss': jnp.sum(jnp.sin(y) * x), 'other': jnp.sum(x**2)}, {'count': jnp.sum(y, (0, 1))}
 
     with jax.enable_x64():
         parameters, x, context, dy = _arguments()
 
         def total(parameters, x):
-            y, losses, _ = layer(parameters, x, context)
-            return jnp.sum(y * dy) + losses['loss'] + losses['other']
+            (y, beside), losses, _ = layer(parameters, x, context)
+            return jnp.sum(y * dy) + jnp.sum(beside * jnp.cos(dy)) + losses['loss'] + losses['other']
 
         expected, expected_dx = jax.grad(total, (0, 1))(parameters, x)
         split = split_backward(layer, parameters, x, context, remat)
-        y, sums, kept = split.forward(parameters, x, context)
+        (y, beside), sums, kept = split.forward(parameters, x, context)
+        np.testing.assert_array_equal(beside, x)
         np.testing.assert_allclose(sums['count'], y.sum((0, 1)), rtol=1e-12)
-        dx, operands = split.recompute_input_gradient(parameters, kept, context, dy)
+        both = dy, jnp.cos(dy)
+        dx, operands = split.recompute_input_gradient(parameters, kept, context, both)
         gradients = split.weight_gradient(parameters, operands, context)
-        for found, found_dx in (split.whole(parameters, kept, context, dy), (gradients, dx)):
+        for found, found_dx in (split.whole(parameters, kept, context, both), (gradients, dx)):
             np.testing.assert_allclose(found_dx, expected_dx, rtol=1e-12)
             jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), found, expected)
 
