@@ -17,7 +17,7 @@ from llm.models.long_attention import LongAttentionConfig
 from llm.parallel.mesh import MeshConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
-from tests.models.small_encoders import H, K, V, bert, t5
+from tests.models.small_encoders import H, K, V, bert, hybrid_t5, t5
 from tests.training.parity_cases import GRADIENT, LAYER, MOE, QUICKLY, SMALL
 
 ROWS, S, T = 8, 8, 16
@@ -62,6 +62,7 @@ MODELS = {
     'longformer': wider(bert(token_types=0, mixer=LONG)),
     't5': wider(t5(gated=False)),
     't5 v1.1': wider(t5()),
+    't5 hybrid': wider(hybrid_t5()),
     'bert with experts': routed(bert(token_types=0)),
     't5 with experts': routed(t5()),
     'prefix': dataclasses.replace(SMALL, pattern=(dataclasses.replace(LAYER, dropout=0.1),), num_layers=2),
@@ -165,6 +166,7 @@ COLLECTIVES = {
         ('longformer', 'data x fsdp x tensor'),
         ('t5', 'fsdp x sequence x tensor'),
         ('t5 v1.1', 'data x fsdp x tensor'),
+        ('t5 hybrid', 'fsdp x sequence x tensor'),
         ('bert with experts', 'expert x tensor'),
         ('t5 with experts', 'expert x tensor'),
     ],
