@@ -14,10 +14,12 @@ from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
+from llm.models.long_attention import LongAttentionConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
+from llm.models.recurrent_attention import RecurrentAttentionConfig, memory_axes
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -97,7 +99,9 @@ class Trainer:
             'step': self._placed(abstract['step'], self.replicated),
         }
         if 'memory' in abstract:
-            over = rules.partition((None, 'batch', None, None), self.mesh, parameters=False)
+            with use_rules(self.mesh, rules):
+                axes = memory_axes(model.memory_length) if isinstance(model, DecoderConfig) else ()
+            over = rules.partition(axes, self.mesh, parameters=False)
             self.abstract_state['memory'] = jax.tree.map(
                 lambda x: self._placed(x, NamedSharding(self.mesh, over)), abstract['memory']
             )
@@ -175,7 +179,8 @@ class Trainer:
         if cut is not None and cut.method == 'ulysses':
             for layer in layers_of(self.model_config):
                 ways = cut.pieces * self._ways('heads')
-                if isinstance(layer.mixer, AttentionConfig) and layer.mixer.num_heads % ways:
+                own_way = isinstance(layer.mixer, LongAttentionConfig | RecurrentAttentionConfig)
+                if isinstance(layer.mixer, AttentionConfig) and not own_way and layer.mixer.num_heads % ways:
                     raise UserError(
                         f'{layer.mixer.num_heads} heads cannot be divided over {ways} devices',
                         where='AxisRules.sequence_method',
@@ -185,18 +190,12 @@ class Trainer:
     def _check_memory(self) -> None:
         if not (isinstance(self.model_config, DecoderConfig) and self.model_config.memory_length):
             return
-        for where, many in (
-            ('MeshConfig.pipeline', self.mesh.shape[PIPELINE_AXIS]),
-            ('MeshConfig.sequence', self._ways('sequence')),
-            ('StepConfig.gradient_accumulation', self.step_config.gradient_accumulation),
-        ):
-            if many > 1:
-                raise UserError(
-                    'a model that remembers the row before runs without a pipeline, without rows that are cut and '
-                    f'without accumulation, and there are {many} of these',
-                    where=where,
-                    fix='Use 1.',
-                )
+        if self.mesh.shape[PIPELINE_AXIS] > 1:
+            raise UserError(
+                'a model that remembers the row before does not run in a pipeline',
+                where='MeshConfig.pipeline',
+                fix='Use 1.',
+            )
 
     def _ways(self, axis: str) -> int:
         """Devices that share an activation along a logical axis."""
