@@ -11,7 +11,7 @@ from llm.models.decoder import DecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
-from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.placement import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig, paper_cost
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from llm.scaling.accounting import count, flops_per_token, training_memory

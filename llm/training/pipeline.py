@@ -17,11 +17,13 @@ from llm.models.layer_stack import run_layers
 from llm.models.parameters import ParameterSpec, Role
 from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
-from llm.parallel.pipeline.executor import Batch, Layers, Placement, Stages, Sums, run
+from llm.parallel.pipeline.executor import run
 from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.placement import Placement
 from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
+from llm.parallel.pipeline.stages import Batch, Layers, Stages, Sums
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
 from llm.parallel.sharding import AxisRules, names

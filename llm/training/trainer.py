@@ -21,7 +21,7 @@ from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
 from llm.models.recurrent_attention import RecurrentAttentionConfig, memory_axes
 from llm.parallel.mesh import MeshConfig, make_mesh
-from llm.parallel.pipeline.executor import AXIS as PIPELINE_AXIS
+from llm.parallel.pipeline.placement import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, parameter_sharding, sequence_cut, use_rules

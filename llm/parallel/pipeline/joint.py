@@ -1,0 +1,155 @@
+"""What the stages of a pipeline do together, between their operations.
+
+Embedding and loss belong to no stage: their parameters are sharded over all stages, which compute them together
+("vocabulary parallelism", Yeung et al. 2024, "Balancing Pipeline Parallelism with Vocabulary Parallelism", section 4).
+The same goes for layers before the stages' and for those that are left over when stages have equally many: of those
+each stage does some of the rows, with weights that are gathered as they are needed.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm.parallel.pipeline.placement import AXIS, gathered, without_leading_axis
+from llm.parallel.pipeline.simulation import Problem
+from llm.parallel.pipeline.stages import Batch, Layers, Stages, Sums
+from llm.parallel.pipeline.sums import joined
+from llm.parallel.sharding import AxisRules, use_rules
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for jax.checkpoint."""
+    return str(primitive) != 'all_gather'
+
+
+class Joint:
+    """On one device; everything is that device's part, but for axes that the compiler places."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        stages: Stages,
+        rules: AxisRules,
+        placements: Any,
+        manual: tuple[str, ...],
+        batch: Batch,
+        key: jax.Array | None,
+    ) -> None:
+        self.stages, self.rules, self.placements, self.manual = stages, rules, placements, manual
+        self.num_stages, self.microbatches = problem.stages, problem.microbatches
+        self.staged_repeats = problem.staged_repeats
+        self.batch, self.key, self.stage = batch, key, jax.lax.axis_index(AXIS)
+
+    def rows(self, microbatch: jax.Array) -> Batch:
+        """The rows of one microbatch."""
+
+        def pick(x: jax.Array) -> jax.Array:
+            # A reshape would have the compiler copy the whole batch.
+            index = microbatch + self.microbatches * jnp.arange(x.shape[0] // self.microbatches)
+            return jnp.take(x, index, axis=0, mode='clip')
+
+        return {name: pick(x) for name, x in self.batch.items()}
+
+    def context(self, rows: Batch, microbatch: jax.Array) -> Any:
+        """What layers need of these rows besides x."""
+        return self.stages.context(rows, self._key_of(microbatch))
+
+    def _key_of(self, microbatch: jax.Array) -> jax.Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, microbatch)
+
+    def _ends(self, shared: Any) -> Any:
+        return gathered(shared['ends'], self.placements['ends'], self.manual)
+
+    def _gathered(self, parameters: Any, placements: Any) -> Any:
+        return gathered(parameters, placements, self.manual, from_stages=True)
+
+    def embed(self, shared: Any, rows: Batch, microbatch: jax.Array) -> Layers:
+        """What the first stage reads, after the layers before the stages'."""
+        x = self.stages.embed(self._ends(shared), rows, self._key_of(microbatch))
+        if not shared['leading']:
+            return x, {}, {}
+        return self._shared_out(self._leading, shared, x, rows, microbatch, everywhere=True)
+
+    def loss(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> tuple[jax.Array, Sums]:
+        """Of the last stage's x, after the layers that no stage has; every stage has its part of the vocabulary."""
+        x = jnp.where(self.stage == self.num_stages - 1, x, 0)
+        losses: Any = {}
+        layers: Any = {}
+        if not shared['repeats'] and not shared['remainder']:
+            x = jax.lax.psum(x, AXIS)
+        else:
+            x, losses, layers = self._shared_out(self._left_over, shared, x, rows, microbatch, everywhere=False)
+        loss, sums = self.stages.loss(self._ends(shared), x, rows)
+        return sum(jax.tree.leaves(losses), loss), joined(sums, layers)
+
+    def _shared_out(
+        self,
+        layers: Callable[[Any, jax.Array, Batch, jax.Array], Layers],
+        shared: Any,
+        x: jax.Array,
+        rows: Batch,
+        microbatch: jax.Array,
+        *,
+        everywhere: bool,
+    ) -> Layers:
+        """Layers that no stage has: each stage does some of the rows, and all get the result.
+
+        Args:
+            everywhere: whether every stage has x; else x is the sum over stages.
+        """
+        if x.shape[0] % self.num_stages:  # all do the same
+            return layers(shared, x if everywhere else jax.lax.psum(x, AXIS), rows, microbatch)
+        size = x.shape[0] // self.num_stages
+
+        def own(r: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(r, self.stage * size, size)
+
+        x = own(x) if everywhere else jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
+        with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
+            x, losses, sums = layers(shared, x, {name: own(r) for name, r in rows.items()}, microbatch)
+        x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
+        return x, *jax.lax.psum((losses, sums), AXIS)
+
+    def _leading(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
+        """The layers before the stages', of these rows."""
+        context, placements = self.context(rows, microbatch), self.placements['leading']
+        whole = self._gathered(shared['leading'], placements)
+        x, losses, sums = self.stages.leading(whole, x, context)
+        return x, losses, {'leading': sums} if sums else {}
+
+    def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
+        """The layers after the stages', of these rows."""
+        context, placements = self.context(rows, microbatch), self.placements
+        of_one = without_leading_axis(placements['repeats'])
+
+        # What is gathered is gathered again in the backward pass.
+        remat = self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered)
+
+        @remat
+        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+            parameters, index = parameters_and_index
+            whole = self._gathered(parameters, of_one)
+            x, *others = self.stages.repeat(whole, x, index, context)
+            return x, others
+
+        @remat
+        def remainder(parameters: Any, x: jax.Array) -> Layers:
+            whole = self._gathered(parameters, placements['remainder'])
+            return self.stages.remainder(whole, x, context)
+
+        losses, sums = [], {}
+        if repeats := shared['repeats']:
+            first, count = self.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
+            x, (found, sums['repeats']) = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
+            losses.append(jax.tree.map(jnp.sum, found))
+        if shared['remainder']:
+            x, found, sums['remainder'] = remainder(shared['remainder'], x)
+            losses.append(found)
+        return x, losses, {name: each for name, each in sums.items() if each}
+
+    def on(self, stage: int, x: jax.Array) -> jax.Array:
+        """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
+        return jnp.where(self.stage == stage, x, jnp.zeros_like(x))
