@@ -75,7 +75,6 @@ class Trainer:
         self._check_contrastive()
         self._check_length()
         self._check_sequence()
-        self._check_memory()
         module = model.build()
         self.specs = parameter_specs(module)
         self.pipeline_table = self._pipeline_table(pipeline)
@@ -99,12 +98,10 @@ class Trainer:
             'step': self._placed(abstract['step'], self.replicated),
         }
         if 'memory' in abstract:
-            with use_rules(self.mesh, rules):
-                axes = memory_axes(model.memory_length) if isinstance(model, DecoderConfig) else ()
-            over = rules.partition(axes, self.mesh, parameters=False)
-            self.abstract_state['memory'] = jax.tree.map(
-                lambda x: self._placed(x, NamedSharding(self.mesh, over)), abstract['memory']
-            )
+            self.abstract_state['memory'] = {
+                group: jax.tree.map(lambda x, group=group: self._placed(x, self._memory_sharding(group, x)), arrays)
+                for group, arrays in abstract['memory'].items()
+            }
         self.state_shardings: State = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.batch_sharding = NamedSharding(
             self.mesh, rules.partition(('batch', 'sequence'), self.mesh, parameters=False)
@@ -187,15 +184,14 @@ class Trainer:
                         fix="Use 'ring' or 'all_gather' instead of 'ulysses', or change the mesh.",
                     )
 
-    def _check_memory(self) -> None:
-        if not (isinstance(self.model_config, DecoderConfig) and self.model_config.memory_length):
-            return
-        if self.mesh.shape[PIPELINE_AXIS] > 1:
-            raise UserError(
-                'a model that remembers the row before does not run in a pipeline',
-                where='MeshConfig.pipeline',
-                fix='Use 1.',
-            )
+    def _memory_sharding(self, group: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        """Of a memory [repeats, B, M, D]: stages have that of their own layers."""
+        with use_rules(self.mesh, self.rules):
+            axes = memory_axes(x.shape[2])
+        _, *over = self.rules.partition(axes, self.mesh, parameters=False)
+        (layers,) = self.rules.partition(('layers',), self.mesh, parameters=True)
+        even = group == 'layers' and x.shape[0] % math.prod(self.mesh.shape[axis] for axis in names(layers)) == 0
+        return NamedSharding(self.mesh, PartitionSpec(layers if even else None, *over))
 
     def _ways(self, axis: str) -> int:
         """Devices that share an activation along a logical axis."""
