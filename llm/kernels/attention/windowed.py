@@ -128,27 +128,27 @@ def windowed_attention(
         key_ids = jnp.where(global_tokens.mask, -1, ids)  # they are seen apart
     attend = functools.partial(flash.attention_and_sums, _implementation(implementation, device, length))
     q, k, v = (split(x, sequence_axis) for x in (query, key, value))
-    where, before = Positions(), 0
+    where, before, piece = Positions(), 0, q.shape[1]
     if ids is not None and key_ids is not None:
         query_ids, key_ids = split(ids, sequence_axis), split(key_ids, sequence_axis)
         if sequence_axis is not None:
-            before = _reach(window, dilation, q.shape[1], sequence_axis)
+            before = _reach(window, dilation, piece, sequence_axis)
             sides = before, 0 if causal else before
             k, v = (with_neighbours(x, *sides, sequence_axis) for x in (k, v))
             key_ids = with_neighbours(key_ids + 2, *sides, sequence_axis) - 2  # -2 outside of the row
         where = Positions(_every(query_ids, dilation, -2), _every(key_ids, dilation, -2))
     options = Options(scale, causal, window, soft_cap, before // dilation)
-    every = flash.Inputs(*(_every(x, dilation) for x in (q, k, v)), where, None)
-    output, total = attend(options, every)
-    output, total = _together(output, dilation, q.shape[1], 1), _together(total, dilation, q.shape[1], 2)
+    q, k, v = (_every(x, dilation) for x in (q, k, v))
+    output, total = attend(options, flash.Inputs(q, k, v, where, None))
+    output, total = _together(output, dilation, piece, 1), _together(total, dilation, piece, 2)
     output, total = join(output, sequence_axis), join(total.swapaxes(1, 2), sequence_axis).swapaxes(1, 2)
     if global_tokens is None or ids is None:
         return output
     index, real = global_tokens.places, global_tokens.real
     own = jnp.where(real, pick(ids, index, sequence_axis), -1)
     options = Options(scale, False, None, soft_cap, 0)
-    theirs = (pick(x, index, sequence_axis) for x in (key, value))
-    seen = flash.Inputs(query, *theirs, Positions(ids, own), None)
+    key, value = (pick(x, index, sequence_axis) for x in (key, value))
+    seen = flash.Inputs(query, key, value, Positions(ids, own), None)
     output = flash.joined([(output, total), attend(options, seen)])
     seeing = flash.Inputs(global_tokens.query, global_tokens.key, global_tokens.value, Positions(own, ids), None)
     implementation_of_few = _implementation(implementation, device, index.shape[1])
