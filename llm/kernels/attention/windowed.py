@@ -134,7 +134,8 @@ def windowed_attention(
         if sequence_axis is not None:
             before = _reach(window, dilation, piece, sequence_axis)
             sides = before, 0 if causal else before
-            k, v = (with_neighbours(x, *sides, sequence_axis) for x in (k, v))
+            both = with_neighbours(jnp.concatenate([k, v], axis=-1), *sides, sequence_axis)  # in one message
+            k, v = jnp.split(both, 2, axis=-1)
             key_ids = with_neighbours(key_ids + 2, *sides, sequence_axis) - 2  # -2 outside of the row
         where = Positions(_every(query_ids, dilation, -2), _every(key_ids, dilation, -2))
     options = Options(scale, causal, window, soft_cap, before // dilation)
