@@ -20,13 +20,13 @@ from tests.training.parity_cases import GRADIENT, QUICKLY
 ROWS, S = 8, 4
 MODEL = dataclasses.replace(CONFIG, vocab_size=16, compute_dtype='float64')
 MODELS = {
-    'plain': MODEL,
-    # Shorter than a row, and of no length that devices can share.
+    # It remembers less than a row, and of no length that devices can share.
     'short': dataclasses.replace(
         MODEL, pattern=(dataclasses.replace(LAYER, mixer=dataclasses.replace(MIXER, memory_length=3)),)
     ),
+    # More than a row. In a pipeline of four chunks one layer comes before the stages', and two after them.
+    'long': dataclasses.replace(MODEL, num_layers=7, leading=(LAYER,), remat='full'),
 }
-MODELS['uneven'] = dataclasses.replace(MODEL, num_layers=14, leading=(LAYER,), pattern=(LAYER, LAYER), remat='full')
 ONE = PipelineConfig()
 
 
@@ -71,11 +71,15 @@ def trained(model, mesh, accumulation=1, method='ring', pipeline=PipelineConfig(
 @pytest.mark.parametrize(
     ('model', 'mesh', 'accumulation', 'method', 'schedule'),
     [
-        ('plain', MeshConfig(data=2, fsdp=2, tensor=H), 1, 'ring', ONE),
-        ('plain', MeshConfig(data=2, sequence=2, tensor=H), 2, 'ring', ONE),  # in zig-zag
-        ('short', MeshConfig(data=1, sequence=4), 1, 'ulysses', ONE),  # in order
-        # Layers outside of the stages: one before them, and two repeats of two and one more after them.
-        ('uneven', MeshConfig(data=2, sequence=2, pipeline=2), 2, 'ring', PipelineConfig('interleaved', 2)),
+        ('short', MeshConfig(data=2, fsdp=2, tensor=H), 1, 'ring', ONE),
+        ('short', MeshConfig(data=2, sequence=2, tensor=H), 2, 'ring', ONE),  # in zig-zag
+        (
+            'long',
+            MeshConfig(data=2, sequence=2, pipeline=2),
+            2,
+            'ulysses',
+            PipelineConfig('interleaved', 2),
+        ),  # in order
     ],
 )
 def test_a_mesh_agrees_with_one_device(model, mesh, accumulation, method, schedule):
@@ -89,3 +93,11 @@ def test_a_mesh_agrees_with_one_device(model, mesh, accumulation, method, schedu
     for (path, exact), found in zip(jax.tree.leaves_with_path(one[1]), jax.tree.leaves(many[1]), strict=True):
         atol = 1e-9 * max(1, np.abs(exact).max())
         np.testing.assert_allclose(found, exact, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_heads_are_not_divided_over_the_devices_that_share_rows():
+    rules = AxisRules(sequence_method='ulysses')
+    mesh, step = MeshConfig(data=1, sequence=4), StepConfig(ROWS, S)
+    with jax.enable_x64():
+        trainer = Trainer(MODELS['short'], GRADIENT, step, 10, mesh, rules, jax.devices()[:4])
+    assert H % 4 and trainer.mesh.shape['sequence'] == 4
