@@ -252,6 +252,12 @@ class Attention(nnx.Module):
         return y if norm is None else norm(y)
 
 
+def sequence_axis_of(cut: SequenceCut, context: Context) -> SequenceAxis:
+    """The axis that rows are cut along, for kernels."""
+    permutes = cut.in_step or target_device().platform != 'cpu'
+    return SequenceAxis(cut.axis, cut.pieces, cut.method, context.token_index is not None, permutes)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -282,13 +288,7 @@ def attend(
     run = functools.partial(dot_product_attention, device=device, **options)
     sequence = None if cut is None else 'sequence'
     if cut is not None and not whole_keys:
-        zigzag = context.token_index is not None
-        run = functools.partial(
-            run,
-            sequence_axis=SequenceAxis(
-                cut.axis, cut.pieces, cut.method, zigzag, permutes=cut.in_step or device.platform != 'cpu'
-            ),
-        )
+        run = functools.partial(run, sequence_axis=sequence_axis_of(cut, context))
     if context.offset is not None:
         arrays['query_offset'] = jnp.asarray(context.offset)
     keys = None if whole_keys else sequence

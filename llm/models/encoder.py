@@ -149,8 +149,14 @@ class EncoderConfig:
 
 
 def check_layers(pattern: tuple[LayerConfig, ...], *, causal: bool, cross: bool, where: str) -> None:
-    """Raises UserError where attention is not as causal as it should be, or cross-attention not where it should be."""
+    """Raises UserError where mixers are not as causal as they should be, or cross-attention not where it should be."""
     for layer in pattern:
+        if not causal and not isinstance(layer.mixer, AttentionConfig):
+            raise UserError(
+                f'{type(layer.mixer).__name__} reads in one direction alone, and an encoder in both',
+                where=where,
+                fix='Use AttentionConfig with causal = False; in a decoder any mixer will do.',
+            )
         if isinstance(layer.mixer, AttentionConfig) and layer.mixer.causal != causal:
             raise UserError(
                 f'attention has causal = {layer.mixer.causal}',

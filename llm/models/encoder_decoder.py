@@ -39,8 +39,8 @@ class EncoderDecoderConfig:
     Attributes:
         vocab_size: V.
         d_model: D.
-        encoder: its attention has causal = False. decoder: its layers have cross-attention.
-        position: 'relative' needs a relative_bias in both; 'rope' and 'none' work too.
+        encoder: its attention has causal = False. decoder: its layers have cross-attention, and any causal mixer.
+        position: 'relative' needs a relative_bias where layers attend; 'rope' and 'none' work too.
         tied_embeddings: whether the logits reuse the token embedding; they are then times D ** -0.5, as in T5 1.0.
         dropout: rate on the embedded tokens.
         compute_dtype, initialization, mup_base_width, low_rank: see DecoderConfig.
@@ -235,12 +235,12 @@ class EncoderDecoder(nnx.Module):
 
         Args:
             offset: [] or [B] number of tokens that the cache holds; see Decoder.decode_hidden.
-            lengths: as there; attention does without.
+            lengths: as there.
         """
-        del lengths
         positions = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1)) + jnp.arange(inputs.shape[1], dtype=jnp.int32)
         ids = inputs if self.config.decoder.routed else None
-        context = Context(offset=offset, token_ids=ids, memory_segment_ids=cache.get('memory_segment_ids'))
+        memory_ids = cache.get('memory_segment_ids')
+        context = Context(offset=offset, lengths=lengths, token_ids=ids, memory_segment_ids=memory_ids)
         x = self._embed(inputs, 1, None, None)
         hidden, layers, _ = self.decoder(x, positions, context, None, cache['layers'])
         return hidden, cache | {'layers': layers}

@@ -11,16 +11,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llm.errors import UserError
+from llm.kernels.attention.sequence_axis import SequenceAxis
 from llm.kernels.attention.windowed import GlobalTokens, find, pick, windowed_attention, windowed_attention_to_cache
-from llm.models.attention import Attention, AttentionConfig
+from llm.models.attention import Attention, AttentionConfig, sequence_axis_of
 from llm.models.context import Cache, Context, write_cache
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, rotate
-from llm.parallel.sharding import Axes, map_shards, sequence_cut, target_device
+from llm.parallel.sharding import Axes, constrain, map_shards, sequence_cut, target_device
 
 # Logical axis of the heads of what has some.
 _HEADS = {'query': 'heads', 'key': 'kv_heads', 'value': 'kv_heads'}
 _HEADS |= {f'global_{name}': axis for name, axis in _HEADS.items()}
+# What has an entry for each global token, and not for each of the row.
+_OF_GLOBAL = ('global_places', 'global_real', 'global_query')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +119,8 @@ class LongAttention(Attention):
                 where='LongAttentionConfig',
                 fix='Use AttentionConfig.',
             )
-        if cache is None and (cut := sequence_cut()) is not None:
-            raise UserError(
-                f'long attention needs whole rows, and they are cut into {cut.pieces} pieces (mesh axis {cut.axis!r})',
-                where=f'MeshConfig.{cut.axis}',
-                fix='Use 1: the cost of a window does not grow with the row.',
-            )
+        cut = sequence_cut() if cache is None else None
+        axis = None if cut is None else sequence_axis_of(cut, context)
         query = self._rotated(self._project(x, self.query, self.query_bias, self.query_norm, 'heads'), context)
         key = self._rotated(self._project(x, self.key, self.key_bias, self.key_norm, 'kv_heads'), context)
         value = self._project(x, self.value, self.value_bias, None, 'kv_heads')
@@ -136,21 +135,30 @@ class LongAttention(Attention):
             return self._output(self._by_dilation(windowed_attention_to_cache, arrays)), cache
         if context.segment_ids is not None:
             arrays['segment_ids'] = context.segment_ids
-        arrays |= self._global(x, context)
+        arrays |= self._global(x, context, axis)
         run = functools.partial(
-            _with_global_tokens, causal=config.causal, implementation=config.implementation, device=target_device()
+            _with_global_tokens,
+            causal=config.causal,
+            implementation=config.implementation,
+            device=target_device(),
+            sequence_axis=axis,
         )
-        mixed = self._by_dilation(run, arrays)
+        mixed = self._by_dilation(run, arrays, None if axis is None else 'sequence')
         if context.global_tokens is not None:
             many = jnp.sum(context.global_tokens, axis=1) > config.global_tokens
             mixed = jnp.where(many[:, None, None, None], jnp.nan, mixed)
         return self._output(mixed), cache
 
-    def _by_dilation(self, function: Callable[..., jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
-        """`function` on each device's part of the heads of one dilation after the other."""
+    def _by_dilation(
+        self, function: Callable[..., jax.Array], arrays: dict[str, jax.Array], tokens: str | None = None
+    ) -> jax.Array:
+        """`function` on each device's part of the heads of one dilation after the other; `tokens`: axis of those."""
         config = self.config
         many, outputs = len(config.dilations), []
-        axes: dict[str, Axes] = {name: ('batch' if x.shape[0] > 1 else None, None) for name, x in arrays.items()}
+        axes: dict[str, Axes] = {
+            name: ('batch' if x.shape[0] > 1 else None, None if name in _OF_GLOBAL else tokens)
+            for name, x in arrays.items()
+        }
         axes |= {name: (*axes[name], _HEADS[name], None) for name in arrays if name in _HEADS}
         for number, dilation in enumerate(config.dilations):
             part = {
@@ -167,34 +175,47 @@ class LongAttention(Attention):
             outputs.append(map_shards(run, part, axes, axes['query']))
         return outputs[0] if many == 1 else jnp.concatenate(outputs, axis=2)
 
-    def _rotated(self, x: jax.Array, context: Context, index: jax.Array | None = None) -> jax.Array:
+    def _rotated(
+        self, x: jax.Array, context: Context, index: jax.Array | None = None, axis: SequenceAxis | None = None
+    ) -> jax.Array:
         """Queries or keys turned by their positions, of tokens `index` [B, N] where they are not all of the row."""
         if self.position != 'rope' or not self.config.rotary.size:
             return x
-        table = context.rotary[self.config.rotary]
+        cosine, sine = context.rotary[self.config.rotary]
         if index is not None:
-            shape = (index.shape[0], *table[0].shape[1:])
-            table = (pick(jnp.broadcast_to(table[0], shape), index), pick(jnp.broadcast_to(table[1], shape), index))
-        return rotate(x, table)
+            shape = (index.shape[0], *cosine.shape[1:])
+            cosine, sine = (_picked(jnp.broadcast_to(each, shape), index, axis) for each in (cosine, sine))
+        return rotate(x, (cosine, sine))
 
-    def _global(self, x: jax.Array, context: Context) -> dict[str, jax.Array]:
+    def _global(self, x: jax.Array, context: Context, axis: SequenceAxis | None) -> dict[str, jax.Array]:
         """The parts of GlobalTokens, by name; none where there are no global tokens."""
         mask, most = context.global_tokens, self.config.global_tokens
         if mask is None:
             return {}
         if self.global_query is None or self.global_key is None or self.global_value is None:
             raise ValueError('there are global tokens, and room for none')
-        index, real = find(mask, most)
-        query = self._project(pick(x, index), self.global_query, self.global_query_bias, self.query_norm, 'heads')
+        index, real = find(constrain(mask, ('batch', None)), most)
+        query = self._project(
+            _picked(x, index, axis), self.global_query, self.global_query_bias, self.query_norm, 'heads'
+        )
         key = self._project(x, self.global_key, self.global_key_bias, self.key_norm, 'kv_heads')
         return {
             'global_mask': mask,
             'global_places': index,
             'global_real': real,
-            'global_query': self._rotated(query, context, index),
+            'global_query': self._rotated(query, context, index, axis),
             'global_key': self._rotated(key, context),
             'global_value': self._project(x, self.global_value, self.global_value_bias, None, 'kv_heads'),
         }
+
+
+def _picked(x: jax.Array, index: jax.Array, axis: SequenceAxis | None) -> jax.Array:
+    """`pick`, where devices share rows too."""
+    if axis is None:
+        return pick(x, index)
+    rest: Axes = (None,) * (x.ndim - 2)
+    axes: dict[str, Axes] = {'x': ('batch', 'sequence', *rest), 'index': ('batch', None)}
+    return map_shards(functools.partial(pick, axis=axis), {'x': x, 'index': index}, axes, ('batch', None, *rest))
 
 
 def _with_global_tokens(**arrays: Any) -> jax.Array:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.errors import UserError
-from llm.models.attention import AttentionConfig
 from llm.models.context import MEMORY_TOKENS, Cache, Context
-from llm.models.layer import Layer, LayerConfig
+from llm.models.layer import AttendingConfig, Layer, LayerConfig
 from llm.models.layer_stack import Auxiliary, run_layers
 from llm.models.moe import MoeConfig
 from llm.models.normalization import Norm, NormConfig
@@ -30,7 +29,8 @@ class StackConfig:
         num_layers: L.
         pattern: the layers that repeat.
         final_norm: normalisation after the last layer; None for none.
-        relative_bias: added to the scores of self-attention in all layers alike, with position 'relative'.
+        relative_bias: added to the scores of self-attention in all layers alike, with position 'relative'; None for
+            layers none of which attends to its own row.
         shared_layers: whether all repeats of the pattern have the same parameters (ALBERT, Lan et al. 2020).
         scan_layers, remat, remat_names: see DecoderConfig.
     """
@@ -50,12 +50,6 @@ class StackConfig:
             raise UserError(f'num_layers is {self.num_layers}', where=where, fix='Use at least 1.')
         if not self.pattern:
             raise UserError('pattern is empty', where=where, fix='Give at least one LayerConfig.')
-        if any(not isinstance(layer.mixer, AttentionConfig) for layer in self.pattern):
-            raise UserError(
-                'layers of encoders and encoder-decoders attend: a recurrence reads in one direction alone',
-                where='StackConfig.pattern',
-                fix='Use AttentionConfig, or a DecoderConfig.',
-            )
         if self.shared_layers and self.remainder:
             raise UserError(
                 f'{self.num_layers} layers that share parameters are no whole number of patterns',
@@ -95,11 +89,12 @@ class Stack(nnx.Module):
     """The layers. Shapes: x [B, S, D] -> [B, S, D]."""
 
     def __init__(self, config: StackConfig, d_model: int, position: PositionKind) -> None:
-        if (position == 'relative') != (config.relative_bias is not None):
+        attending = [layer.mixer for layer in config.pattern if isinstance(layer.mixer, AttendingConfig)]
+        if (position == 'relative' and len(attending) > 0) != (config.relative_bias is not None):
             raise UserError(
                 f'position is {position!r} and relative_bias {config.relative_bias}',
                 where='StackConfig.relative_bias',
-                fix="Give one with position 'relative', and only then.",
+                fix="Give one with position 'relative' and layers that attend, and only then.",
             )
         self.config, self.position = config, position
         self.layers: nnx.Dict[Layer] = nnx.Dict()
@@ -111,7 +106,7 @@ class Stack(nnx.Module):
         for p, layer in enumerate(config.remainder):
             self.remainder[str(p)] = stack(Layer(layer, d_model, position), 1, axis='remainder')
         self.final_norm = Norm(config.final_norm, d_model) if config.final_norm else None
-        heads = {layer.attention.num_heads for layer in config.pattern} if config.relative_bias else {1}
+        heads = {mixer.num_heads for mixer in attending} if config.relative_bias else {1}
         if len(heads) > 1:
             raise UserError(
                 f'layers have {sorted(heads)} heads and share one relative bias',
@@ -208,7 +203,7 @@ class Stack(nnx.Module):
     def _rotary(self, positions: jax.Array, dtype: jnp.dtype) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
         if self.position != 'rope':
             return {}
-        kinds = {layer.attention.rotary for layer in self.config.pattern}
+        kinds = {layer.mixer.rotary for layer in self.config.pattern if isinstance(layer.mixer, AttendingConfig)}
         return {rotary: rotary_table(rotary, positions, jnp.promote_types(dtype, jnp.float32)) for rotary in kinds}
 
 

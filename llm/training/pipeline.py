@@ -20,11 +20,12 @@ from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
 from llm.parallel.pipeline.executor import run
 from llm.parallel.pipeline.granularity import Costs
+from llm.parallel.pipeline.memory import rows_first, without_memory
 from llm.parallel.pipeline.placement import Placement
 from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.pipeline.simulation import Problem
-from llm.parallel.pipeline.stages import Batch, Gathering, Layers, Stages, Sums
+from llm.parallel.pipeline.stages import MEMORY, Batch, Gathering, Layers, Stages, Sums
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
 from llm.parallel.sharding import AxisRules, names
@@ -66,28 +67,31 @@ def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
 
     def context(rows: Batch, key: jax.Array | None) -> Any:
         routed = (rows['inputs'], rows.get('routing_weights')) if config.routed else (None, None)
-        return rows['segment_ids'], decoder.rotary(rows['positions']), key, routed
+        before = rows['positions'][:, 0] if config.memory_length else None
+        return rows['segment_ids'], decoder.rotary(rows['positions']), key, routed, before
 
     def read_of(context: Any) -> Context:
-        segment_ids, rotary, _, (ids, weights) = context
+        segment_ids, rotary, _, (ids, weights), before = context
         order = token_order(segment_ids.shape[1])
         index = None if order is None else jnp.asarray(order)
-        return Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
+        return Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights, before=before)
 
-    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> Layers:
-        x, _, sums, read = run_layers(
-            dict(layers.items()), x, read_of(context), repeats=1, first=first, dropout_key=context[2], trunk=trunk
+    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any, memory: Any) -> Layers:
+        read, key = read_of(context), context[2]
+        x, memory, sums, before_last = run_layers(
+            dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key, cache=memory, trunk=trunk
         )
         losses = {position: each.pop('loss').sum() for position, each in sums.items()}
-        return (x, read) if trunk else x, losses, sums
+        return (x, before_last) if trunk else x, losses, sums if memory is None else {**sums, MEMORY: memory}
 
-    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> Layers:
+    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any, memory: Any = None) -> Layers:
         layers = nnx.merge(graphs['layers'], jax.tree.map(lambda p: p[None], parameters))
-        x, losses, sums = run_once(layers, x, starts['layers'] + index * len(config.pattern), context)
+        memory = jax.tree.map(lambda m: m[None], memory)
+        x, losses, sums = run_once(layers, x, starts['layers'] + index * len(config.pattern), context, memory)
         return x, losses, jax.tree.map(lambda s: s[0], sums)
 
-    def outside(group: str, parameters: Any, x: jax.Array, context: Any) -> Layers:
-        return run_once(nnx.merge(graphs[group], parameters), x, starts[group], context)
+    def outside(group: str, parameters: Any, x: jax.Array, context: Any, memory: Any = None) -> Layers:
+        return run_once(nnx.merge(graphs[group], parameters), x, starts[group], context, memory)
 
     def ahead(shared: Any, rows: Batch) -> Batch:
         model, dtype = merged(shared), jnp.dtype(config.compute_dtype)
@@ -201,10 +205,31 @@ def make_pipeline(
         layers = {'layers': jax.tree.map(lambda *each: jnp.concatenate(each), *parts)} if parts else {}
         return {**routing, **layers}
 
+    def memories(batch: Batch) -> tuple[Any, Batch]:
+        """What the stages' layers remember, and the batch with what others do."""
+        memory: Any = batch.get(MEMORY)
+        if memory is None:
+            return {}, batch
+        rest: Any = {MEMORY: rows_first({name: memory[name] for name in outside if name in memory})}
+        if left:
+            rest[MEMORY]['repeats'] = rows_first(jax.tree.map(lambda x: x[staged:], memory['layers']))
+        batch = {name: x for name, x in batch.items() if name != MEMORY} | (rest if rest[MEMORY] else {})
+        return jax.tree.map(lambda x: x[:staged], memory['layers']), batch
+
+    def new_memory(of_stages: Any, others: Any) -> Any:
+        """By group, as it was given."""
+        if left:
+            of_stages = jax.tree.map(lambda *each: jnp.concatenate(each), of_stages, others.pop('repeats'))
+        return {'layers': of_stages, **others}
+
     def compute(parameters: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Sums]:
         layers, shared = divided(parameters, lambda x: x[:staged], lambda x: x[staged:])
-        found, sums = run(table, stages, mesh, rules, placements, layers, shared, batch, key)
-        if routing := sums.pop('layers', {}):
+        memory, batch = memories(batch)
+        found, sums = run(table, stages, mesh, rules, placements, layers, shared, batch, key, memory)
+        routing, others = without_memory(sums.pop('layers', {}))
+        if memory:
+            sums[MEMORY] = new_memory(sums[MEMORY], others)
+        if routing:
             sums = {**sums, 'routing': by_group(routing)}
         if found is None:
             return None, sums
@@ -231,10 +256,13 @@ def repeat_costs_of(
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), specs['layers'])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    context = jax.eval_shape(stages.context, dict.fromkeys(('inputs', 'segment_ids', 'positions'), tokens), key)
+    context = [jax.eval_shape(stages.context, dict.fromkeys(('inputs', 'segment_ids', 'positions'), tokens), key)]
+    if config.memory_length:
+        memory = jax.eval_shape(lambda: config.init_memory(rows))['layers']
+        context.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), memory))
 
     def repeat(parameters: Any, x: jax.Array, context: Any) -> Layers:
-        return stages.without_trunk().repeat(parameters, x, jnp.int32(0), context)
+        return stages.without_trunk().repeat(parameters, x, jnp.int32(0), *context)
 
     x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)
     return count(repeat, parameters, x, context, stages.remat)

@@ -77,6 +77,24 @@ def microbatches_of(x: jax.Array, count: int, axes: Axes) -> jax.Array:
     return constrain(x, (None, *axes))
 
 
+def _memory_in_microbatches(memory: Any, count: int) -> Any:
+    """Of every array, [repeats, B, M, D] -> [count, repeats, B / count, M, D]: that of the rows of each microbatch."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
+
+    return jax.tree.map(one, memory)
+
+
+def _memory_of_microbatches(memory: Any) -> Any:
+    """The inverse of `_memory_in_microbatches`."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
+
+    return jax.tree.map(one, memory)
+
+
 def _read_by_model(batch: Batch, dropout_key: jax.Array | None) -> dict[str, Any]:
     """What `hidden` of the model takes, of what is in a batch."""
     own = (
@@ -160,17 +178,27 @@ def make_train_step(
         if microbatches == 1:
             return gradient_of_sum(parameters, batch, key)
 
-        def body(total: Any, index_and_rows: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, rows = index_and_rows
-            part = gradient_of_sum(parameters, rows, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, part), None
+        memory = _memory_in_microbatches(batch.get('memory', {}), microbatches)
 
-        rows = {name: microbatches_of(x, microbatches, ('batch', 'sequence')) for name, x in batch.items()}
-        first = jax.tree.map(lambda x: x[0], rows)
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of_sum, parameters, first, key)
-        )
-        return jax.lax.scan(body, zero, (jnp.arange(microbatches), rows))[0]
+        def microbatch(index: jax.Array, rows: Batch, memory: Any) -> tuple[tuple[Any, Metrics], Any]:
+            given = rows | ({'memory': memory} if memory else {})
+            gradients, sums = gradient_of_sum(parameters, given, jax.random.fold_in(key, index))
+            return (gradients, sums), sums.pop('memory', {})
+
+        def body(total: Any, part: tuple[jax.Array, Batch, Any]) -> tuple[Any, Any]:
+            found, memory = microbatch(*part)
+            return jax.tree.map(jnp.add, total, found), memory
+
+        rows = {
+            name: microbatches_of(x, microbatches, ('batch', 'sequence'))
+            for name, x in batch.items()
+            if name != 'memory'
+        }
+        parts = jnp.arange(microbatches), rows, memory
+        shapes, _ = jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, sums), memory = jax.lax.scan(body, zero, parts)
+        return gradients, sums | ({'memory': _memory_of_microbatches(memory)} if memory else {})
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = weighted_depths(placed(with_targets_ahead(batch, multi_token)), multi_token)

@@ -14,9 +14,11 @@ from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.initialization import initialize
+from llm.models.long_attention import LongAttentionConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.parameters import parameter_specs
+from llm.models.recurrent_attention import RecurrentAttentionConfig, memory_axes
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.pipeline.placement import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -77,7 +79,6 @@ class Trainer:
         self._check_batch()
         self._check_length()
         self._check_sequence()
-        self._check_memory()
         module = model.build()
         self.specs = parameter_specs(module)
         self.pipeline_table = self._pipeline_table(pipeline)
@@ -101,10 +102,10 @@ class Trainer:
             'step': self._placed(abstract['step'], self.replicated),
         }
         if 'memory' in abstract:
-            over = rules.partition((None, 'batch', None, None), self.mesh, parameters=False)
-            self.abstract_state['memory'] = jax.tree.map(
-                lambda x: self._placed(x, NamedSharding(self.mesh, over)), abstract['memory']
-            )
+            self.abstract_state['memory'] = {
+                group: jax.tree.map(lambda x, group=group: self._placed(x, self._memory_sharding(group, x)), arrays)
+                for group, arrays in abstract['memory'].items()
+            }
         self.state_shardings: State = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.batch_sharding = NamedSharding(
             self.mesh, rules.partition(('batch', 'sequence'), self.mesh, parameters=False)
@@ -163,28 +164,22 @@ class Trainer:
         if cut is not None and cut.method == 'ulysses':
             for layer in layers_of(self.model_config):
                 ways = cut.pieces * self._ways('heads')
-                if isinstance(layer.mixer, AttentionConfig) and layer.mixer.num_heads % ways:
+                own_way = isinstance(layer.mixer, LongAttentionConfig | RecurrentAttentionConfig)
+                if isinstance(layer.mixer, AttentionConfig) and not own_way and layer.mixer.num_heads % ways:
                     raise UserError(
                         f'{layer.mixer.num_heads} heads cannot be divided over {ways} devices',
                         where='AxisRules.sequence_method',
                         fix="Use 'ring' or 'all_gather' instead of 'ulysses', or change the mesh.",
                     )
 
-    def _check_memory(self) -> None:
-        if not (isinstance(self.model_config, DecoderConfig) and self.model_config.memory_length):
-            return
-        for where, many in (
-            ('MeshConfig.pipeline', self.mesh.shape[PIPELINE_AXIS]),
-            ('MeshConfig.sequence', self._ways('sequence')),
-            ('StepConfig.gradient_accumulation', self.step_config.gradient_accumulation),
-        ):
-            if many > 1:
-                raise UserError(
-                    'a model that remembers the row before runs without a pipeline, without rows that are cut and '
-                    f'without accumulation, and there are {many} of these',
-                    where=where,
-                    fix='Use 1.',
-                )
+    def _memory_sharding(self, group: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        """Of a memory [repeats, B, M, D]: stages have that of their own layers."""
+        with use_rules(self.mesh, self.rules):
+            axes = memory_axes(x.shape[2])
+        _, *over = self.rules.partition(axes, self.mesh, parameters=False)
+        (layers,) = self.rules.partition(('layers',), self.mesh, parameters=True)
+        even = group == 'layers' and x.shape[0] % math.prod(self.mesh.shape[axis] for axis in names(layers)) == 0
+        return NamedSharding(self.mesh, PartitionSpec(layers if even else None, *over))
 
     def _ways(self, axis: str) -> int:
         """Devices that share an activation along a logical axis."""

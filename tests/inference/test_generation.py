@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from llm.errors import UserError
 from llm.inference.generation import Generator, Prompt
@@ -20,6 +21,7 @@ from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.parallel.sharding import AxisRules, parameter_sharding
 from tests.models.small_decoders import LAYER, decoder_config, layer, parameters, run, tokens
+from tests.models.small_encoders import built, hybrid_t5
 
 GREEDY = SamplingConfig(temperature=0)
 MESH = make_mesh(MeshConfig(data=1))
@@ -80,6 +82,28 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(kind):
         start = len(prompt.tokens)
         assert row[start - 1 : start - 1 + new].tolist() == continuation
     assert ends == ['length'] * 3
+    assert len({tuple(continuation) for continuation in found}) == 3
+
+
+def test_an_encoder_decoder_goes_on_from_recurrent_states():
+    """Rows of the decoder of different lengths, whose padding no state may see."""
+    texts = [tuple(tokens(1, length, seed=length)[0].tolist()) for length in (3, 12, 7)]
+    prompts = [dataclasses.replace(each, encoder_tokens=text) for each, text in zip(PROMPTS, texts, strict=True)]
+    new, config = 9, hybrid_t5(compute_dtype='float64')
+    with jax.enable_x64(True):
+        graph, params = built(config)
+        found, _ = generate(Generator(config, GREEDY, MESH), params, prompts, new)
+        rows, sources = np.zeros((3, 9 + new), np.int32), np.zeros((3, 12), np.int32)
+        for row, source, prompt, continuation in zip(rows, sources, prompts, found, strict=True):
+            row[: len(prompt.tokens) + new] = [*prompt.tokens, *continuation]
+            source[: len(prompt.encoder_tokens)] = prompt.encoder_tokens
+        ids = np.arange(12) < np.array([len(text) for text in texts])[:, None]
+        sides = {'segment_ids': np.ones(rows.shape, np.int32), 'encoder_segment_ids': ids.astype(np.int32)}
+        run_all = jax.jit(lambda params: nnx.merge(graph, params)(rows, sources, **sides))
+        choices = run_all(params).argmax(axis=-1)
+    for row, prompt, continuation in zip(choices, prompts, found, strict=True):
+        start = len(prompt.tokens)
+        assert row[start - 1 : start - 1 + new].tolist() == continuation
     assert len({tuple(continuation) for continuation in found}) == 3
 
 

@@ -14,6 +14,8 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.heads import MaskedLanguageModelHeadConfig
 from llm.models.initialization import initialize
 from llm.models.layer import LayerConfig
+from llm.models.mamba import MambaConfig
+from llm.models.mamba2 import Mamba2Config
 from llm.models.normalization import NormConfig
 from llm.models.parameters import parameter_specs
 from llm.models.relative_bias import RelativeBiasConfig
@@ -63,6 +65,17 @@ def t5(layers: int = 2, *, gated: bool = True, **changes: Any) -> EncoderDecoder
         tied_embeddings=not gated,
     )
     return dataclasses.replace(config, **changes)
+
+
+def hybrid_t5(**changes: Any) -> EncoderDecoderConfig:
+    """T5 whose decoder has layers of both kinds of Mamba around one that attends to its own row."""
+    base = t5()
+    layer = base.decoder.pattern[0]
+    mixers = (MambaConfig(64, 2, 4), layer.mixer, Mamba2Config(4, 16, 6))
+    pattern = tuple(dataclasses.replace(layer, mixer=mixer) for mixer in mixers)
+    return dataclasses.replace(
+        base, decoder=dataclasses.replace(base.decoder, num_layers=3, pattern=pattern), **changes
+    )
 
 
 def built(config: EncoderConfig | EncoderDecoderConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -12,7 +12,7 @@ from llm.errors import UserError
 from llm.models.encoder import EncoderConfig
 from llm.models.relative_bias import RelativeBiasConfig
 from tests.models.small_decoders import compiled
-from tests.models.small_encoders import V, bert, built, t5
+from tests.models.small_encoders import V, bert, built, hybrid_t5, t5
 
 RNG = np.random.default_rng(0)
 
@@ -25,8 +25,9 @@ def close(ours, expected):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_packed_documents_do_not_see_each_other_on_either_side():
-    graph, params = built(t5())
+@pytest.mark.parametrize('model', [t5, hybrid_t5])
+def test_packed_documents_do_not_see_each_other_on_either_side(model):
+    graph, params = built(model())
     run = compiled(lambda params, *both, **ids: nnx.merge(graph, params)(*both, **ids))
     encoder, decoder = tokens(1, 12), tokens(1, 9)
     packed = run(
@@ -37,6 +38,9 @@ def test_packed_documents_do_not_see_each_other_on_either_side():
     close(packed[:, :4], run(params, decoder[:, :4], encoder[:, :7]))
     close(packed[:, 4:7], run(params, decoder[:, 4:7], encoder[:, 7:11]))
 
+
+def test_packed_documents_do_not_see_each_other_in_an_encoder():
+    encoder = tokens(1, 12)
     graph, params = built(bert())
     alone = compiled(lambda params, inputs, **ids: nnx.merge(graph, params)(inputs, **ids))
     packed = alone(params, encoder, segment_ids=jnp.asarray([[1] * 7 + [2] * 5]))
@@ -108,6 +112,7 @@ def test_buckets_hold_ever_more_distances():
         (lambda: bert(compute_dtype='int8'), "compute_dtype is 'int8'"),
         (lambda: EncoderConfig(9, 32, t5().decoder, max_positions=4), 'attention has causal = True'),
         (lambda: t5(decoder=t5().encoder), 'attention has causal = False'),
+        (lambda: t5(encoder=hybrid_t5().decoder), 'EncoderDecoderConfig.encoder: MambaConfig reads in one direction'),
         (lambda: t5(position='learned'), "position is 'learned'"),
         (lambda: t5(position='rope').build(), "position is 'rope' and relative_bias"),
         (lambda: RelativeBiasConfig(30), '30 buckets'),

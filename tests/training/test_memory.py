@@ -1,4 +1,4 @@
-"""Training a model that remembers the row before: the same on a mesh, and what it does not go with is refused."""
+"""Training a model that remembers the row before: the same on every mesh, and in microbatches."""
 
 import dataclasses
 import functools
@@ -8,68 +8,96 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.errors import UserError
 from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
+from llm.parallel.sharding import AxisRules
 from llm.training.loop import Evaluation, evaluate
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
-from tests.models.test_transformer_xl import CONFIG, LAYER, H
-from tests.training.parity_cases import GRADIENT
+from tests.models.test_transformer_xl import CONFIG, LAYER, MIXER, H
+from tests.training.parity_cases import GRADIENT, QUICKLY
 
 ROWS, S = 8, 4
-MODEL = dataclasses.replace(
-    CONFIG, vocab_size=16, compute_dtype='float64', pattern=(dataclasses.replace(LAYER, dropout=0.1),)
-)
+MODEL = dataclasses.replace(CONFIG, vocab_size=16, compute_dtype='float64')
+MODELS = {
+    # It remembers less than a row, and of no length that devices can share.
+    'short': dataclasses.replace(
+        MODEL, pattern=(dataclasses.replace(LAYER, mixer=dataclasses.replace(MIXER, memory_length=3)),)
+    ),
+    # More than a row. In a pipeline of four chunks one layer comes before the stages', and two after them.
+    'long': dataclasses.replace(MODEL, num_layers=7, leading=(LAYER,), remat='full'),
+}
+ONE = PipelineConfig()
 
 
 class Streams:
-    """Batches whose rows go on from one another."""
+    """Batches whose rows go on from one another; in every other one a document ends after six tokens."""
 
     def batch(self, step):
         tokens = np.random.default_rng(0).integers(0, 16, (ROWS, 3 * S + 1)).astype(np.int32)
         here = slice(step * S, step * S + S)
+        index = np.broadcast_to(np.arange(3 * S, dtype=np.int32)[here], (ROWS, S))
+        second = (index >= 6) & (np.arange(ROWS) % 2 == 0)[:, None]
         return {
             'inputs': tokens[:, here],
             'targets': tokens[:, 1:][:, here],
             'loss_weights': np.ones((ROWS, S), np.float32),
-            'segment_ids': np.ones((ROWS, S), np.int32),
-            'positions': np.broadcast_to(np.arange(3 * S, dtype=np.int32)[here], (ROWS, S)),
+            'segment_ids': 1 + (second & ~second[:, :1]).astype(np.int32),
+            'positions': index - 6 * second,
         }
 
 
 @functools.cache
-def trained(mesh):
+def trained(model, mesh, accumulation=1, method='ring', pipeline=PipelineConfig()):
     with jax.enable_x64():
         devices = jax.devices()[: int(np.prod(mesh.sizes(8)))]
-        trainer = Trainer(MODEL, GRADIENT, StepConfig(ROWS, S), 10, mesh, devices=devices)
+        rules = AxisRules(sequence_method=method)
+        trainer = Trainer(
+            MODELS[model], GRADIENT, StepConfig(ROWS, S, accumulation), 10, mesh, rules, devices, pipeline
+        )
         state = jax.device_put(jax.device_get(trainer.fresh_state()), trainer.state_shardings)
-        state = state | {'parameters': jax.tree.map(lambda x: x.astype(jnp.float64), state['parameters'])}
+        state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
         initial, losses = jax.device_get(state), []
+        batch = jax.device_put(Streams().batch(0), trainer.batch_sharding)
+        compiled = trainer.train_step.lower(state, batch).compile(QUICKLY)
         for step in range(3):
             batch = jax.device_put(Streams().batch(step), trainer.batch_sharding)
-            state, metrics = trainer.train_step(state, batch)
+            state, metrics = compiled(state, batch)
             losses.append(float(metrics['loss']))
         score = evaluate(trainer, initial['parameters'], Evaluation(Streams(), 3))
-        return losses, jax.device_get(state), score['loss']
-
-
-def test_a_mesh_agrees_with_one_device():
-    one, many = trained(MeshConfig(data=1)), trained(MeshConfig(data=2, fsdp=2, tensor=H))
-    np.testing.assert_allclose(many[0], one[0], rtol=1e-6)
-    assert one[2] == pytest.approx(many[2], rel=1e-9)
-    for exact, found in zip(jax.tree.leaves(one[1]), jax.tree.leaves(many[1]), strict=True):
-        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-9 * max(1, np.abs(exact).max()))
+        return losses, jax.device_get(state), score['loss'], compiled.as_text()
 
 
 @pytest.mark.parametrize(
-    ('mesh', 'accumulation', 'where'),
+    ('model', 'mesh', 'accumulation', 'method', 'schedule'),
     [
-        (MeshConfig(data=1, pipeline=2), 1, 'MeshConfig.pipeline'),
-        (MeshConfig(data=1, sequence=2), 1, 'MeshConfig.sequence'),
-        (MeshConfig(data=1), 2, 'StepConfig.gradient_accumulation'),
+        ('short', MeshConfig(data=2, fsdp=2, tensor=H), 1, 'ring', ONE),
+        ('short', MeshConfig(data=2, sequence=2, tensor=H), 2, 'ring', ONE),  # in zig-zag
+        (
+            'long',
+            MeshConfig(data=2, sequence=2, pipeline=2),
+            2,
+            'ulysses',
+            PipelineConfig('interleaved', 2),
+        ),  # in order
     ],
 )
-def test_what_it_does_not_go_with_is_refused(mesh, accumulation, where):
-    devices = jax.devices()[: int(np.prod(mesh.sizes(8)))]
-    with pytest.raises(UserError, match=f'{where}: a model that remembers'):
-        Trainer(MODEL, GRADIENT, StepConfig(ROWS, S, accumulation), 10, mesh, devices=devices)
+def test_a_mesh_agrees_with_one_device(model, mesh, accumulation, method, schedule):
+    one, many = trained(model, MeshConfig(data=1)), trained(model, mesh, accumulation, method, schedule)
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-6)
+    assert one[2] == pytest.approx(many[2], rel=1e-9)
+    assert np.abs(jax.tree.leaves(one[1]['memory'])[0]).min(axis=(1, 3)).min() > 0  # every place is taken
+    wanted = {'sequence': 'all-gather', 'pipeline': 'collective-permute'}
+    for collective in (wanted[axis] for axis in wanted if getattr(mesh, axis) > 1):
+        assert f'{collective}(' in many[3] or f'{collective}-start(' in many[3], collective
+    for (path, exact), found in zip(jax.tree.leaves_with_path(one[1]), jax.tree.leaves(many[1]), strict=True):
+        atol = 1e-9 * max(1, np.abs(exact).max())
+        np.testing.assert_allclose(found, exact, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_heads_are_not_divided_over_the_devices_that_share_rows():
+    rules = AxisRules(sequence_method='ulysses')
+    mesh, step = MeshConfig(data=1, sequence=4), StepConfig(ROWS, S)
+    with jax.enable_x64():
+        trainer = Trainer(MODELS['short'], GRADIENT, step, 10, mesh, rules, jax.devices()[:4])
+    assert H % 4 and trainer.mesh.shape['sequence'] == 4

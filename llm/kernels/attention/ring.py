@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from llm.kernels.attention import flash
 from llm.kernels.attention.flash import Inputs
 from llm.kernels.attention.masking import Options, Positions
-from llm.kernels.attention.sequence_axis import SequenceAxis
+from llm.kernels.attention.sequence_axis import SequenceAxis, hand_on
 
 Index = int | jax.Array
 
@@ -57,18 +57,7 @@ class _Ring:
 
     def rotate(self, tree: Any) -> Any:
         """Hand everything to the next device."""
-        n, name = self.axis.size, self.axis.name
-        if not self.axis.permutes:
-            rank = jax.lax.axis_index(name)
-            slots = jnp.arange(n) == (rank + 1) % n
-
-            def exchange(x: jax.Array) -> jax.Array:
-                sent = jnp.where(slots.reshape(n, *[1] * x.ndim), x, jnp.zeros((), x.dtype))
-                return jax.lax.all_to_all(sent, name, split_axis=0, concat_axis=0, tiled=True)[(rank - 1) % n]
-
-            return jax.tree.map(exchange, tree)
-        ring = [(i, (i + 1) % n) for i in range(n)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis.name, ring), tree)
+        return jax.tree.map(functools.partial(hand_on, axis=self.axis), tree)
 
     def pairs(self, step: Index) -> list[_Pair]:
         """What a device has to compute at a step, from 0 to n - 1."""

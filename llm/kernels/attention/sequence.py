@@ -22,7 +22,7 @@ from llm.kernels.attention import flash
 from llm.kernels.attention.flash import Inputs
 from llm.kernels.attention.masking import Options
 from llm.kernels.attention.ring import ring_attention
-from llm.kernels.attention.sequence_axis import SequenceAxis, zigzag_order
+from llm.kernels.attention.sequence_axis import SequenceAxis, in_order, pieces_of
 
 
 def attention(
@@ -45,15 +45,6 @@ def attention(
     return _ulysses(axis, implementation, options, inputs)
 
 
-def _all_gather(x: jax.Array, axis: SequenceAxis) -> jax.Array:
-    """[B, S, ...] of every device -> [B, n * S, ...], in order."""
-    x = jax.lax.all_gather(x, axis.name, axis=1, tiled=True)
-    if not axis.zigzag:
-        return x
-    chunks = x.reshape(x.shape[0], 2 * axis.size, -1, *x.shape[2:])
-    return chunks[:, np.argsort(zigzag_order(2 * axis.size, axis.size))].reshape(x.shape)
-
-
 def _gathered(
     axis: SequenceAxis,
     implementation: flash.Implementation,
@@ -61,15 +52,14 @@ def _gathered(
     inputs: Inputs,
 ) -> jax.Array:
     (query, key, value, positions), sinks = inputs.arrays, inputs.sinks
-    rank, length = jax.lax.axis_index(axis.name), query.shape[1] // axis.parts
-    key, value = _all_gather(key, axis), _all_gather(value, axis)
-    key_ids = None if positions.key_ids is None else _all_gather(positions.key_ids, axis)
+    length = query.shape[1] // axis.parts
+    key, value = in_order(key, axis), in_order(value, axis)
+    key_ids = None if positions.key_ids is None else in_order(positions.key_ids, axis)
     outputs = []
-    for part in range(axis.parts):
+    for part, piece in enumerate(pieces_of(axis)):
         mine = slice(part * length, (part + 1) * length)
-        first = (rank if part == 0 else 2 * axis.size - 1 - rank) * length
         ids = None if positions.query_ids is None else positions.query_ids[:, mine]
-        where = dataclasses.replace(positions, query_ids=ids, key_ids=key_ids, offset=first)
+        where = dataclasses.replace(positions, query_ids=ids, key_ids=key_ids, offset=piece * length)
         mine_of = Inputs(query[:, mine], key, value, where, sinks, inputs.bias)
         outputs.append(flash.attention(implementation, options, mine_of))
     return jnp.concatenate(outputs, axis=1)
@@ -98,7 +88,7 @@ def _ulysses(
         return None if per_head is None else jax.lax.dynamic_slice_in_dim(per_head, first, share)
 
     query_ids, key_ids = (
-        None if ids is None else _all_gather(ids, axis) for ids in (positions.query_ids, positions.key_ids)
+        None if ids is None else in_order(ids, axis) for ids in (positions.query_ids, positions.key_ids)
     )
     where = dataclasses.replace(positions, query_ids=query_ids, key_ids=key_ids, slopes=mine(positions.slopes))
     options = dataclasses.replace(options, offset=0)

@@ -21,9 +21,10 @@ from jax.sharding import Mesh, PartitionSpec
 from llm.parallel.pipeline.buffers import following, when, write_if
 from llm.parallel.pipeline.joint import Joint
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
+from llm.parallel.pipeline.memory import by_microbatch, of_microbatches, with_memory, without_memory
 from llm.parallel.pipeline.operations import Operations, State, with_input
 from llm.parallel.pipeline.placement import AXIS, cast, is_placement, summed_over_copies
-from llm.parallel.pipeline.stages import Batch, Stages, Sums
+from llm.parallel.pipeline.stages import MEMORY, Batch, Stages, Sums
 from llm.parallel.pipeline.sums import added, joined
 from llm.parallel.pipeline.table import Table
 from llm.parallel.sharding import AxisRules, names, use_rules
@@ -39,6 +40,7 @@ def run(
     shared: Any,
     batch: Batch,
     key: jax.Array | None,
+    memory: Any,
 ) -> tuple[tuple[Any, Any] | None, Sums]:
     """Gradients of the summed loss of all microbatches, and their summed sums.
 
@@ -48,13 +50,16 @@ def run(
         shared: {'ends': of embedding and loss, 'repeats': the same tree as `layers` of the repeats after those, not
             sharded along the leading axis, 'leading', 'remainder': the layers before the first repeat and after the
             last, 'multi_token': those after all, stacked by depth}; all but the first may be empty.
-        batch: arrays [rows, S]; row r is in microbatch r mod microbatches.
+        batch: arrays [rows, S]; row r is in microbatch r mod microbatches. With MEMORY among them, a tree of arrays
+            [rows, repeats, ...]: what rows remember of the step before in 'leading', 'repeats' and 'remainder'.
         key: of the step, for dropout; every microbatch folds in its index.
+        memory: the same of `layers`, [repeats, rows, ...], sharded over `pipeline` and as the batch; {} for none.
 
     Returns:
         ((gradients of layers, of shared), placed and typed as the parameters; sums). A table for evaluation gives None
         for the gradients. Where layers have sums, those of the loss have 'layers' beside them: {'leading', 'staged',
-        'repeats', 'remainder', 'multi_token'}, with a leading axis of repeats for 'staged' and 'repeats'.
+        'repeats', 'remainder', 'multi_token'}, with a leading axis of repeats for 'staged' and 'repeats'. Where there
+        is a memory, the new one of `memory` is MEMORY, and that of other layers is MEMORY of theirs.
     """
     batch_axes = names(rules.partition(('batch',), mesh, parameters=False)[0])
     manual = (AXIS, *batch_axes)
@@ -63,29 +68,30 @@ def run(
     joint = jnp.asarray(np.stack(list(table.joint.values()), axis=-1))
 
     def body(
-        layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array
-    ) -> tuple[tuple[Any, Any] | None, Sums, Any]:
+        layers: Any, shared: Any, batch: Batch, key: jax.Array | None, columns: jax.Array, joint: jax.Array, memory: Any
+    ) -> tuple[tuple[Any, Any] | None, Sums, Any, Any, Any]:
         with use_rules(jax.sharding.get_abstract_mesh(), rules):
-            device = _Device(table, stages, rules, placements, manual, layers, shared, batch, key)
+            device = _Device(table, stages, rules, placements, manual, layers, shared, batch, key, memory)
             return device.run(columns[:, 0], joint)
 
+    by_row, by_repeat_and_row = PartitionSpec(batch_axes or None), PartitionSpec(AXIS, batch_axes or None)
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(
-            *specs,
-            PartitionSpec(batch_axes or None),
+        in_specs=(*specs, by_row, PartitionSpec(), PartitionSpec(None, AXIS), PartitionSpec(), by_repeat_and_row),
+        out_specs=(
+            None if table.problem.evaluation else specs,
             PartitionSpec(),
-            PartitionSpec(None, AXIS),
-            PartitionSpec(),
+            PartitionSpec(AXIS),
+            PartitionSpec(None, *by_row),
+            by_repeat_and_row,
         ),
-        out_specs=(None if table.problem.evaluation else specs, PartitionSpec(), PartitionSpec(AXIS)),
         axis_names=set(manual),
         check_vma=False,
     )
-    gradients, sums, staged = mapped(layers, shared, batch, key, columns, joint)
-    if staged:
-        sums = {**sums, 'layers': {**sums.get('layers', {}), 'staged': staged}}
+    gradients, sums, staged, outside, memory = mapped(layers, shared, batch, key, columns, joint, memory)
+    of_layers = with_memory({**sums.get('layers', {}), **({'staged': staged} if staged else {})}, outside)
+    sums = {**sums, **({'layers': of_layers} if of_layers else {}), **({MEMORY: memory} if memory else {})}
     return gradients, sums
 
 
@@ -103,6 +109,7 @@ class _Device:
         shared: Any,
         batch: Batch,
         key: jax.Array | None,
+        memory: Any,
     ) -> None:
         problem = table.problem
         self.table, self.manual, self.placements, self.evaluation = table, manual, placements, problem.evaluation
@@ -112,38 +119,47 @@ class _Device:
         self.stages = stages.without_trunk() if shared['repeats'] or shared['remainder'] else stages
         self.joint = Joint(problem, stages, rules, placements[1], manual, batch, key)
         stored = layers
+        memory = by_microbatch(memory, problem.microbatches)
         if self.chunks > 1:
-            layers = to_chunks(jax.tree.map(cast, layers, placements[0]), self.num_stages, self.chunks, AXIS)
+            used = jax.tree.map(cast, layers, placements[0]), memory
+            layers, memory = to_chunks(used, self.num_stages, self.chunks, AXIS)
         rows, first = self.joint.rows(jnp.int32(0)), jnp.int32(0)
         x, _, sums = jax.eval_shape(self.joint.embed, shared, rows, first)
         self.message = _zeros(x)
         _, of_loss = jax.eval_shape(self.joint.loss, shared, self.stages.output(self.message), rows, first)
-        self.operations = Operations(table, self.stages, placements[0], manual, self.joint, layers, self.message)
+        self.operations = Operations(
+            table, self.stages, placements[0], manual, self.joint, layers, self.message, memory
+        )
         self.initial = self._initial(jax.tree.map(_zeros, joined(of_loss, sums)), stored)
 
-    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums, Any]:
+    def run(self, columns: jax.Array, joint: jax.Array) -> tuple[tuple[Any, Any] | None, Sums, Any, Any, Any]:
         """The loop, and what comes before and after it."""
         state, _ = jax.lax.scan(self._tick, self.initial, (columns, joint))
         rest = tuple(axis for axis in self.manual if axis != AXIS)
-        sums, staged = jax.lax.psum((state.sums, state.staged), rest) if rest else (state.sums, state.staged)
-        if self.evaluation:
-            return None, sums, None
-        layers = state.layers
+        layers, outside = without_memory(state.sums.get('layers', {}))
+        sums = {name: each for name, each in state.sums.items() if name != 'layers'}
+        sums |= {'layers': layers} if layers else {}
+        sums, staged = jax.lax.psum((sums, state.staged), rest) if rest else (sums, state.staged)
+        layers, memory = state.layers, state.memory
         if self.chunks > 1:
-            layers, staged = from_chunks((layers, staged), self.num_stages, self.chunks, AXIS)
+            layers, staged, memory = from_chunks((layers, staged, memory), self.num_stages, self.chunks, AXIS)
+        memory = of_microbatches(memory)
+        if self.evaluation:
+            return None, sums, None, outside, memory
         # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
         summed = functools.partial(summed_over_copies, manual=self.manual)
         found = jax.tree.map(summed, (layers, state.shared), self.placements)
-        return found, sums, staged
+        return found, sums, staged, outside, memory
 
     def _initial(self, sums: Sums, layers: Any) -> State:
         """What is there before the first tick; `layers` as they are stored."""
         table, operations, message = self.table, self.operations, self.message
         if self.evaluation:
-            return State(inputs=[jnp.zeros((table.input_slots, 1, *message.shape), message.dtype)], sums=sums)
-        split = operations.split
-        context = jnp.int32(0), self.joint.context(self.joint.rows(jnp.int32(0)), jnp.int32(0))
+            inputs = [jnp.zeros((table.input_slots, 1, *message.shape), message.dtype)]
+            return State(inputs=inputs, sums=sums, memory=operations.memory)
+        split, context = operations.split, operations.first_context()
         _, _, of_repeat = jax.eval_shape(operations.repeat, operations.parameters(jnp.int32(0)), message, context)
+        of_repeat.pop(MEMORY, None)
         count = table.problem.config.chunks * table.problem.chunk_repeats
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
@@ -158,6 +174,7 @@ class _Device:
             operands=buffers(split.operands, table.weight_cells),
             layers=jax.tree.map(jnp.zeros_like, layers),
             shared=jax.tree.map(jnp.zeros_like, self.shared),
+            memory=operations.memory,
         )
 
     def _tick(self, state: State, columns_and_joint: tuple[jax.Array, jax.Array]) -> tuple[State, None]:

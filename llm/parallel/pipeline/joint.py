@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.parallel.pipeline.memory import in_rows_of, rows_first, with_memory, without_memory
 from llm.parallel.pipeline.placement import AXIS, gathered, without_leading_axis
 from llm.parallel.pipeline.simulation import Problem
-from llm.parallel.pipeline.stages import Batch, Layers, Stages, Sums
+from llm.parallel.pipeline.stages import MEMORY, Batch, Layers, Stages, Sums
 from llm.parallel.pipeline.sums import joined
 from llm.parallel.sharding import AxisRules, use_rules
 
@@ -52,7 +53,8 @@ class Joint:
             index = microbatch + self.microbatches * jnp.arange(x.shape[0] // self.microbatches)
             return jnp.take(x, index, axis=0, mode='clip')
 
-        return {name: pick(x) for name, x in self.batch.items()}
+        rows: Batch = jax.tree.map(pick, self.batch)
+        return rows
 
     def context(self, rows: Batch, microbatch: jax.Array) -> Any:
         """What layers need of these rows besides x."""
@@ -72,7 +74,8 @@ class Joint:
         x = self.stages.embed(self._ends(shared), rows, self._key_of(microbatch))
         if not shared['leading']:
             return x, {}, {}
-        return self._shared_out(self._leading, shared, x, rows, microbatch, everywhere=True)
+        x, losses, sums = self._shared_out(self._leading, shared, x, rows, microbatch, everywhere=True)
+        return x, losses, self._placed(sums, microbatch)
 
     def loss(self, shared: Any, y: Any, rows: Batch, microbatch: jax.Array) -> tuple[jax.Array, Sums]:
         """Of what the last stage gives, after the layers that no stage has; all stages have parts of the vocabulary."""
@@ -87,7 +90,12 @@ class Joint:
                 self._after_stages, shared, y, rows | more, microbatch, everywhere=False
             )
         loss, sums = self.stages.loss(self._ends(shared), y, rows)
-        return sum(jax.tree.leaves(losses), loss), joined(sums, layers)
+        return sum(jax.tree.leaves(losses), loss), joined(sums, self._placed(layers, microbatch))
+
+    def _placed(self, sums: Any, microbatch: jax.Array) -> Any:
+        """With the memory among the sums of layers in the rows of the batch that it is of."""
+        sums, memory = without_memory(sums)
+        return with_memory(sums, in_rows_of(memory, microbatch, self.microbatches))
 
     def _shared_out(
         self,
@@ -115,21 +123,24 @@ class Joint:
 
         x = jax.tree.map(own, x) if everywhere else jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
         with use_rules(jax.sharding.get_abstract_mesh(), self.rules.splitting('batch', AXIS)):
-            x, losses, sums = layers(shared, x, {name: own(r) for name, r in rows.items()}, microbatch)
+            x, losses, sums = layers(shared, x, jax.tree.map(own, rows), microbatch)
+        sums, memory = without_memory(sums)
         x = jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
-        return x, *jax.lax.psum((losses, sums), AXIS)
+        memory = jax.lax.all_gather(memory, AXIS, axis=1, tiled=True)
+        losses, sums = jax.lax.psum((losses, sums), AXIS)
+        return x, losses, with_memory(sums, memory)
 
     def _leading(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
         """The layers before the stages', of these rows."""
         context, placements = self.context(rows, microbatch), self.placements['leading']
         whole = self._gathered(shared['leading'], placements)
-        x, losses, sums = self.stages.leading(whole, x, context)
+        x, losses, sums = self.stages.leading(whole, x, context, *_remembered(rows, 'leading'))
         return x, losses, {'leading': sums} if sums else {}
 
     def _after_stages(self, shared: Any, y: Any, rows: Batch, microbatch: jax.Array) -> Layers:
         """Layers after the stages', and those of multi-token prediction, of these rows."""
         context = self.context(rows, microbatch)
-        y, losses, sums = self._left_over(shared, y, context)
+        y, losses, sums = self._left_over(shared, y, rows, context)
         if self.stages.multi_token is not None:
             of_one = without_leading_axis(self.placements['multi_token'])
 
@@ -146,28 +157,30 @@ class Joint:
         """`function` as it is recomputed; what is gathered is gathered again in the backward pass."""
         return (self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered))(function)
 
-    def _left_over(self, shared: Any, y: Any, context: Any) -> tuple[Any, list[Any], Sums]:
+    def _left_over(self, shared: Any, y: Any, rows: Batch, context: Any) -> tuple[Any, list[Any], Sums]:
         """The layers after the stages', if there are any."""
         stages, placements = self.stages, self.placements
         repeats = shared['repeats']
         losses, sums = [], {}
 
         @self._gathering_again
-        def repeat(y: Any, parameters_and_index: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-            parameters, index = parameters_and_index
+        def repeat(y: Any, parameters_index_and_memory: tuple[Any, ...]) -> tuple[Any, Any]:
+            parameters, index, *memory = parameters_index_and_memory
             whole = self._gathered(parameters, without_leading_axis(placements['repeats']))
-            y, *others = stages.repeat(whole, stages.stream(y), index, context)
+            y, *others = stages.repeat(whole, stages.stream(y), index, context, *memory)
             return y, others
 
         @self._gathering_again
         def remainder(parameters: Any, x: jax.Array) -> Layers:
-            return stages.remainder(self._gathered(parameters, placements['remainder']), x, context)
+            whole = self._gathered(parameters, placements['remainder'])
+            return stages.remainder(whole, x, context, *_remembered(rows, 'remainder'))
 
         if repeats or shared['remainder']:  # then stages give x alone
             y = stages.output(y)
         if repeats:
             first, count = self.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
-            y, (found, sums['repeats']) = jax.lax.scan(repeat, y, (repeats, first + jnp.arange(count)))
+            each = repeats, first + jnp.arange(count), *_remembered(rows, 'repeats')
+            y, (found, sums['repeats']) = jax.lax.scan(repeat, y, each)
             losses.append(jax.tree.map(jnp.sum, found))
         if shared['remainder']:
             y, found, sums['remainder'] = remainder(shared['remainder'], stages.stream(y))
@@ -177,3 +190,9 @@ class Joint:
     def on(self, stage: int, x: jax.Array) -> jax.Array:
         """x on one stage, 0 on the others: of what all stages have, the derivative is taken on one."""
         return jnp.where(self.stage == stage, x, jnp.zeros_like(x))
+
+
+def _remembered(rows: Batch, group: str) -> tuple[Any, ...]:
+    """The memory of a group of layers, [repeats, B, ...]; () for a model without."""
+    memory: Any = rows.get(MEMORY)
+    return () if memory is None else (rows_first(memory[group]),)

@@ -12,7 +12,7 @@ from llm.parallel.pipeline.joint import Joint
 from llm.parallel.pipeline.placement import cast, gathered, without_leading_axis
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
-from llm.parallel.pipeline.stages import Layers, Stages, Sums
+from llm.parallel.pipeline.stages import MEMORY, Layers, Stages, Sums
 from llm.parallel.pipeline.table import Table
 
 
@@ -26,6 +26,7 @@ class State:
             repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
         staged: sums of the stage's layers, one entry a repeat. gradients: of what a repeat gives, [slots, B, S, D].
             residuals, operands: see Table. layers, shared: sums of gradients. These are None in evaluation.
+        memory: of the stage's layers, what the next step goes on from; [repeats, microbatches, rows, ...] each.
     """
 
     inputs: list[jax.Array]
@@ -36,6 +37,7 @@ class State:
     operands: Any = None
     layers: Any = None
     shared: Any = None
+    memory: Any = dataclasses.field(default_factory=dict)
 
 
 def _replace(state: State, name: str, value: Any) -> State:
@@ -73,43 +75,62 @@ class Operations:
         joint: Joint,
         layers: Any,
         message: jax.Array,
+        memory: Any,
     ) -> None:
-        """`layers` are what this stage runs, in that order; `message` is like what stages send each other."""
+        """`layers` are what this stage runs, in that order; `message` is like what stages send each other.
+
+        `memory` is as in State, of the step before.
+        """
         problem = table.problem
         self.table, self.stages, self.placements, self.manual = table, stages, placements, manual
         self.layers, self.joint, self.evaluation = layers, joint, problem.evaluation
+        self.memory = memory
         self.repeats = problem.chunk_repeats
         if not self.evaluation:
-            context = jnp.int32(0), joint.context(joint.rows(jnp.int32(0)), jnp.int32(0))
+            context = self.first_context()
             self.split = split_backward(self.repeat, self.parameters(jnp.int32(0)), message, context, stages.remat)
 
     def parameters(self, repeat: jax.Array) -> Any:
         """Those of one repeat of this stage, in the type of the products, sharded as they are."""
         return jax.tree.map(cast, read(self.layers, repeat), self.placements)
 
-    def repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[jax.Array, Any]) -> Layers:
-        index, context = index_and_context
+    def context_of(self, microbatch: jax.Array, local: jax.Array, index: jax.Array, context: Any) -> tuple[Any, ...]:
+        """What `repeat` needs besides x; also, computed again, the memory as it was before the step."""
+        memory = () if not self.memory else (read(self.memory, local, microbatch),)
+        return index, context, *memory
+
+    def first_context(self) -> tuple[Any, ...]:
+        """`context_of` some repeat of some microbatch."""
+        zero = jnp.int32(0)
+        return self.context_of(zero, zero, zero, self.joint.context(self.joint.rows(zero), zero))
+
+    def repeat(self, parameters: Any, x: jax.Array, index_and_context: tuple[Any, ...]) -> Layers:
+        index, *context = index_and_context
         whole = gathered(parameters, without_leading_axis(self.placements), self.manual)
-        return self.stages.repeat(whole, x, index, context)
+        return self.stages.repeat(whole, x, index, *context)
 
     def forward(self, state: State, row: dict[str, jax.Array]) -> tuple[State, Any]:
         """FORWARD, if that is this tick's operation: the state, and what the last repeat gives."""
         context, slot, last = self._context(row), row['input_slot'], row['first'] + row['count']
         due = row['operation'] == Operation.FORWARD
 
-        def step(repeat: jax.Array, carry: tuple[list[jax.Array], Any, Any]) -> tuple[Any, Any, Any]:
-            inputs, staged, y = carry
+        def step(repeat: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs, staged, memory, y = carry
             x = self.stages.stream(y)
             local, index = self._indices(row, repeat)
+            parameters = self.parameters(local)
+            read_by_repeat = self.context_of(row['microbatch'], local, index, context)
             if self.evaluation:
-                return inputs, staged, self.repeat(self.parameters(local), x, (index, context))[0]
-            y, sums, kept = self.split.forward(self.parameters(local), in_order(x), (index, context))
-            return write(inputs, in_order(kept), slot, repeat), add(staged, sums, local), in_order(y)
+                x, _, sums = self.repeat(parameters, x, read_by_repeat)
+                return inputs, staged, write(memory, sums.get(MEMORY, {}), local, row['microbatch']), x
+            y, sums, kept = self.split.forward(parameters, in_order(x), read_by_repeat)
+            memory = write(memory, sums.pop(MEMORY, {}), local, row['microbatch'])
+            return write(inputs, in_order(kept), slot, repeat), add(staged, sums, local), memory, in_order(y)
 
         y = self.stages.output(read(state.inputs[0], slot, row['first']))
-        carry = state.inputs, state.staged, y
-        inputs, staged, y = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, carry)
-        state = dataclasses.replace(state, inputs=inputs, staged=staged)
+        carry = state.inputs, state.staged, state.memory, y
+        inputs, staged, memory, y = jax.lax.fori_loop(row['first'], jnp.where(due, last, row['first']), step, carry)
+        state = dataclasses.replace(state, inputs=inputs, staged=staged, memory=memory)
         if self.evaluation:
             return state, y
         at = slot, jnp.minimum(last, self.repeats - 1)
@@ -163,7 +184,8 @@ class Operations:
                 repeat = row['first'] + offset
                 local, index = self._indices(row, repeat)
                 cell = (row['weight_cell'] + i) % max(self.table.weight_cells, 1)
-                return step(*carry, _At(repeat, offset, local, cell, self.parameters(local), (index, context)))
+                read_by_repeat = self.context_of(row['microbatch'], local, index, context)
+                return step(*carry, _At(repeat, offset, local, cell, self.parameters(local), read_by_repeat))
 
             count = jnp.where(following(row['operation'] == operation, y), row['count'], 0)
             buffer, dy = jax.lax.fori_loop(0, count, one, (getattr(state, name), dy))

@@ -12,6 +12,7 @@ Sums = dict[str, Any]
 Layers = tuple[Any, Any, Any]  # x, losses, sums
 # Makes of a function of whole parameters, and more, one of the parameters as devices have them.
 Gathering = Callable[[Callable[..., Any]], Callable[..., Any]]
+MEMORY = 'memory'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Stages:
         repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> (x, losses, sums). Losses
             add to the loss as they are, and sums add up like those of the loss; trees of arrays, which may be empty.
         leading, remainder: (parameters, x, context) -> (x, losses, sums), of the layers before the first repeat and
-            after the last.
+            after the last. Where rows remember something of the step before, these three have it as one more argument,
+            [B, ...] of one repeat and [1, B, ...] of these layers, and the new one among their sums, as MEMORY.
         loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
         remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
         states: (shared, x) -> what comes out of the last layer, as it is read. [B, S, D]
@@ -38,9 +40,9 @@ class Stages:
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
     context: Callable[[Batch, jax.Array | None], Any]
-    repeat: Callable[[Any, jax.Array, jax.Array, Any], Layers]
-    leading: Callable[[Any, jax.Array, Any], Layers]
-    remainder: Callable[[Any, jax.Array, Any], Layers]
+    repeat: Callable[..., Layers]
+    leading: Callable[..., Layers]
+    remainder: Callable[..., Layers]
     loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
     remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     states: Callable[[Any, jax.Array], jax.Array] = lambda _, x: x

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from llm.errors import UserError
+from llm.kernels.attention.sequence_axis import SequenceAxis, zigzag_order
 from llm.kernels.attention.windowed import (
     GlobalTokens,
     find,
@@ -16,8 +18,8 @@ from llm.kernels.attention.windowed import (
     windowed_attention_to_cache,
 )
 
-B, S, H, G, K, W, N = 2, 22, 4, 2, 4, 3, 3
-IDS = np.array([[1] * 9 + [2] * 10 + [0] * 3, [1] * S])
+B, S, H, G, K, W, N = 2, 24, 4, 2, 4, 3, 3
+IDS = np.array([[1] * 9 + [2] * 10 + [0] * 5, [1] * S])
 MASK = np.zeros((B, S), bool)
 MASK[0, [0, 9]] = MASK[1, [0, 4, 20]] = True
 
@@ -54,11 +56,17 @@ def by_mask(parts, dilation, causal, has_global):
 
 
 def ours(parts, dilation, causal, has_global, implementation):
-    query, key, value, global_query, *global_sides = parts
+    return on_part([*parts, *map(jnp.asarray, (IDS, MASK))], dilation, causal, has_global, implementation)
+
+
+def on_part(parts, dilation, causal, has_global, implementation, axis=None):
+    """Of all tokens or, within `axis`, of one device's."""
+    query, key, value, global_query, *global_sides, ids, mask = parts
     tokens = None
     if has_global:
-        places, real = find(jnp.asarray(MASK), N)
-        tokens = GlobalTokens(jnp.asarray(MASK), places, real, pick(global_query, places), *global_sides)
+        rows = mask if axis is None else jax.lax.all_gather(mask, axis.name, axis=1, tiled=True)
+        places, real = find(rows, N)
+        tokens = GlobalTokens(mask, places, real, pick(global_query, places, axis), *global_sides)
     return windowed_attention(
         query,
         key,
@@ -67,10 +75,26 @@ def ours(parts, dilation, causal, has_global, implementation):
         causal=causal,
         window=W,
         dilation=dilation,
-        segment_ids=jnp.asarray(IDS),
+        segment_ids=ids,
         global_tokens=tokens,
         implementation=implementation,
+        sequence_axis=axis,
     )
+
+
+def shared(parts, axis, *setting):
+    """Of rows that devices share: each has a piece or, in zig-zag, two."""
+    mesh = Mesh(np.array(jax.devices()[: axis.size]), (axis.name,))
+    order = zigzag_order(S, axis.size) if axis.zigzag else np.arange(S)
+    by_token = PartitionSpec(None, axis.name)
+    output = jax.shard_map(
+        lambda parts: on_part(parts, *setting, 'chunked', axis),
+        mesh=mesh,
+        in_specs=(by_token,),
+        out_specs=by_token,
+        check_vma=False,
+    )([x[:, order] for x in (*parts, IDS, MASK)])
+    return output[:, np.argsort(order)]
 
 
 def value_and_gradients(function, parts):
@@ -83,7 +107,7 @@ def value_and_gradients(function, parts):
     ('dilation', 'causal', 'has_global', 'implementation'),
     [
         (1, False, True, 'chunked'),
-        (3, False, True, 'chunked'),
+        (5, False, True, 'chunked'),
         (4, True, False, 'chunked'),
         (2, False, True, 'pallas_tpu'),
     ],
@@ -97,6 +121,23 @@ def test_is_attention_under_a_full_mask(dilation, causal, has_global, implementa
         actual = value_and_gradients(lambda parts: ours(parts, *setting, implementation), parts)
     for exact, found in zip(expected, actual, strict=True):
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-9 if double else 2e-5)
+
+
+# Pieces of 3 and of 6 tokens, and windows that reach 10 and 8 of them to a side.
+@pytest.mark.parametrize(
+    ('axis', 'setting'),
+    [
+        (SequenceAxis('sequence', 4, 'ring', zigzag=True), (5, False, True)),
+        (SequenceAxis('sequence', 4, 'ring', zigzag=False, permutes=False), (4, True, False)),
+    ],
+)
+def test_pieces_of_rows_give_what_whole_rows_give(axis, setting):
+    with jax.enable_x64():
+        parts = arrays(jnp.float64)
+        expected = value_and_gradients(lambda parts: by_mask(parts, *setting), parts)
+        actual = value_and_gradients(lambda parts: shared(parts, axis, *setting), parts)
+    for exact, found in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-9)
 
 
 def test_a_cache_is_read_as_the_row_is():
