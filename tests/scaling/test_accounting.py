@@ -19,6 +19,7 @@ from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.scaling.accounting import (
+    RowTokens,
     bytes_per_device,
     count,
     flops_per_token,
@@ -62,10 +63,9 @@ def test_gpt2_124m_by_hand():
     parameters = count(config, specs_of(config))
     assert parameters.total == 124_439_808
     assert parameters.non_embedding == 124_439_808 - 50257 * 768 - 1024 * 768
-    assert parameters.matmul == 12 * 12 * 768**2 + 50257 * 768 == 123_532_032
 
-    flops = flops_per_token(config, specs_of(config), 1024)
-    assert flops.parameters == 247_064_064
+    flops = flops_per_token(config, specs_of(config), RowTokens(1024))
+    assert flops.parameters == 2 * (12 * 12 * 768**2 + 50257 * 768) == 247_064_064
     assert flops.attention == 12 * 2 * (2 * 1024 * 768) == 37_748_736
     assert flops.causal_attention == 12 * 2 * (2 * 512.5 * 768) == 18_892_800
     # PaLM, appendix B: 6 N + 12 L H Q T, with N the parameters that a token is multiplied with.
@@ -76,7 +76,7 @@ def test_gpt2_124m_by_hand():
 def test_mamba_by_hand():
     """Every scalar of a state is multiplied and added three times a token: decayed, written to, read."""
     config = DecoderConfig(100, 16, 3, (LayerConfig(MambaConfig(32, 2, 4), None),), position='none')
-    flops = flops_per_token(config, specs_of(config), 64)
+    flops = flops_per_token(config, specs_of(config), RowTokens(64))
     assert flops.recurrence == 3 * 6 * 32 * 4
     # In, gate and out; time steps, b and c; time steps up; the head.
     assert flops.parameters == 2 * (3 * (3 * 16 * 32 + 32 * (2 + 4 + 4) + 2 * 32) + 16 * 100)
@@ -89,10 +89,9 @@ def test_llama2_7b_by_hand():
     parameters = count(config, specs_of(config))
     assert parameters.total == 6_738_415_616
     assert parameters.non_embedding == 6_738_415_616 - 2 * 32000 * 4096
-    assert parameters.matmul == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096 == 6_607_077_376
 
-    flops = flops_per_token(config, specs_of(config), 4096)
-    assert flops.parameters == 13_214_154_752
+    flops = flops_per_token(config, specs_of(config), RowTokens(4096))
+    assert flops.parameters == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096) == 13_214_154_752
     assert flops.attention == 32 * 4 * 4096 * 4096 == 2_147_483_648
     assert flops.causal_attention == 32 * 4 * 4096 * 2048.5
     assert flops.forward(causal=False) == 15_361_638_400
@@ -106,7 +105,7 @@ def test_attention_counts_the_keys_of_the_mask(window, length):
     distance = t[:, None] - t[None, :]
     windowed = ((distance >= 0) & (distance < (window or length))).sum() / length
     causal = (distance >= 0).sum() / length
-    flops = flops_per_token(config, specs_of(config), length)
+    flops = flops_per_token(config, specs_of(config), RowTokens(length))
     # Layers 0 and 2 have the window, layer 1 has none.
     assert flops.causal_attention == pytest.approx(4 * 2 * 4 * (2 * windowed + causal), rel=1e-12)
     assert flops.attention == 4 * 2 * 4 * (2 * min(window or length, length) + length)
@@ -116,7 +115,7 @@ def test_multi_token_prediction_multiplies_with_the_output_projection_again():
     layer = LayerConfig(AttentionConfig(2, 1, 4), FeedForwardConfig(8))
     plain = DecoderConfig(vocab_size=16, d_model=8, num_layers=3, pattern=(layer,), tied_embeddings=True)
     config = dataclasses.replace(plain, multi_token=MultiTokenConfig(2))
-    before, after = (flops_per_token(each, specs_of(each), 7) for each in (plain, config))
+    before, after = (flops_per_token(each, specs_of(each), RowTokens(7)) for each in (plain, config))
     products = 8 * 8 * 2 + 2 * 8 * 4 + 8 * 8 * 3  # query and output, key and value, feed-forward
     assert after.parameters - before.parameters == 2 * 2 * (16 * 8 + 2 * 8 * 8 + products)
     assert after.attention / before.attention == 5 / 3
@@ -149,7 +148,7 @@ def test_agrees_with_the_compiler(activation, tied, kv_heads):
         lowered = jax.jit(function).lower(shapes, jax.ShapeDtypeStruct((batch, length), jnp.int32))
         return lowered.compile().cost_analysis()['flops'] / (batch * length)
 
-    flops = flops_per_token(config, specs, length)
+    flops = flops_per_token(config, specs, RowTokens(length))
     # The compiler also counts what is no matrix product, and multiplies masked scores too: a little more than ours.
     # (Of a loop, as in the chunked attention, it counts one turn.)
     assert 1 <= compiled_flops(forward) / flops.forward(causal=False) < 1.02

@@ -20,7 +20,7 @@ def flops(**changes):
 def test_hardware_does_the_models_work_where_nothing_is_computed_again():
     """Attention that holds all scores does all of attention: PaLM's convention."""
     run = small_run()
-    expected = TOKENS * flops_per_token(run.model, model_specs(run.model), LENGTH).training(causal=False)
+    expected = TOKENS * flops_per_token(run.model, model_specs(run.model), run.row).training(causal=False)
     found = flops(remat='none')
     assert found.hardware == pytest.approx(expected) == pytest.approx(found.model)
     assert found.recomputed == 0
