@@ -11,12 +11,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.encoder import EncoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
+from llm.models.recurrent_attention import RecurrentAttentionConfig
+from llm.models.stack import StackConfig
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.scaling.accounting import (
     RowTokens,
@@ -122,37 +126,94 @@ def test_multi_token_prediction_multiplies_with_the_output_projection_again():
     assert count(config, specs_of(config)).active == count(config, specs_of(config)).total
 
 
-@pytest.mark.parametrize(('activation', 'tied', 'kv_heads'), [('swiglu', True, 2), ('relu', False, 4)])
-def test_agrees_with_the_compiler(activation, tied, kv_heads):
-    batch, length = 2, 128
-    layer = LayerConfig(
-        AttentionConfig(4, kv_heads, 64, implementation='reference'), FeedForwardConfig(1024, activation)
-    )
-    config = DecoderConfig(512, 256, 2, (layer,), tied_embeddings=tied, scan_layers=False)
-    decoder = Decoder(config)
-    specs = parameter_specs(decoder)
-    graph, _ = nnx.split(decoder)
+def trained_flops(config, loss) -> float:
+    """What the compiler counts of the gradient of `loss(module)` with respect to the parameters."""
+    module = config.build()
+    graph, _ = nnx.split(module)
     shapes = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32),
-        specs,
+        parameter_specs(module),
         is_leaf=lambda node: isinstance(node, ParameterSpec),
     )
 
-    def forward(parameters, inputs):
-        return nnx.merge(graph, parameters)(inputs)
+    def gradient(parameters):
+        return jax.grad(lambda parameters: loss(nnx.merge(graph, parameters)))(parameters)
 
-    def backward(parameters, inputs):
-        return jax.grad(lambda parameters: jnp.sum(jnp.square(forward(parameters, inputs))))(parameters)
+    return jax.jit(gradient).lower(shapes).compile().cost_analysis()['flops']
 
-    def compiled_flops(function) -> float:
-        lowered = jax.jit(function).lower(shapes, jax.ShapeDtypeStruct((batch, length), jnp.int32))
-        return lowered.compile().cost_analysis()['flops'] / (batch * length)
 
-    flops = flops_per_token(config, specs, RowTokens(length))
+BATCH, WIDTH, V = 2, 256, 512
+HEADS = {'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 64, 'implementation': 'reference'}
+UNROLLED = {'num_layers': 2, 'scan_layers': False}
+
+
+def decoder_case(activation, tied):
+    layer = LayerConfig(AttentionConfig(**HEADS), FeedForwardConfig(1024, activation))
+    config = DecoderConfig(V, WIDTH, pattern=(layer,), tied_embeddings=tied, **UNROLLED)
+    ids = np.zeros((BATCH, 128), np.int32)
+    return config, RowTokens(128), lambda module: jnp.sum(jnp.square(module(ids))), 0
+
+
+def encoder_case():
+    """Logits of a quarter of the tokens, of a factorized embedding; a pair of texts; repeats of one layer."""
+    layer = LayerConfig(AttentionConfig(**HEADS, causal=False), FeedForwardConfig(1024, 'relu', bias=True))
+    stack = StackConfig(pattern=(layer,), shared_layers=True, **UNROLLED)
+    config = EncoderConfig(
+        V, WIDTH, stack, embedding_size=192, position='none', pooler=True, next_sentence=True, token_types=2
+    )
+    ids, index = np.zeros((BATCH, 128), np.int32), np.zeros((BATCH, 32), np.int32)
+
+    def loss(module):
+        hidden, pairs, _ = module.hidden_and_pair_logits(ids, predicted=index)
+        return jnp.sum(jnp.square(module.projection()(hidden))) + jnp.sum(jnp.square(pairs))
+
+    return config, RowTokens(128, predicted=32, pair=True), loss, 0
+
+
+def encoder_decoder_case():
+    """A decoder that reads a third of what the encoder does."""
+    mixer = AttentionConfig(**HEADS, causal=False)
+    layer = LayerConfig(mixer, FeedForwardConfig(1024, 'geglu'))
+    writing = dataclasses.replace(layer, mixer=dataclasses.replace(mixer, causal=True), cross=mixer)
+    stacks = (StackConfig(pattern=(each,), **UNROLLED) for each in (layer, writing))
+    config = EncoderDecoderConfig(V, WIDTH, *stacks, position='none')
+    read, written = np.zeros((BATCH, 144), np.int32), np.zeros((BATCH, 48), np.int32)
+    return config, RowTokens(144, decoder=48), lambda module: jnp.sum(jnp.square(module(written, read))), 0
+
+
+def recurrent_case():
+    """Positions, which have no gradient, are multiplied once for both rows."""
+    heads = HEADS | {'num_kv_heads': 4}
+    layer = LayerConfig(RecurrentAttentionConfig(**heads, memory_length=64), FeedForwardConfig(1024, 'relu'))
+    config = DecoderConfig(V, WIDTH, pattern=(layer,), position='none', **UNROLLED)
+    ids, positions = np.zeros((BATCH, 128), np.int32), np.arange(128, 256)[None].repeat(BATCH, 0)
+
+    def loss(module):
+        memory = config.init_memory(BATCH)
+        hidden, _, _ = module.hidden_sums_and_memory(ids, memory, positions=positions)
+        return jnp.sum(jnp.square(module.projection()(hidden)))
+
+    kernel = WIDTH * 4 * 64
+    return config, RowTokens(128), loss, 2 * 2 * 192 * 2 * kernel
+
+
+@pytest.mark.parametrize(
+    ('case', 'arguments'),
+    [
+        (decoder_case, ('swiglu', True)),
+        (decoder_case, ('relu', False)),
+        (encoder_case, ()),
+        (encoder_decoder_case, ()),
+        (recurrent_case, ()),
+    ],
+)
+def test_agrees_with_the_compiler(case, arguments):
+    config, row, loss, left_out = case(*arguments)
+    flops = flops_per_token(config, parameter_specs(config.build()), row)
+    expected = BATCH * row.text * flops.training(causal=False) + left_out
     # The compiler also counts what is no matrix product, and multiplies masked scores too: a little more than ours.
     # (Of a loop, as in the chunked attention, it counts one turn.)
-    assert 1 <= compiled_flops(forward) / flops.forward(causal=False) < 1.02
-    assert 1 <= compiled_flops(backward) / flops.training(causal=False) < 1.02
+    assert 1 <= trained_flops(config, loss) / expected < 1.02
 
 
 def test_memory_is_counted_per_device():

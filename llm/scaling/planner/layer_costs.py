@@ -5,6 +5,7 @@ attention kernel is whether scores are held and whether masked blocks are comput
 """
 
 import dataclasses
+import math
 from typing import Literal, cast
 
 import jax
@@ -226,14 +227,20 @@ def _attention_costs(
             Activation('global_value', kv_heads * k, size, 2 * d * k * kv_heads),
             Activation('global_attention', heads * k, size, 4 * heads * k * pairs),
         ]
+    stored = _stored(k, scores, platform)
     return [
-        *_projections(mixer, d, k, heads, kv_heads, size, sources),
+        *_projections(mixer, d, heads, kv_heads, size, sources, stored),
         *more,
         # Held scores are there as fp32 and as weights in the compute type.
         Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
-        Activation('attention', heads * k, size, 2 * heads * k * computed),
+        Activation('attention', heads * stored, size, 2 * heads * k * computed),
         Activation('attention_output', d, size, 2 * d * mixer.value_dim * heads),
     ], _BACKWARD_FACTORS.get(scores, 2.5)
+
+
+def _stored(head_dim: int, scores: Scores, platform: str) -> int:
+    """Elements that a head takes in memory: a TPU's kernel reads rows of whole lanes, of 128."""
+    return 128 * math.ceil(head_dim / 128) if platform == 'tpu' and scores == 'blocks_skipped' else head_dim
 
 
 def _cross_attention(
@@ -245,14 +252,15 @@ def _cross_attention(
     kv_heads = mixer.num_kv_heads / placement.ways('kv_heads')
     scores = scores_of(mixer, platform, stack.tokens, bias=False, global_keys=False)
     sources, query = stack.memory / stack.tokens, 2 * d * k * heads
+    stored = _stored(k, scores, platform)
     return [
-        Activation('query', heads * k, size, query),
-        Activation('key', kv_heads * k * sources, size, 2 * d * k * kv_heads * sources),
-        Activation('value', kv_heads * k * sources, size, 2 * d * k * kv_heads * sources),
+        Activation('query', heads * stored, size, query),
+        Activation('key', kv_heads * stored * sources, size, 2 * d * k * kv_heads * sources),
+        Activation('value', kv_heads * stored * sources, size, 2 * d * k * kv_heads * sources),
         Activation(
             'scores', heads * stack.memory if scores == 'held' else heads, 4 + size, 2 * heads * k * stack.memory
         ),
-        Activation('attention', heads * k, size, 2 * heads * k * stack.memory),
+        Activation('attention', heads * stored, size, 2 * heads * k * stack.memory),
         Activation('attention_output', d, size, query),
     ]
 
@@ -321,23 +329,28 @@ def surroundings_bytes(model: ModelConfig, row: RowTokens, placement: Placement)
 
 
 def _projections(
-    mixer: AttendingConfig, d: int, k: int, heads: float, kv_heads: float, size: int, sources: float
+    mixer: AttendingConfig, d: int, heads: float, kv_heads: float, size: int, sources: float, stored: int
 ) -> tuple[Activation, ...]:
-    """Queries, keys and values of `heads` and `kv_heads` here; `sources` tokens have keys for each that has queries."""
+    """Queries, keys and values of `heads` and `kv_heads` here, a head of each `stored` as so many elements.
+
+    Args:
+        sources: how many tokens have keys for each that has a query.
+    """
+    k = mixer.head_dim
     if not isinstance(mixer, LatentAttentionConfig):
         of_token = 2 * d * k
         return (
-            Activation('query', heads * k, size, of_token * heads),
-            Activation('key', kv_heads * k * sources, size, of_token * kv_heads * sources),
-            Activation('value', kv_heads * k * sources, size, of_token * kv_heads * sources),
+            Activation('query', heads * stored, size, of_token * heads),
+            Activation('key', kv_heads * stored * sources, size, of_token * kv_heads * sources),
+            Activation('value', kv_heads * stored * sources, size, of_token * kv_heads * sources),
         )
     shared, of_latent = mixer.latent + mixer.rotary_dim, 2 * mixer.latent * heads
     source, first = (d, 0) if mixer.query_latent is None else (mixer.query_latent, mixer.query_latent)
     return (
         Activation('latent', shared + first, size, 2 * d * (shared + first)),
-        Activation('query', heads * k, size, 2 * source * k * heads),
-        Activation('key', heads * k, size, of_latent * mixer.plain_dim),
-        Activation('value', heads * k, size, of_latent * mixer.value_dim),  # as wide as keys, for the kernels
+        Activation('query', heads * stored, size, 2 * source * k * heads),
+        Activation('key', heads * stored, size, of_latent * mixer.plain_dim),
+        Activation('value', heads * stored, size, of_latent * mixer.value_dim),  # as wide as keys, for the kernels
     )
 
 

@@ -72,7 +72,7 @@ def _head_flops(run: RunConfig, placement: Placement) -> float:
             head += 2 * scored * model.d_model * width
         if model.embedding_size is not None:
             head += 2 * row.text * model.d_model * width
-        return head + (2 * model.d_model**2 if row.pair else 0)
+        return head + (2 * (model.d_model + 2) * model.d_model if row.pair else 0)
     if isinstance(model, DecoderConfig) and model.multi_token is not None:
         depths = model.multi_token.depths
         head *= 1 + depths
