@@ -1,10 +1,11 @@
 """How far the planner's analytic memory model is from the TPU compiler, over runs of many kinds.
 
-    python tools/planner_memory_error.py [--only NAME ...] [--csv FILE]
+    python tools/planner_memory_error.py [--only NAME ...] [--presets] [--csv FILE]
 
 Compiles each run's training step (about a minute each on two cores) and prints bytes on one device, compiled and
-estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. The runs of
-tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
+estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. With --presets
+only presets of models of every kind, whose file is docs/planner_memory.csv; those not in it are compiled if --only names
+them. Else the runs of tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
 """
 
 import argparse
@@ -12,13 +13,13 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-
-import tpu_plans
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llm.configuration import load_job
 from llm.jobs.plan import Plan
@@ -34,6 +35,7 @@ from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology, find_topology
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
+from tools import tpu_plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +170,19 @@ PRESETS = (
     Preset('Transformer-XL, recomputed', 'v5e:2x2', 'transformer_xl_41m', _DECODER, 64, 512),
     Preset('multi-token prediction', 'v5e:2x2', 'gpt2_124m', _DECODER, 64, 1024, changes=_MULTI_TOKEN),
 )
+COMPILED = tpu_plans.ROOT / 'docs/planner_memory.csv'  # of the presets
 _FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'temp_size', 'total')
+
+
+def read(path: Path) -> dict[str, dict[str, float]]:
+    """What the compiler said of the cases of a CSV file."""
+    with path.open() as file:
+        return {row['name']: {field: float(row[field]) for field in _FIELDS} for row in csv.DictReader(file)}
 
 
 def measure(cases: tuple[Case | Preset, ...], path: Path | None) -> Iterator[tuple[Case | Preset, dict[str, float]]]:
     """Each case and the compiler's bytes of it, kept in a CSV file."""
-    known: dict[str, dict[str, float]] = {}
-    if path is not None and path.exists():
-        with path.open() as file:
-            known = {row['name']: {field: float(row[field]) for field in _FIELDS} for row in csv.DictReader(file)}
+    known = {} if path is None or not path.exists() else read(path)
     for case in cases:
         if case.name not in known:
             compiled = compile_step(case.run(), find_topology(case.topology))
@@ -199,9 +205,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--only', nargs='*', help='names of cases')
+    parser.add_argument('--presets', action='store_true', help='presets of models of every kind alone')
     parser.add_argument('--csv', type=Path, help='what the compiler said, kept between calls')
     options = parser.parse_args()
-    cases = tuple(case for case in (*CASES, *PRESETS) if not options.only or case.name in options.only)
+    cases: tuple[Case | Preset, ...] = CASES
+    if options.presets:
+        cases, options.csv = PRESETS, options.csv or COMPILED
+        options.only = options.only or list(read(options.csv))
+    cases = tuple(case for case in cases if not options.only or case.name in options.only)
     print('| run | topology | layout | compiled, GB | estimated, GB | error | temporaries, GB | estimated, GB |')
     print('|---|---|---|---|---|---|---|---|')
     small = [
