@@ -3,9 +3,9 @@
     python tools/planner_memory_error.py [--only NAME ...] [--presets] [--csv FILE]
 
 Compiles each run's training step (about a minute each on two cores) and prints bytes on one device, compiled and
-estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. With --presets
-only presets of models of every kind, whose file is docs/planner_memory.csv; those not in it are compiled if --only names
-them. Else the runs of tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
+estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. With
+--presets only presets of models of every kind, whose file is docs/planner_memory.csv; those not in it are compiled if
+--only names them. Else the runs of tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
 """
 
 import argparse

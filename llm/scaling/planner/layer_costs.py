@@ -78,6 +78,7 @@ class Activation:
         elements: per token on one device. bytes: per element.
         flops: per token on one device, forward, of the products that make it.
         whole: elements while it is worked on, if then more of it is there than is kept.
+        working: bytes per element while it is worked on, if then fewer are there than are kept.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Activation:
     bytes: int
     flops: float = 0.0
     whole: float = 0.0
+    working: int | None = None
 
     @property
     def size(self) -> float:
@@ -130,7 +132,7 @@ class LayerCosts:
 
     def all(self) -> float:
         """Bytes per token of every activation, as they are worked on."""
-        return sum(max(each.elements, each.whole) * each.bytes for each in self.activations)
+        return sum(max(each.elements, each.whole) * (each.working or each.bytes) for each in self.activations)
 
     def product_operands(self) -> float:
         """Bytes per token of what goes into the products with weights, and of the gradients of what comes out."""
@@ -231,11 +233,20 @@ def _attention_costs(
     return [
         *_projections(mixer, d, heads, kv_heads, size, sources, stored),
         *more,
-        # Held scores are there as fp32 and as weights in the compute type.
-        Activation('scores', heads * seen if scores == 'held' else heads, 4 + size, 2 * heads * k * computed),
+        _scores(heads, seen, size, 2 * heads * k * computed, scores),
         Activation('attention', heads * stored, size, 2 * heads * k * computed),
         Activation('attention_output', d, size, 2 * d * mixer.value_dim * heads),
     ], _BACKWARD_FACTORS.get(scores, 2.5)
+
+
+def _scores(heads: float, seen: int, size: int, flops: float, scores: Scores) -> Activation:
+    """Held, scores are kept in fp32 and as weights in the compute type; what is worked on at once are about the latter.
+
+    Of blocks a sum is left for every query.
+    """
+    if scores == 'held':
+        return Activation('scores', heads * seen, 4 + size, flops, working=size)
+    return Activation('scores', heads, 4 + size, flops)
 
 
 def _stored(head_dim: int, scores: Scores, platform: str) -> int:
@@ -257,9 +268,7 @@ def _cross_attention(
         Activation('query', heads * stored, size, query),
         Activation('key', kv_heads * stored * sources, size, 2 * d * k * kv_heads * sources),
         Activation('value', kv_heads * stored * sources, size, 2 * d * k * kv_heads * sources),
-        Activation(
-            'scores', heads * stack.memory if scores == 'held' else heads, 4 + size, 2 * heads * k * stack.memory
-        ),
+        _scores(heads, stack.memory, size, 2 * heads * k * stack.memory, scores),
         Activation('attention', heads * stored, size, 2 * heads * k * stack.memory),
         Activation('attention_output', d, size, query),
     ]
