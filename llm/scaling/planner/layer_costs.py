@@ -221,7 +221,11 @@ def _attention_costs(
     if isinstance(mixer, RecurrentAttentionConfig):
         seen, sources = tokens + mixer.memory_length, 1 + mixer.memory_length / tokens
         computed = float(seen)
-        more = [Activation('position_scores', heads * seen, 4, 2 * heads * k * seen)]
+        more = [
+            Activation('sources', d * sources, size),  # what is remembered and the row, side by side
+            Activation('position_query', heads * k, size),
+            Activation('position_scores', 0, size, 2 * heads * k * seen, whole=heads * seen),  # added to the others
+        ]
     if isinstance(mixer, LongAttentionConfig) and getattr(model, 'first_is_global', False):
         pairs = 2 * mixer.global_tokens  # each token sees the global ones, and they see it
         more = [
