@@ -23,7 +23,7 @@ PAGE, BEGIN, END = ROOT / 'docs' / 'parallelism.md', '<!-- parity: begin -->\n',
 
 def main() -> None:
     """Run what is left, and write the page."""
-    from tests.training.parity_cases import cases, name, verdict
+    from tests.training.parity_cases import FACTORS, cases, name, verdict
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--strength', type=int, default=3)
@@ -36,7 +36,7 @@ def main() -> None:
             entry = json.loads(line)
             done[entry['case']] = entry['verdict'], entry['why']
 
-    wanted = cases(arguments.strength)
+    wanted = cases(arguments.strength, tuple(FACTORS['model']))
     # Cases of one model and number of microbatches share what they are compared with.
     wanted.sort(key=lambda case: (case['model'], case['pipeline'] * case['accumulation'], case['packed']))
     with arguments.results.open('a') as results:

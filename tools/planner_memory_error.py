@@ -1,10 +1,11 @@
 """How far the planner's analytic memory model is from the TPU compiler, over runs of many kinds.
 
-    python tools/planner_memory_error.py [--only NAME ...] [--csv FILE]
+    python tools/planner_memory_error.py [--only NAME ...] [--presets] [--csv FILE]
 
 Compiles each run's training step (about a minute each on two cores) and prints bytes on one device, compiled and
-estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. The runs of
-tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
+estimated. Rows that the CSV file has already are not compiled again; the estimate is always made anew. With
+--presets only presets of models of every kind, whose file is docs/planner_memory.csv; those not in it are compiled if
+--only names them. Else the runs of tools/tpu_plans.py come after, as far as docs/tpu_plans.json has them.
 """
 
 import argparse
@@ -12,14 +13,16 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tpu_plans
-
+from llm.configuration import load_job
+from llm.jobs.plan import Plan
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
@@ -32,6 +35,7 @@ from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology, find_topology
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
+from tools import tpu_plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,48 @@ class Case:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One run of a preset of gin_configs/models, by fsdp, on what models of its kind are trained on.
+
+    Attributes:
+        model: a file there. kind: the gin name of its config. changes: more bindings.
+    """
+
+    name: str
+    topology: str
+    model: str
+    kind: str
+    rows: int
+    length: int
+    remat: str = 'full'
+    changes: tuple[str, ...] = ()
+    mesh: tuple[tuple[str, int], ...] = (('fsdp', 4),)
+
+    def run(self) -> RunConfig:
+        """The training run."""
+        bindings = [
+            'from llm.jobs import plan',
+            'from llm.scaling.planner import run_config',
+            'from llm.training import step',
+            'JOB = @plan.Plan()',
+            'plan.Plan.run = @run_config.RunConfig()',
+            f'plan.Plan.topology = {self.topology!r}',
+            f'run_config.RunConfig.model = @{self.kind}()',
+            'run_config.RunConfig.step = @step.StepConfig()',
+            'run_config.RunConfig.optimizer = @optimizers.OptimizerConfig()',
+            f'step.StepConfig.batch_size = {self.rows}',
+            f'step.StepConfig.sequence_length = {self.length}',
+            f'REMAT = {self.remat!r}',
+            *self.changes,
+        ]
+        files = [f'gin_configs/models/{self.model}.gin', 'gin_configs/optimizers/adamw.gin']
+        job, _ = load_job([str(tpu_plans.ROOT / file) for file in files], bindings)
+        assert isinstance(job, Plan) and isinstance(job.run, RunConfig)
+        mesh: dict[str, Any] = {'data': 1, **dict(self.mesh)}
+        return dataclasses.replace(job.run, mesh=MeshConfig(**mesh))
+
+
 _FSDP = {'fsdp': 4}
 _STAGES = {'pipeline': 4}
 CASES = (
@@ -103,15 +149,40 @@ CASES = (
     Case('stages, everything kept', 'v5e:2x2', _STAGES, rows=32, microbatches=8, layers=16, remat='none'),
     Case('zero-bubble', 'v5e:2x2', _STAGES, rows=32, microbatches=8, layers=16, schedule='zero_bubble'),
 )
+_ENCODER, _DECODER = 'encoder.EncoderConfig', 'decoder.DecoderConfig'
+_MULTI_TOKEN = (
+    'from llm.models import multi_token',
+    'decoder.DecoderConfig.multi_token = @multi_token.MultiTokenConfig()',
+    'multi_token.MultiTokenConfig.depths = 2',
+    "multi_token.MultiTokenConfig.kind = 'sequential'",
+)
+PRESETS = (
+    Preset('BERT', 'v5e:2x2', 'bert_base', _ENCODER, 64, 512, 'none'),
+    Preset('BERT, recomputed', 'v5e:2x2', 'bert_base', _ENCODER, 256, 512),
+    Preset('Longformer', 'v5e:2x2', 'longformer_base_4096', _ENCODER, 16, 4096, 'none'),
+    Preset('T5', 'v5e:2x2', 't5_base', 'encoder_decoder.EncoderDecoderConfig', 128, 512),
+    Preset('Mamba', 'v5e:2x2', 'mamba_130m', _DECODER, 64, 1024),
+    Preset('Mamba, everything kept', 'v5e:2x2', 'mamba_130m', _DECODER, 16, 1024, 'none'),
+    Preset('Mamba-2', 'v5e:2x2', 'mamba2_130m', _DECODER, 64, 1024),
+    Preset('Jamba', 'v5p:2x2x1', 'jamba_like', _DECODER, 16, 2048),
+    Preset('Jamba, experts apart', 'v5p:2x2x1', 'jamba_like', _DECODER, 16, 2048, mesh=(('fsdp', 2), ('expert', 2))),
+    Preset('Transformer-XL', 'v5e:2x2', 'transformer_xl_41m', _DECODER, 64, 512, 'none'),
+    Preset('Transformer-XL, recomputed', 'v5e:2x2', 'transformer_xl_41m', _DECODER, 64, 512),
+    Preset('multi-token prediction', 'v5e:2x2', 'gpt2_124m', _DECODER, 64, 1024, changes=_MULTI_TOKEN),
+)
+COMPILED = tpu_plans.ROOT / 'docs/planner_memory.csv'  # of the presets
 _FIELDS = ('arguments', 'outputs', 'temporaries', 'aliased', 'code', 'temp_size', 'total')
 
 
-def measure(cases: tuple[Case, ...], path: Path | None) -> Iterator[tuple[Case, dict[str, float]]]:
+def read(path: Path) -> dict[str, dict[str, float]]:
+    """What the compiler said of the cases of a CSV file."""
+    with path.open() as file:
+        return {row['name']: {field: float(row[field]) for field in _FIELDS} for row in csv.DictReader(file)}
+
+
+def measure(cases: tuple[Case | Preset, ...], path: Path | None) -> Iterator[tuple[Case | Preset, dict[str, float]]]:
     """Each case and the compiler's bytes of it, kept in a CSV file."""
-    known: dict[str, dict[str, float]] = {}
-    if path is not None and path.exists():
-        with path.open() as file:
-            known = {row['name']: {field: float(row[field]) for field in _FIELDS} for row in csv.DictReader(file)}
+    known = {} if path is None or not path.exists() else read(path)
     for case in cases:
         if case.name not in known:
             compiled = compile_step(case.run(), find_topology(case.topology))
@@ -134,9 +205,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--only', nargs='*', help='names of cases')
+    parser.add_argument('--presets', action='store_true', help='presets of models of every kind alone')
     parser.add_argument('--csv', type=Path, help='what the compiler said, kept between calls')
     options = parser.parse_args()
-    cases = tuple(case for case in CASES if not options.only or case.name in options.only)
+    cases: tuple[Case | Preset, ...] = CASES
+    if options.presets:
+        cases, options.csv = PRESETS, options.csv or COMPILED
+        options.only = options.only or list(read(options.csv))
+    cases = tuple(case for case in cases if not options.only or case.name in options.only)
     print('| run | topology | layout | compiled, GB | estimated, GB | error | temporaries, GB | estimated, GB |')
     print('|---|---|---|---|---|---|---|---|')
     small = [

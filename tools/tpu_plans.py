@@ -12,8 +12,10 @@ compiled by the same libtpu as ours.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -208,7 +210,14 @@ def compile_row(row: Row) -> Record:
     job = row.job()
     start = time.perf_counter()
     record = plan_record(plan(job.run_config(), find_topology(job.topology, job.num_slices)))
-    record['made'] = {'jax': jax.__version__, 'seconds': time.perf_counter() - start}
+    record['made'] = {
+        'jax': jax.__version__,
+        'seconds': time.perf_counter() - start,
+        'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+        'commit': subprocess.run(
+            ['git', 'rev-parse', '--short=7', 'HEAD'], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.strip(),
+    }
     return record
 
 
@@ -231,9 +240,14 @@ def page(results: dict[str, Record]) -> str:
         '21.76 GB). Times to compile are for scale: machines differ. The step time is a bound by published rates, not',
         'measured.',
         '',
+        'Each row was made by `python tools/tpu_plans.py --only NAME`, of the code of the commit in the last column.',
+        'Those from before 1619cb6 have neither gradients of weights written out by hand (`llm/kernels/projection.py`)',
+        'nor experts multiplied by `llm/kernels/grouped_matmul/pallas_tpu.py`. Two were made before and after: Llama 2',
+        '7B on 16 chips needs what it needed, Mixtral 11.44 GB of temporaries where it needed 11.26.',
+        '',
         '| run | tokens a chip | sequence | arguments, GB | temporaries, GB | temp_size, GB | compiled in, s '
-        '| weight bytes over least | least step, s | MFU at most, causal |',
-        '|---|---|---|---|---|---|---|---|---|---|',
+        '| weight bytes over least | least step, s | MFU at most, causal | NAME | made |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|',
     ]
     for row in ROWS:
         record = results.get(row.name)
@@ -264,6 +278,8 @@ def _line(row: Row, record: Record | None) -> str:
         cells += [f'{compiler["weights"]["ratio"]:.2f}', f'{roof["step"]:.2f}', f'{100 * roof["mfu_causal"]:.0f}%']
     else:
         cells += ['-', '-', '-']
+    made = {} if record is None else record['made']
+    cells += [f'`{row.name}`', f'{made["date"]}, {made["commit"]}' if made else '-']
     return '| ' + ' | '.join(cells) + ' |'
 
 

@@ -14,7 +14,7 @@ from llm.parallel.mesh import MESH_AXES, MeshConfig
 from llm.parallel.pipeline.placement import AXIS as PIPELINE_AXIS
 from llm.parallel.pipeline.schedules import PipelineConfig, paper_cost
 from llm.parallel.sharding import AxisRules, parameter_sharding
-from llm.scaling.accounting import count, flops_per_token, training_memory
+from llm.scaling.accounting import RowTokens, count, flops_per_token, row_tokens, training_memory
 from llm.training.optimizers import OptimizerConfig, make_optimizer, place_optimizer_state
 from llm.training.parametrization import trained
 from llm.training.pipeline import make_pipeline_table, repeat_costs_of
@@ -67,10 +67,14 @@ def describe(
     mesh_config: MeshConfig,
     rules: AxisRules,
     pipeline: PipelineConfig = PipelineConfig(),
+    row: RowTokens | None = None,
 ) -> str:
     """A table of the parameters and the size of the run, on as many devices as the mesh asks for.
 
     The devices need not exist; a mesh with an axis of -1 is described for those that do.
+
+    Args:
+        row: the tokens of a row; default: of what is usual for such a model.
 
     Raises:
         UserError: the mesh cannot divide a parameter, or the schedule cannot run the layers or microbatches.
@@ -105,7 +109,7 @@ def describe(
     )
     memory = training_memory(tree, state, trained(tree, specs))
     counts = count(model, specs)
-    flops = flops_per_token(model, specs, step.sequence_length)
+    flops = flops_per_token(model, specs, row or row_tokens(model, step.sequence_length))
     tokens = step.batch_size * step.sequence_length
     axes = ' x '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1) or 'one device'
     return '\n'.join(

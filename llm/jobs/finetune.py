@@ -44,7 +44,7 @@ from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
-from llm.scaling.accounting import count
+from llm.scaling.accounting import count, row_tokens
 from llm.training.checkpoints import CheckpointConfig, Checkpointer
 from llm.training.contrastive import ContrastiveConfig
 from llm.training.environment import environment
@@ -132,7 +132,10 @@ class Finetune:
         model = self._model(base, labels)
         if invocation.dry_run:
             total_steps = self.loop.total_steps
-            print(describe(model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline))
+            row = row_tokens(model, self.step.sequence_length)
+            if isinstance(model, EncoderDecoderConfig):
+                row = dataclasses.replace(row, decoder=self.target_length or row.text)
+            print(describe(model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline, row))
             return 0
         trainer = Trainer(
             model,

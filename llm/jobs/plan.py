@@ -5,10 +5,8 @@ import sys
 from pathlib import Path
 
 from llm.configuration import Invocation
-from llm.errors import UserError
 from llm.jobs.describe import describe
 from llm.jobs.pretrain import Pretrain
-from llm.models.decoder import DecoderConfig
 from llm.scaling.planner.advice import cheapest_change
 from llm.scaling.planner.page import render
 from llm.scaling.planner.planning import estimate, plan
@@ -47,13 +45,11 @@ class Plan:
     def run_config(self) -> RunConfig:
         """The part of the run that is planned."""
         run = self.run
-        if not isinstance(run.model, DecoderConfig):
-            raise UserError(
-                f'the planner knows decoders, and the model is an {type(run.model).__name__}',
-                where='Plan.run',
-                fix='Use --dry_run of the run itself, which shows parameters, shardings and the memory of the state.',
-            )
-        return RunConfig(run.model, run.optimizer, run.step, run.mesh, run.rules, run.pipeline)
+        if isinstance(run, RunConfig):
+            return run
+        # Components of one mixture have rows of the same shapes.
+        objective = run.data.objectives()[0]
+        return RunConfig(run.model, run.optimizer, run.step, run.mesh, run.rules, run.pipeline, objective)
 
     def __call__(self, invocation: Invocation) -> None:
         """Print the plan, and write it to the output directory."""
@@ -63,7 +59,7 @@ class Plan:
         run = self.run_config()
         if invocation.dry_run:
             run = run.fixed(topology.sizes(run.mesh))
-            print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules, run.pipeline))
+            print(describe(run.model, run.optimizer, run.step, ANY_STEPS, run.mesh, run.rules, run.pipeline, run.row))
             return
         candidates = [] if self.search is None else search(run, topology, self.search, say=_say)
         if candidates:

@@ -38,7 +38,7 @@ from llm.parallel import processes
 from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
-from llm.scaling.accounting import TokenFlops, count, flops_per_token, peak_flops
+from llm.scaling.accounting import RowTokens, TokenFlops, count, flops_per_token, peak_flops, row_tokens
 from llm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
 from llm.training.environment import environment
 from llm.training.loop import Evaluation, LoopConfig, TrainingLoop
@@ -88,7 +88,18 @@ class Pretrain:
         self._check_kinds()
         if invocation.dry_run:
             total_steps = self.loop.total_steps
-            print(describe(self.model, self.optimizer, self.step, total_steps, self.mesh, self.rules, self.pipeline))
+            print(
+                describe(
+                    self.model,
+                    self.optimizer,
+                    self.step,
+                    total_steps,
+                    self.mesh,
+                    self.rules,
+                    self.pipeline,
+                    self._row(),
+                )
+            )
             return 0
         directory = Path(self.run_directory)
         trainer = Trainer(
@@ -139,7 +150,7 @@ class Pretrain:
                 )
                 for name, each in evaluation_sets.items()
             }
-            flops = flops_per_token(self.model, trainer.specs, length)
+            flops = flops_per_token(self.model, trainer.specs, self._row())
             if first:
                 self._record_facts(directory, trainer, vocabulary, examples, evaluation_sets, rejected, flops)
             baselines = stack.enter_context(Baselines(self.data if self.xz_baselines and first else None, directory))
@@ -180,6 +191,10 @@ class Pretrain:
             print(result_lines(directory), end='')
         print(f'{directory}: {"complete" if complete else "stopped, run the same command to go on"}; see {report}')
         return code
+
+    def _row(self) -> RowTokens:
+        """The tokens of a row; components of one mixture have rows of the same shapes."""
+        return row_tokens(self.model, self.step.sequence_length, self.data.objectives()[0])
 
     def _check_kinds(self) -> None:
         """Whether model, objective and what else is asked for go together."""

@@ -15,10 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm.data.objectives import Objective
+from llm.data.objectives.denoising import SpanCorruption
+from llm.data.objectives.masking import MaskedLanguageModelling
+from llm.data.objectives.prefix import PrefixLanguageModelling
+from llm.data.objectives.sentence_pairs import SentencePairs
+from llm.errors import UserError
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import DecoderConfig
-from llm.models.encoder import EncoderConfig
-from llm.models.layer import AttendingConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
+from llm.models.layer import AttendingConfig, LayerConfig
 from llm.models.long_attention import LongAttentionConfig
 from llm.models.model import ModelConfig, layers_of
 from llm.models.moe import MoeConfig
@@ -35,62 +41,106 @@ class ParameterCount:
         total: all.
         non_embedding: without embeddings of tokens and positions and without an output projection of its own (Kaplan
             et al. 2020, section 2.1).
-        matmul: those that a token is multiplied with in training; tied embeddings count as the output projection, which
-            counts as often as it is used.
         active: all but the experts that a token is not sent to.
     """
 
     total: int
     non_embedding: int
-    matmul: int
     active: int
 
 
 def count(config: ModelConfig, specs: dict[str, Any]) -> ParameterCount:
     """Parameters of the model; `specs` is its nested dict of ParameterSpec."""
-    sizes = dict.fromkeys(Role, 0)
-    for _, spec in named_specs(specs):
-        sizes[spec.role] += math.prod(spec.shape)
-    if isinstance(config, EncoderConfig):
-        own = config.num_outputs is not None
-        tied = 0 if own else config.vocab_size * (config.embedding_size or config.d_model)
-        if config.layers.shared_layers:  # each is multiplied with so many times
-            shared = sum(math.prod(s.shape) for _, s in named_specs(specs['encoder']) if s.role is Role.HIDDEN)
-            tied += (config.layers.repeats - 1) * shared
-    else:
-        has_own = isinstance(config, DecoderConfig) and config.num_outputs is not None
-        tied = config.vocab_size * config.d_model if config.tied_embeddings and not has_own else 0
-        if isinstance(config, DecoderConfig):  # whose output projection serves every depth of multi-token prediction
-            tied += len(config.further_layers) * config.vocab_size * config.d_model
-    networks = [layer.feed_forward for layer in layers_of(config)]
-    idle = sum(each.idle_parameters(config.d_model) for each in networks if isinstance(each, MoeConfig))
-    hidden = sizes[Role.HIDDEN] + sizes[Role.ROUTER]
-    total = sum(sizes.values())
+    total = _size(specs, *Role)
     return ParameterCount(
         total=total,
-        non_embedding=hidden + sizes[Role.VECTOR],
-        matmul=hidden + sizes[Role.OUTPUT] + tied - idle,
-        active=total - idle,
+        non_embedding=_size(specs, Role.HIDDEN, Role.ROUTER, Role.VECTOR),
+        active=total - _idle(layers_of(config), config.d_model),
     )
+
+
+def _size(specs: dict[str, Any], *roles: Role) -> int:
+    return sum(math.prod(spec.shape) for _, spec in named_specs(specs) if spec.role in roles)
+
+
+def _idle(layers: Sequence[LayerConfig], d_model: int) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    networks = [layer.feed_forward for layer in layers]
+    return sum(each.idle_parameters(d_model) for each in networks if isinstance(each, MoeConfig))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTokens:
+    """The tokens of one row of a batch, by what is done with them.
+
+    Attributes:
+        text: of an encoder-decoder those that the encoder reads, else those that the model reads.
+        decoder: those that the decoder of an encoder-decoder reads; None for other models.
+        predicted: those of an encoder that have logits; None for all that there are.
+        pair: whether an encoder says of the row besides if its second part follows the first.
+        prefix: whether a decoder reads the beginning of each document in both directions.
+    """
+
+    text: int
+    decoder: int | None = None
+    predicted: int | None = None
+    pair: bool = False
+    prefix: bool = False
+
+    @property
+    def read(self) -> int:
+        """Those that the last layers read: what logits are made of."""
+        return self.text if self.decoder is None else self.decoder
+
+
+def row_tokens(config: ModelConfig, sequence_length: int, objective: Objective | None = None) -> RowTokens:
+    """What rows of `sequence_length` tokens of text are for this model.
+
+    Args:
+        objective: None for causal language modelling of a decoder; for what encoders (with pairs of texts, if they
+            classify them) and encoder-decoders are pretrained with; for the labels of a model that has num_outputs.
+
+    Raises:
+        UserError: the objective is for other models.
+    """
+    if objective is not None and objective.batch_kind() != config.batch_kind:
+        raise UserError(
+            f'{type(objective).__name__} is no objective of an {type(config).__name__}',
+            where='objective',
+            fix='Use another objective, or another model.',
+        )
+    if isinstance(config, EncoderDecoderConfig):
+        denoising = objective if isinstance(objective, SpanCorruption) else SpanCorruption()
+        return RowTokens(sequence_length, decoder=denoising.decoder_length(sequence_length))
+    if isinstance(config, DecoderConfig):
+        return RowTokens(sequence_length, prefix=isinstance(objective, PrefixLanguageModelling))
+    if objective is None and config.num_outputs is not None:
+        return RowTokens(sequence_length)
+    if objective is None:
+        objective = SentencePairs() if config.next_sentence else MaskedLanguageModelling()
+    pair = isinstance(objective, SentencePairs)
+    masking = objective.masking if isinstance(objective, SentencePairs) else objective
+    predicted = masking.most(sequence_length) if isinstance(masking, MaskedLanguageModelling) else None
+    return RowTokens(sequence_length, predicted=predicted, pair=pair)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of the forward pass, per token of a row of S tokens.
+    """FLOPs of the forward pass on a row, per token of its text.
 
     Attributes:
-        parameters: products with parameters, 2 * ParameterCount.matmul, the logits included.
-        attention: products of queries with keys and of weights with values if each query met all S keys, or as many
-            as its layer's window holds. This is PaLM's convention.
+        parameters: products with parameters, two FLOPs each time that one is multiplied with, the logits included.
+        attention: products of queries with keys and of weights with values if each query met all keys, or as many as
+            its layer's window holds. This is PaLM's convention.
         causal_attention: the same with only the keys that the causal mask leaves: (S + 1) / 2 on average.
         recurrence: of states, token by token: decay, what is written and what is read, a multiply-add each for every
             scalar of a state. Chunks (Dao and Gu 2024, section 6) do more, of which products of matrices are faster.
     """
 
-    parameters: int
-    attention: int
+    parameters: float
+    attention: float
     causal_attention: float
-    recurrence: int = 0
+    recurrence: float = 0
 
     def forward(self, *, causal: bool) -> float:
         """One token forward; `causal` chooses the convention for attention."""
@@ -101,35 +151,89 @@ class TokenFlops:
         return 3 * self.forward(causal=causal)
 
 
-def flops_per_token(config: ModelConfig, specs: dict[str, Any], sequence_length: int) -> TokenFlops:
-    """FLOPs of the model on rows of `sequence_length` tokens, each row one document.
+def flops_per_token(config: ModelConfig, specs: dict[str, Any], row: RowTokens) -> TokenFlops:
+    """FLOPs of the model on rows of these tokens, each row one document.
 
-    Of an encoder-decoder: for a token of each side, as if both had rows of this length.
+    Logits are of the tokens that have some, the two sides of an encoder-decoder of their own lengths, and what is done
+    once for a row (its pair of texts) or with global tokens alone is so; all of it is shared out among the tokens of
+    the text. The positions of Transformer-XL, which all rows of a batch share, are left out.
     """
-    attention, causal_attention, recurrence = 0, 0.0, 0
+    attention, causal_attention, recurrence = 0, 0, 0
+    sides = [(layers_of(config), row.text)]
+    if isinstance(config, EncoderDecoderConfig):
+        encoder = config.encoder.num_layers
+        sides = [(layers_of(config)[:encoder], row.text), (layers_of(config)[encoder:], row.read)]
+    for layers, tokens in sides:
+        for layer in layers:
+            if not isinstance(layer.mixer, AttendingConfig):
+                recurrence += 6 * layer.mixer.state_elements * tokens
+                continue
+            all_keys, seen = _keys(layer.mixer, tokens, first_is_global=getattr(config, 'first_is_global', False))
+            per_key = 2 * layer.mixer.num_heads * (layer.mixer.head_dim + layer.mixer.value_dim)
+            if isinstance(layer.mixer, RecurrentAttentionConfig):  # a product with positions besides
+                per_key = per_key * 3 // 2
+            attention, causal_attention = attention + per_key * all_keys, causal_attention + per_key * seen
+            if layer.cross is not None:
+                crossed = 4 * layer.cross.num_heads * layer.cross.head_dim * tokens * row.text
+                attention, causal_attention = attention + crossed, causal_attention + crossed
+    products = 2 * _multiplications(config, specs, row)
+    return TokenFlops(*(each / row.text for each in (products, attention, causal_attention, recurrence)))
+
+
+def _keys(mixer: AttendingConfig, tokens: int, *, first_is_global: bool) -> tuple[int, int]:
+    """Pairs of query and key of a row of so many tokens: those of PaLM's convention, and those that the mask leaves."""
+    window = tokens if mixer.window is None else min(mixer.window, tokens)
+    # Query t of 1..S sees min(t, window) keys.
+    seen = window * (window + 1) // 2 + (tokens - window) * window
+    if isinstance(mixer, AttentionConfig) and not mixer.causal:
+        window = tokens if mixer.window is None else min(2 * mixer.window - 1, tokens)
+        seen = window * tokens
+    more = 0
+    if isinstance(mixer, LongAttentionConfig) and first_is_global:  # each token sees the global ones, and they see it
+        more = 2 * mixer.global_tokens
+    if isinstance(mixer, RecurrentAttentionConfig):
+        more = mixer.memory_length
+    return (window + more) * tokens, seen + more * tokens
+
+
+def _multiplications(config: ModelConfig, specs: dict[str, Any], row: RowTokens) -> int:
+    """How often a parameter is multiplied with something of a row, all of them together."""
+    d, matrices = config.d_model, (Role.HIDDEN, Role.ROUTER)
     layers = layers_of(config)
-    cross = [dataclasses.replace(layer.cross, causal=False) for layer in layers if layer.cross is not None]
-    for mixer in [*(layer.mixer for layer in layers), *cross]:
-        if not isinstance(mixer, AttendingConfig):
-            recurrence += 6 * mixer.state_elements
-            continue
-        window = sequence_length if mixer.window is None else min(mixer.window, sequence_length)
-        # Query t of 1..S sees min(t, window) keys.
-        seen = window * (window + 1) // 2 + (sequence_length - window) * window
-        per_key = 2 * mixer.num_heads * (mixer.head_dim + mixer.value_dim)  # two FLOPs a multiply-add
-        if isinstance(mixer, AttentionConfig) and not mixer.causal:
-            window = sequence_length if mixer.window is None else min(2 * mixer.window - 1, sequence_length)
-            seen = window * sequence_length
-        if isinstance(mixer, LongAttentionConfig):  # each token sees the global ones, and they see it
-            window += 2 * mixer.global_tokens
-            seen += 2 * mixer.global_tokens * sequence_length
-        if isinstance(mixer, RecurrentAttentionConfig):  # a product with positions besides, and keys of the memory
-            per_key = per_key * 3 // 2
-            window += mixer.memory_length
-            seen += mixer.memory_length * sequence_length
-        attention += per_key * window
-        causal_attention += per_key * seen / sequence_length
-    return TokenFlops(2 * count(config, specs).matmul, attention, causal_attention, recurrence)
+    if isinstance(config, EncoderDecoderConfig):
+        encoder = config.encoder.num_layers
+        of_memory = sum(2 * d * each.cross.num_kv_heads * each.cross.head_dim for each in layers if each.cross)
+        read = _size(specs['encoder'], *matrices) - _idle(layers[:encoder], d) + of_memory
+        written = _size(specs['decoder'], *matrices) - _idle(layers[encoder:], d) - of_memory
+        return row.text * read + row.read * (written + config.vocab_size * d)
+    if isinstance(config, DecoderConfig):
+        used = _size(specs, *matrices, Role.OUTPUT) - _idle(layers, d)
+        if config.tied_embeddings and config.num_outputs is None:
+            used += config.vocab_size * d
+        # The output projection serves every depth of multi-token prediction.
+        used += len(config.further_layers) * config.vocab_size * d
+        products = row.text * used
+        for mixer in (layer.mixer for layer in layers):
+            if isinstance(mixer, RecurrentAttentionConfig):  # keys and values of what is remembered; no positions
+                kernel = d * mixer.num_heads * mixer.head_dim
+                products += kernel * (2 * mixer.memory_length - row.text)
+        return products
+    repeats = config.layers.repeats if config.layers.shared_layers else 1
+    products = row.text * (repeats * _size(specs['encoder'], *matrices) - _idle(layers, d))
+    for mixer in (layer.mixer for layer in layers):
+        if isinstance(mixer, LongAttentionConfig) and mixer.global_tokens:
+            query, others = (d * many * mixer.head_dim for many in (mixer.num_heads, 2 * mixer.num_kv_heads))
+            products -= query * row.text
+            products += query * mixer.global_tokens if config.first_is_global else -others * row.text
+    embedding = config.embedding_size or d
+    if config.embedding_size is not None:
+        products += row.text * embedding * d
+    scored = row.text if row.predicted is None else row.predicted
+    if config.num_outputs is None:
+        products += scored * (config.vocab_size + (0 if config.head is None else d)) * embedding
+    else:
+        products += scored * (config.num_outputs + (d if config.pooler and config.num_outputs else 0)) * d
+    return products + ((d + 2) * d if row.pair else 0)
 
 
 @dataclasses.dataclass(frozen=True)

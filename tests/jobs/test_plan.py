@@ -71,17 +71,28 @@ def test_mistakes_are_one_line(topology, bindings, message, capsys):
     assert message in error
 
 
-def test_a_pretraining_runs_own_file_can_be_planned(capsys):
+@pytest.mark.parametrize(
+    ('run', 'more', 'said'),
+    [
+        ('gpt2_124m_text', (), '512 rows of 1024 tokens a step in 4 microbatches'),
+        ('pretrain_sentence_pairs', (), '32 rows of 128 tokens a step in 1 microbatches'),
+        ('pretrain_span_corruption', ('SEARCH = @search.SearchConfig()',), 'the best that was found'),
+        ('pretrain_transformer_xl', (), 'remembered'),
+    ],
+)
+def test_a_pretraining_runs_own_file_can_be_planned(run, more, said, capsys):
     code = main(
         [
-            '--gin_file=gin_configs/runs/gpt2_124m_text.gin',
+            f'--gin_file=gin_configs/runs/{run}.gin',
             '--gin_file=gin_configs/jobs/plan_pretraining.gin',
             "--gin_bindings=FILES = 'none.txt'",
             "--gin_bindings=TOPOLOGY = 'h100:8'",
+            *(f'--gin_bindings={each}' for each in more),
         ]
     )
-    assert code == 0
-    assert '512 rows of 1024 tokens a step in 4 microbatches' in capsys.readouterr().out
+    text = capsys.readouterr()
+    assert code == 0, text.err
+    assert said in text.out
 
 
 def test_planning_starts_without_tensorflow():

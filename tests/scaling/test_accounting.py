@@ -11,14 +11,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm.models.attention import AttentionConfig
 from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.encoder import EncoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.multi_token import MultiTokenConfig
 from llm.models.normalization import NormConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
+from llm.models.recurrent_attention import RecurrentAttentionConfig
+from llm.models.stack import StackConfig
 from llm.parallel.mesh import MeshConfig, make_mesh
 from llm.scaling.accounting import (
+    RowTokens,
     bytes_per_device,
     count,
     flops_per_token,
@@ -62,10 +67,9 @@ def test_gpt2_124m_by_hand():
     parameters = count(config, specs_of(config))
     assert parameters.total == 124_439_808
     assert parameters.non_embedding == 124_439_808 - 50257 * 768 - 1024 * 768
-    assert parameters.matmul == 12 * 12 * 768**2 + 50257 * 768 == 123_532_032
 
-    flops = flops_per_token(config, specs_of(config), 1024)
-    assert flops.parameters == 247_064_064
+    flops = flops_per_token(config, specs_of(config), RowTokens(1024))
+    assert flops.parameters == 2 * (12 * 12 * 768**2 + 50257 * 768) == 247_064_064
     assert flops.attention == 12 * 2 * (2 * 1024 * 768) == 37_748_736
     assert flops.causal_attention == 12 * 2 * (2 * 512.5 * 768) == 18_892_800
     # PaLM, appendix B: 6 N + 12 L H Q T, with N the parameters that a token is multiplied with.
@@ -76,7 +80,7 @@ def test_gpt2_124m_by_hand():
 def test_mamba_by_hand():
     """Every scalar of a state is multiplied and added three times a token: decayed, written to, read."""
     config = DecoderConfig(100, 16, 3, (LayerConfig(MambaConfig(32, 2, 4), None),), position='none')
-    flops = flops_per_token(config, specs_of(config), 64)
+    flops = flops_per_token(config, specs_of(config), RowTokens(64))
     assert flops.recurrence == 3 * 6 * 32 * 4
     # In, gate and out; time steps, b and c; time steps up; the head.
     assert flops.parameters == 2 * (3 * (3 * 16 * 32 + 32 * (2 + 4 + 4) + 2 * 32) + 16 * 100)
@@ -89,10 +93,9 @@ def test_llama2_7b_by_hand():
     parameters = count(config, specs_of(config))
     assert parameters.total == 6_738_415_616
     assert parameters.non_embedding == 6_738_415_616 - 2 * 32000 * 4096
-    assert parameters.matmul == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096 == 6_607_077_376
 
-    flops = flops_per_token(config, specs_of(config), 4096)
-    assert flops.parameters == 13_214_154_752
+    flops = flops_per_token(config, specs_of(config), RowTokens(4096))
+    assert flops.parameters == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096) == 13_214_154_752
     assert flops.attention == 32 * 4 * 4096 * 4096 == 2_147_483_648
     assert flops.causal_attention == 32 * 4 * 4096 * 2048.5
     assert flops.forward(causal=False) == 15_361_638_400
@@ -106,7 +109,7 @@ def test_attention_counts_the_keys_of_the_mask(window, length):
     distance = t[:, None] - t[None, :]
     windowed = ((distance >= 0) & (distance < (window or length))).sum() / length
     causal = (distance >= 0).sum() / length
-    flops = flops_per_token(config, specs_of(config), length)
+    flops = flops_per_token(config, specs_of(config), RowTokens(length))
     # Layers 0 and 2 have the window, layer 1 has none.
     assert flops.causal_attention == pytest.approx(4 * 2 * 4 * (2 * windowed + causal), rel=1e-12)
     assert flops.attention == 4 * 2 * 4 * (2 * min(window or length, length) + length)
@@ -116,44 +119,101 @@ def test_multi_token_prediction_multiplies_with_the_output_projection_again():
     layer = LayerConfig(AttentionConfig(2, 1, 4), FeedForwardConfig(8))
     plain = DecoderConfig(vocab_size=16, d_model=8, num_layers=3, pattern=(layer,), tied_embeddings=True)
     config = dataclasses.replace(plain, multi_token=MultiTokenConfig(2))
-    before, after = (flops_per_token(each, specs_of(each), 7) for each in (plain, config))
+    before, after = (flops_per_token(each, specs_of(each), RowTokens(7)) for each in (plain, config))
     products = 8 * 8 * 2 + 2 * 8 * 4 + 8 * 8 * 3  # query and output, key and value, feed-forward
     assert after.parameters - before.parameters == 2 * 2 * (16 * 8 + 2 * 8 * 8 + products)
     assert after.attention / before.attention == 5 / 3
     assert count(config, specs_of(config)).active == count(config, specs_of(config)).total
 
 
-@pytest.mark.parametrize(('activation', 'tied', 'kv_heads'), [('swiglu', True, 2), ('relu', False, 4)])
-def test_agrees_with_the_compiler(activation, tied, kv_heads):
-    batch, length = 2, 128
-    layer = LayerConfig(
-        AttentionConfig(4, kv_heads, 64, implementation='reference'), FeedForwardConfig(1024, activation)
-    )
-    config = DecoderConfig(512, 256, 2, (layer,), tied_embeddings=tied, scan_layers=False)
-    decoder = Decoder(config)
-    specs = parameter_specs(decoder)
-    graph, _ = nnx.split(decoder)
+def trained_flops(config, loss) -> float:
+    """What the compiler counts of the gradient of `loss(module)` with respect to the parameters."""
+    module = config.build()
+    graph, _ = nnx.split(module)
     shapes = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32),
-        specs,
+        parameter_specs(module),
         is_leaf=lambda node: isinstance(node, ParameterSpec),
     )
 
-    def forward(parameters, inputs):
-        return nnx.merge(graph, parameters)(inputs)
+    def gradient(parameters):
+        return jax.grad(lambda parameters: loss(nnx.merge(graph, parameters)))(parameters)
 
-    def backward(parameters, inputs):
-        return jax.grad(lambda parameters: jnp.sum(jnp.square(forward(parameters, inputs))))(parameters)
+    return jax.jit(gradient).lower(shapes).compile().cost_analysis()['flops']
 
-    def compiled_flops(function) -> float:
-        lowered = jax.jit(function).lower(shapes, jax.ShapeDtypeStruct((batch, length), jnp.int32))
-        return lowered.compile().cost_analysis()['flops'] / (batch * length)
 
-    flops = flops_per_token(config, specs, length)
+BATCH, WIDTH, V = 2, 256, 512
+HEADS = {'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 64, 'implementation': 'reference'}
+UNROLLED = {'num_layers': 2, 'scan_layers': False}
+
+
+def decoder_case(activation, tied):
+    layer = LayerConfig(AttentionConfig(**HEADS), FeedForwardConfig(1024, activation))
+    config = DecoderConfig(V, WIDTH, pattern=(layer,), tied_embeddings=tied, **UNROLLED)
+    ids = np.zeros((BATCH, 128), np.int32)
+    return config, RowTokens(128), lambda module: jnp.sum(jnp.square(module(ids))), 0
+
+
+def encoder_case():
+    """Logits of a quarter of the tokens, of a factorized embedding; a pair of texts; repeats of one layer."""
+    layer = LayerConfig(AttentionConfig(**HEADS, causal=False), FeedForwardConfig(1024, 'relu', bias=True))
+    stack = StackConfig(pattern=(layer,), shared_layers=True, **UNROLLED)
+    config = EncoderConfig(
+        V, WIDTH, stack, embedding_size=192, position='none', pooler=True, next_sentence=True, token_types=2
+    )
+    ids, index = np.zeros((BATCH, 128), np.int32), np.zeros((BATCH, 32), np.int32)
+
+    def loss(module):
+        hidden, pairs, _ = module.hidden_and_pair_logits(ids, predicted=index)
+        return jnp.sum(jnp.square(module.projection()(hidden))) + jnp.sum(jnp.square(pairs))
+
+    return config, RowTokens(128, predicted=32, pair=True), loss, 0
+
+
+def encoder_decoder_case():
+    """A decoder that reads a third of what the encoder does."""
+    mixer = AttentionConfig(**HEADS, causal=False)
+    layer = LayerConfig(mixer, FeedForwardConfig(1024, 'geglu'))
+    writing = dataclasses.replace(layer, mixer=dataclasses.replace(mixer, causal=True), cross=mixer)
+    stacks = (StackConfig(pattern=(each,), **UNROLLED) for each in (layer, writing))
+    config = EncoderDecoderConfig(V, WIDTH, *stacks, position='none')
+    read, written = np.zeros((BATCH, 144), np.int32), np.zeros((BATCH, 48), np.int32)
+    return config, RowTokens(144, decoder=48), lambda module: jnp.sum(jnp.square(module(written, read))), 0
+
+
+def recurrent_case():
+    """Positions, which have no gradient, are multiplied once for both rows."""
+    heads = HEADS | {'num_kv_heads': 4}
+    layer = LayerConfig(RecurrentAttentionConfig(**heads, memory_length=64), FeedForwardConfig(1024, 'relu'))
+    config = DecoderConfig(V, WIDTH, pattern=(layer,), position='none', **UNROLLED)
+    ids, positions = np.zeros((BATCH, 128), np.int32), np.arange(128, 256)[None].repeat(BATCH, 0)
+
+    def loss(module):
+        memory = config.init_memory(BATCH)
+        hidden, _, _ = module.hidden_sums_and_memory(ids, memory, positions=positions)
+        return jnp.sum(jnp.square(module.projection()(hidden)))
+
+    kernel = WIDTH * 4 * 64
+    return config, RowTokens(128), loss, 2 * 2 * 192 * 2 * kernel
+
+
+@pytest.mark.parametrize(
+    ('case', 'arguments'),
+    [
+        (decoder_case, ('swiglu', True)),
+        (decoder_case, ('relu', False)),
+        (encoder_case, ()),
+        (encoder_decoder_case, ()),
+        (recurrent_case, ()),
+    ],
+)
+def test_agrees_with_the_compiler(case, arguments):
+    config, row, loss, left_out = case(*arguments)
+    flops = flops_per_token(config, parameter_specs(config.build()), row)
+    expected = BATCH * row.text * flops.training(causal=False) + left_out
     # The compiler also counts what is no matrix product, and multiplies masked scores too: a little more than ours.
     # (Of a loop, as in the chunked attention, it counts one turn.)
-    assert 1 <= compiled_flops(forward) / flops.forward(causal=False) < 1.02
-    assert 1 <= compiled_flops(backward) / flops.training(causal=False) < 1.02
+    assert 1 <= trained_flops(config, loss) / expected < 1.02
 
 
 def test_memory_is_counted_per_device():

@@ -38,7 +38,7 @@ Case = dict[str, Any]
 
 FACTORS: dict[str, list[Any]] = {
     **{axis: [1, 2, 4, 8] for axis in AXES},
-    'model': ['dense', 'windowed', 'alibi', 'moe', 'mamba'],
+    'model': ['dense', 'windowed', 'alibi', 'moe', 'mamba', 'hybrid'],
     # Read with pipeline stages, and with rows that devices share; otherwise both are the first value.
     'schedule': ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'],
     'method': ['ring', 'ulysses', 'all_gather'],
@@ -99,10 +99,22 @@ MODELS['moe'] = dataclasses.replace(
     leading=(LAYER,),
     remat='full',
 )
+# As Jamba: normalised states, experts behind a recurrence, attention without positions.
+_RECURRENT = MambaConfig(d_inner=64, dt_rank=2, state_size=4, state_norm=NormConfig())
+MODELS['hybrid'] = dataclasses.replace(
+    SMALL,
+    position='none',
+    pattern=(dataclasses.replace(LAYER, mixer=_RECURRENT, feed_forward=MOE), LAYER),
+)
 # SGD at rate 1 without clipping: what a parameter changes by is its gradient.
 GRADIENT = OptimizerConfig(
     kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
 )
+
+
+WITH_EXPERTS = ('moe', 'hybrid')
+# The parts of the hybrid are in the others: the tests run one case of it, tools/parity_matrix.py a covering array.
+CHECKED_ALWAYS = tuple(model for model in FACTORS['model'] if model != 'hybrid')
 
 
 def is_allowed(row: Any) -> bool:
@@ -112,19 +124,19 @@ def is_allowed(row: Any) -> bool:
         return False
     if row['pipeline'] > 1 and not row['scan']:  # a pipeline always loops over its layers
         return False
-    if row['expert'] > 1 and row['model'] != 'moe':  # to the other models it is one more `data`
+    if row['expert'] > 1 and row['model'] not in WITH_EXPERTS:  # to the other models it is one more `data`
         return False
     return row['sequence'] > 1 or row['method'] == FACTORS['method'][0]
 
 
-def cases(strength: int) -> list[Case]:
-    """A covering array, by greedy set cover over all cases that are allowed.
+def cases(strength: int, models: tuple[str, ...] = CHECKED_ALWAYS) -> list[Case]:
+    """A covering array of these models, by greedy set cover over all cases that are allowed.
 
     Of strength 2 these are 87. The library covertable, which sees of a constraint only whether it holds, made 494
     of the factors for which this made 57.
     """
     rows = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
-    rows = [row for row in rows if is_allowed(row)]
+    rows = [row for row in rows if row['model'] in models and is_allowed(row)]
     groups = list(itertools.combinations(FACTORS, strength))
     covers = [frozenset((group, tuple(row[factor] for factor in group)) for group in groups) for row in rows]
     open_, chosen = set().union(*covers), []
@@ -133,6 +145,12 @@ def cases(strength: int) -> list[Case]:
         chosen.append(rows[best])
         open_ -= covers[best]
     return chosen
+
+
+def hybrid_case(**sizes: int) -> Case:
+    """Packed rows of the hybrid on a mesh with axes of these sizes."""
+    plain = {factor: values[0] for factor, values in FACTORS.items()}
+    return plain | {'model': 'hybrid', **sizes}
 
 
 def name(case: Case) -> str:
@@ -266,7 +284,7 @@ def errors(case: Case) -> list[str]:
     wanted = {collective for axis in AXES if case[axis] > 1 for collective in COLLECTIVES.get(axis, ())}
     missing = [each for each in sorted(wanted) if f'{each}(' not in program and f'{each}-start(' not in program]
     found += [f'no {collective} in the program' for collective in missing]
-    if case['expert'] > 1 and case['model'] == 'moe' and ' all-to-all' not in program:
+    if case['expert'] > 1 and case['model'] in WITH_EXPERTS and ' all-to-all' not in program:
         found.append('no all-to-all in the program')
     if case['sequence'] > 1 and not any(f' {collective}' in program for collective in METHODS[case['method']]):
         found.append(f'none of {METHODS[case["method"]]} in the program')

@@ -22,7 +22,7 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig, TokenwiseConfig
 from llm.models.moe import MoeConfig
 from llm.parallel.mesh import MeshConfig
-from llm.scaling.accounting import count, flops_per_token
+from llm.scaling.accounting import RowTokens, count, flops_per_token
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
@@ -40,7 +40,7 @@ class Contender:
             model, OptimizerConfig(), StepConfig(ROWS, LENGTH), 1000, MeshConfig(data=1), devices=jax.devices()[:1]
         )
         self.parameters = count(model, self.trainer.specs)
-        self.flops = flops_per_token(model, self.trainer.specs, LENGTH).training(causal=True)
+        self.flops = flops_per_token(model, self.trainer.specs, RowTokens(LENGTH)).training(causal=True)
         self.state: Any = self.trainer.fresh_state()
         tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1), dtype=np.int32)
         ones = np.ones((ROWS, LENGTH), np.int32)

@@ -27,7 +27,7 @@ from llm.models.layer import LayerConfig
 from llm.models.mamba import MambaConfig
 from llm.models.mamba2 import Mamba2Config
 from llm.models.parameters import count_parameters, parameter_specs
-from llm.scaling.accounting import flops_per_token
+from llm.scaling.accounting import RowTokens, flops_per_token
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
@@ -46,7 +46,7 @@ def model(layer: LayerConfig, layers: int, position: str) -> DecoderConfig:
 
 def flops(config: DecoderConfig) -> float:
     """Per token, forward."""
-    return flops_per_token(config, parameter_specs(Decoder(config)), LENGTH).forward(causal=True)
+    return flops_per_token(config, parameter_specs(Decoder(config)), RowTokens(LENGTH)).forward(causal=True)
 
 
 def dense_like(target: float) -> DecoderConfig:

@@ -97,7 +97,7 @@ def ours(setting: Setting) -> tuple[Callable[[], float], float, float]:
     from llm.models.feed_forward import FeedForwardConfig
     from llm.models.layer import LayerConfig
     from llm.models.normalization import NormConfig
-    from llm.scaling.accounting import flops_per_token
+    from llm.scaling.accounting import RowTokens, flops_per_token
     from llm.scaling.chips import device_peak_flops
     from llm.training.optimizers import OptimizerConfig
     from llm.training.schedules import ScheduleConfig
@@ -153,7 +153,8 @@ def ours(setting: Setting) -> tuple[Callable[[], float], float, float]:
         done += 1
         return float(metrics['loss'])
 
-    flops = flops_per_token(model, trainer.specs, setting.length).training(causal=True) * setting.rows * setting.length
+    per_token = flops_per_token(model, trainer.specs, RowTokens(setting.length)).training(causal=True)
+    flops = per_token * setting.rows * setting.length
     return step, flops, device_peak_flops(device.device_kind, 1)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from llm.models.decoder import Decoder, DecoderConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import parameter_specs
 from llm.parallel.mesh import MESH_AXES
 from llm.parallel.sharding import AxisRules, names, parameter_sharding
@@ -47,13 +48,13 @@ class Placement:
 
 
 @functools.lru_cache(maxsize=8)
-def model_specs(model: DecoderConfig) -> dict[str, Any]:
+def model_specs(model: ModelConfig) -> dict[str, Any]:
     """The table of parameters of a model; remat and the like do not change it."""
-    return parameter_specs(Decoder(model))
+    return parameter_specs(model.build())
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_optimizer(model: DecoderConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
+def _abstract_optimizer(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Any, Any]:
     """The transformation, and its state as ShapeDtypeStructs without shardings."""
     specs = model_specs(model)
     transformation = make_optimizer(optimizer, specs, specs, ANY_STEPS)
@@ -89,10 +90,20 @@ def _bytes_on(platform: str, arrays: Any) -> int:
     )
 
 
+def remembered_bytes(model: ModelConfig, batch_size: int, placement: Placement, platform: str) -> int:
+    """Bytes on one device of what the layers remember of the rows before, which is in the train state too."""
+    if not isinstance(model, DecoderConfig) or not model.memory_length:
+        return 0
+    over = placement.rules.partition((None, 'batch', None, None), placement.mesh, parameters=False)
+    sharding = NamedSharding(placement.mesh, over)
+    memory = jax.eval_shape(lambda: model.init_memory(batch_size))
+    return _bytes_on(
+        platform, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), memory)
+    )
+
+
 @functools.lru_cache(maxsize=1024)
-def state_bytes(
-    model: DecoderConfig, optimizer: OptimizerConfig, placement: Placement, platform: str
-) -> TrainingMemory:
+def state_bytes(model: ModelConfig, optimizer: OptimizerConfig, placement: Placement, platform: str) -> TrainingMemory:
     """Bytes of parameters, optimizer and gradients on one device of a platform, a TPU's padding included.
 
     Raises:

@@ -9,6 +9,7 @@ from llm.models.remat import LAYER_INPUT, RematKind
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory
 from llm.scaling.planner.planning import Plan, estimate
 from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.stacks import remat_of, with_remat
 
 Change = Callable[[RunConfig], Iterator[tuple[str, RunConfig]]]
 
@@ -30,12 +31,13 @@ class Advice:
 
 def _stronger_remat(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     policies: tuple[RematKind, ...] = ('none', 'dots', 'dots_no_batch', 'full')
-    present = policies.index(run.model.remat) if run.model.remat in policies else 1
+    kinds = [kind for kind, _ in remat_of(run.model)]
+    present = min(policies.index(kind) if kind in policies else 1 for kind in kinds)
     for remat in policies[present + 1 :]:
-        model = dataclasses.replace(run.model, remat=remat, remat_names=())
+        model = with_remat(run.model, remat)
         yield f"remat = '{remat}'", dataclasses.replace(run, model=model)
-    if run.model.remat != 'offload':
-        model = dataclasses.replace(run.model, remat='offload', remat_names=(LAYER_INPUT,))
+    if 'offload' not in kinds:
+        model = with_remat(run.model, 'offload', (LAYER_INPUT,))
         yield f"remat = 'offload' with remat_names = ('{LAYER_INPUT}',)", dataclasses.replace(run, model=model)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.topology import Topology
 from llm.scaling.program import Program, WeightTraffic, hbm_bytes, read_program, weight_traffic
-from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 
 _SIZES = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40, '': 1}
@@ -80,15 +79,15 @@ class OutOfMemory:
     message: str
 
 
-def abstract_batch(trainer: Trainer, step: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, types and shardings of a batch of this step."""
-    shape = (step.batch_size, step.sequence_length)
-    names = ('inputs', 'targets', 'loss_weights', 'segment_ids', 'positions')
+def abstract_batch(trainer: Trainer, run: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, types and shardings of a batch of this run."""
     return {
         name: jax.ShapeDtypeStruct(
-            shape, jnp.float32 if name == 'loss_weights' else jnp.int32, sharding=trainer.batch_sharding
+            (run.step.batch_size, length),
+            jnp.float32 if name == 'loss_weights' else jnp.int32,
+            sharding=trainer.batch_sharding,
         )
-        for name in names
+        for name, length in run.row_arrays.items()
     }
 
 
@@ -100,7 +99,7 @@ def compile_step(run: RunConfig, topology: Topology) -> CompiledStep | OutOfMemo
     """
     trainer = run.trainer(topology)
     start = time.perf_counter()
-    lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(trainer, run.step))
+    lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(trainer, run))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

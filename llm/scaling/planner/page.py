@@ -16,6 +16,7 @@ _PARTS = {
     'parameters': 'parameters',
     'optimizer': 'optimizer state',
     'batch': 'batch',
+    'remembered': 'rows before, as layers remember them',
     'gradients': 'gradients',
     'weights': 'weights in the compute type, gathered',
     'activations': 'activations kept for the backward pass',
@@ -94,6 +95,7 @@ def _figures(record: Record) -> list[tuple[str, str, str]]:
 def _memory(record: Record) -> str:
     memory = record['memory']
     parts = [(words, memory['estimate'][name], byte_size(memory['estimate'][name])) for name, words in _PARTS.items()]
+    parts = [part for part in parts if part[1] or part[0] != _PARTS['remembered']]
     pieces = []
     if 'memory' in record.get('compiler', {}):
         kinds = record['compiler']['memory']

@@ -5,6 +5,7 @@ Both are read off the very table of ticks that the run would execute.
 
 import functools
 
+from llm.errors import UserError
 from llm.models.decoder import DecoderConfig
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -30,8 +31,14 @@ def schedule_of(run: RunConfig, stages: int) -> Table:
     """The table of a run in `stages` stages.
 
     Raises:
-        UserError: the schedule cannot run the layers or the microbatches.
+        UserError: the schedule cannot run the layers or the microbatches, or the model is no decoder.
     """
+    if not isinstance(run.model, DecoderConfig):
+        raise UserError(
+            f'the planner knows pipelines of decoders, and the model is an {type(run.model).__name__}',
+            where='MeshConfig.pipeline',
+            fix='Use 1, and other axes of the mesh.',
+        )
     return _table(run.pipeline, run.model, stages, run.step.gradient_accumulation, run.step.sequence_length)
 
 
@@ -46,7 +53,9 @@ def idle_share(run: RunConfig, placement: Placement) -> float:
     stages, microbatches = placement.mesh.shape['pipeline'], run.step.gradient_accumulation
     if stages == 1:
         return 0.0
-    table, costs = schedule_of(run, stages), _costs(run.model, run.step.sequence_length)
+    table = schedule_of(run, stages)
+    assert isinstance(run.model, DecoderConfig)  # as schedule_of has seen
+    costs = _costs(run.model, run.step.sequence_length)
     whole = costs.forward + costs.recompute + costs.input_gradient + costs.weight_gradient
     repeats = run.model.num_layers / len(run.model.pattern)  # leading layers count as the others
     left = repeats - table.problem.staged_repeats
@@ -65,6 +74,7 @@ def kept_bytes(run: RunConfig, costs: list[LayerCosts], stages: int) -> float:
         UserError: the schedule cannot run the layers or the microbatches.
     """
     table = schedule_of(run, stages)
+    assert isinstance(run.model, DecoderConfig)  # as schedule_of has seen
     # Remat is of a whole repeat: of its layers' inputs only the first is kept, unless all is.
     inputs = len(costs) if run.model.remat == 'none' else 1
     kept = sum(cost.saved(run.model) - cost.input_size for cost in costs) + inputs * costs[0].input_size

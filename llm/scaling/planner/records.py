@@ -9,6 +9,7 @@ from llm.scaling.planner.advice import Advice
 from llm.scaling.planner.compiling import CompiledStep, OutOfMemory
 from llm.scaling.planner.planning import Plan
 from llm.scaling.planner.search import Candidate
+from llm.scaling.planner.stacks import remat_of
 
 Record = dict[str, Any]
 
@@ -33,7 +34,7 @@ def plan_record(plan: Plan, advice: Advice | None = None) -> Record:
             'batch_size': run.step.batch_size,
             'sequence_length': run.step.sequence_length,
             'microbatches': run.step.gradient_accumulation,
-            'remat': run.model.remat,
+            'remat': ' and '.join(dict.fromkeys(kind for kind, _ in remat_of(run.model))),
             'tokens_per_step': run.tokens_per_step,
             'tokens_per_device': plan.tokens_per_device,
         },

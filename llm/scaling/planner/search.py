@@ -15,6 +15,7 @@ from llm.scaling.planner.compiling import CompiledStep
 from llm.scaling.planner.planning import Plan, estimate, plan
 from llm.scaling.planner.quantities import byte_size
 from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.stacks import with_remat
 from llm.scaling.planner.topology import Topology
 
 
@@ -166,7 +167,7 @@ def candidates(run: RunConfig, topology: Topology, config: SearchConfig) -> Iter
             if run.step.batch_size % microbatches:
                 continue
             names = (LAYER_INPUT,) if remat == 'offload' else ()
-            model = dataclasses.replace(run.model, remat=remat, remat_names=names)
+            model = with_remat(run.model, remat, names)
             step = dataclasses.replace(run.step, gradient_accumulation=microbatches)
             yield dataclasses.replace(run, model=model, step=step, pipeline=pipeline).fixed(mesh)
 

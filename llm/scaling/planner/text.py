@@ -76,8 +76,22 @@ def _memory(record: Record) -> str:
     if 'refused' in compiler:
         lines += ['The compiler refuses it:', f'  {compiler["refused"]}', '']
     parts = record['memory']['estimate']
-    names = ('parameters', 'optimizer', 'batch', 'gradients', 'weights', 'activations', 'layer', 'logits', 'code')
-    rows = [*((name, byte_size(parts[name])) for name in names), ('at the peak', byte_size(parts['peak']))]
+    names = (
+        'parameters',
+        'optimizer',
+        'batch',
+        'remembered',
+        'gradients',
+        'weights',
+        'activations',
+        'layer',
+        'logits',
+        'code',
+    )
+    rows = [
+        *((name, byte_size(parts[name])) for name in names if parts[name] or name != 'remembered'),
+        ('at the peak', byte_size(parts['peak'])),
+    ]
     if parts['host']:
         rows.append(('on the host, beside it', byte_size(parts['host'])))
     lines += ['By what it is, by the analytic model (not all at once)', table(rows)]

@@ -8,6 +8,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from llm.models.decoder import DecoderConfig
+from llm.models.encoder import EncoderConfig
 from llm.models.layer import AttendingConfig
 from llm.models.model import layers_of
 from llm.models.moe import MoeConfig
@@ -18,6 +20,7 @@ from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import LayerCosts, layer_costs
 from llm.scaling.planner.memory import estimate_memory
 from llm.scaling.planner.run_config import RunConfig
+from llm.scaling.planner.stacks import PlannedStack, outputs_of, remat_of, stacks_of
 from llm.scaling.program import Traffic
 from llm.scaling.program.collectives import RING_FACTORS
 
@@ -41,33 +44,55 @@ class StepFlops:
 def step_flops(run: RunConfig, sizes: dict[str, int], platform: str) -> StepFlops:
     """FLOPs of one step on a mesh with axes of these sizes."""
     placement = Placement.of(sizes, run.rules)
-    per_token: TokenFlops = flops_per_token(run.model, model_specs(run.model), run.step.sequence_length)
-    tokens = tokens_per_device(run, placement)
-    costs = _layers(run, placement, platform)
+    model, row = run.model, run.row
+    per_token: TokenFlops = flops_per_token(model, model_specs(model), row)
+    rows = rows_per_device(run, placement)
     share = 1 / sizes['pipeline']
-    depths = len(run.model.further_layers)
-    head = 2 * (1 + depths) * run.model.d_model * run.model.vocab_size / placement.ways('vocab')
-    if run.model.multi_token is not None and run.model.multi_token.kind == 'sequential':
-        head += 2 * depths * 2 * run.model.d_model**2
-    layers = sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
-    recomputed = sum(cost.recomputed_flops(run.model) for cost in costs)
+    layers = recomputed = 0.0
+    for stack, costs in _stacks(run, placement, platform):
+        tokens = rows * stack.tokens
+        layers += tokens * sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
+        recomputed += tokens * sum(cost.recomputed_flops(stack.config) for cost in costs)
     return StepFlops(
         model=run.tokens_per_step * per_token.training(causal=False),
         model_causal=run.tokens_per_step * per_token.training(causal=True),
-        hardware=tokens * (share * (layers + recomputed) + 3 * head),
-        recomputed=tokens * share * recomputed,
+        hardware=share * (layers + recomputed) + 3 * rows * _head_flops(run, placement),
+        recomputed=share * recomputed,
     )
 
 
-def tokens_per_device(run: RunConfig, placement: Placement) -> float:
-    """Tokens of a step whose activations are on one device, all microbatches together."""
-    return run.tokens_per_step / placement.ways('batch') / placement.ways('sequence')
+def _head_flops(run: RunConfig, placement: Placement) -> float:
+    """Forward, per row on one device: logits of the tokens that have some, and what else stands around the layers."""
+    model, row = run.model, run.row
+    scored = row.read if row.predicted is None else row.predicted
+    width = getattr(model, 'embedding_size', None) or model.d_model
+    head = 2 * scored * width * outputs_of(model) / placement.ways('vocab')
+    if isinstance(model, EncoderConfig):
+        if model.head is not None and model.num_outputs is None:
+            head += 2 * scored * model.d_model * width
+        if model.embedding_size is not None:
+            head += 2 * row.text * model.d_model * width
+        return head + (2 * (model.d_model + 2) * model.d_model if row.pair else 0)
+    if isinstance(model, DecoderConfig) and model.multi_token is not None:
+        depths = model.multi_token.depths
+        head *= 1 + depths
+        if model.multi_token.kind == 'sequential':
+            head += row.text * 2 * depths * 2 * model.d_model**2
+    return head
 
 
-def _layers(run: RunConfig, placement: Placement, platform: str) -> list[LayerCosts]:
-    kinds = set(layers_of(run.model))
-    costs = {each: layer_costs(each, run.model, placement, run.step.sequence_length, platform) for each in kinds}
-    return [costs[each] for each in layers_of(run.model)]
+def rows_per_device(run: RunConfig, placement: Placement) -> float:
+    """Rows of a step whose activations are on one device, or parts of them, all microbatches together."""
+    return run.step.batch_size / placement.ways('batch') / placement.ways('sequence')
+
+
+def _stacks(run: RunConfig, placement: Placement, platform: str) -> list[tuple[PlannedStack, list[LayerCosts]]]:
+    """Every stack, and what its layers cost."""
+    found = []
+    for stack in stacks_of(run.model, run.row):
+        costs = {layer: layer_costs(layer, run.model, placement, stack, platform) for layer in set(stack.layers)}
+        found.append((stack, [costs[layer] for layer in stack.layers]))
+    return found
 
 
 def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
@@ -78,12 +103,11 @@ def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> floa
     and writes the train state once.
     """
     placement = Placement.of(sizes, run.rules)
-    tokens = tokens_per_device(run, placement)
     memory = estimate_memory(run, sizes, platform)
     state = state_bytes(run.model, run.optimizer, placement, platform)
-    again = run.model.remat not in ('none', 'dots')
-    passes = 4 if again else 3
-    activations = 2 * passes * tokens * sum(cost.all() for cost in _layers(run, placement, platform))
+    passes = 4 if any(kind not in ('none', 'dots') for kind, _ in remat_of(run.model)) else 3
+    made = sum(stack.tokens * cost.all() for stack, costs in _stacks(run, placement, platform) for cost in costs)
+    activations = 2 * passes * rows_per_device(run, placement) * made
     weights = sum(_whole(run, placement, spec) for _, spec in named_specs(model_specs(run.model)))
     moved = 2 * passes * weights * run.step.gradient_accumulation
     logits = 2 * memory.logits * run.step.gradient_accumulation
@@ -94,8 +118,12 @@ def step_hbm_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> floa
 def step_host_bytes(run: RunConfig, sizes: dict[str, int], platform: str) -> float:
     """Bytes that one device sends to the host and takes back in a step: activations that wait there, twice."""
     placement = Placement.of(sizes, run.rules)
-    layers = sum(cost.offloaded(run.model) for cost in _layers(run, placement, platform))
-    return 2 * tokens_per_device(run, placement) * layers / sizes['pipeline']
+    layers = sum(
+        stack.tokens * cost.offloaded(stack.config)
+        for stack, costs in _stacks(run, placement, platform)
+        for cost in costs
+    )
+    return 2 * rows_per_device(run, placement) * layers / sizes['pipeline']
 
 
 def _compute_bytes(run: RunConfig) -> int:
@@ -130,13 +158,13 @@ def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> li
             for name in names(here)
             if name not in names(there) and axis not in ('layers', 'experts')
         )
-        if moved and (spec.role is not Role.EMBEDDING or run.model.tied_embeddings):
+        if moved and (spec.role is not Role.EMBEDDING or getattr(run.model, 'tied_embeddings', True)):
             by_axes[moved] = by_axes.get(moved, 0.0) + _whole(run, placement, spec)
     times = run.step.gradient_accumulation
     rows = []
     for axes, size in by_axes.items():
         ways = math.prod(placement.mesh.shape[name] for name in axes)
-        layers = run.model.num_layers * times
+        layers = len(layers_of(run.model)) * times
         rows.append(_traffic('all-gather', axes, ways, 2 * size * times, 2 * layers, True))
         rows.append(_traffic('reduce-scatter', axes, ways, size * times, layers, False))
     return rows
@@ -170,22 +198,25 @@ def _split_products(run: RunConfig, placement: Placement, platform: str) -> list
     if not axes:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
-    tokens = tokens_per_device(run, placement)
-    branches = (
-        sum(1 if layer.feed_forward is None else 2 for layer in layers_of(run.model)) / placement.mesh.shape['pipeline']
-    )
-    kept = run.model.remat in ('none', 'dots', 'dots_no_batch')
-    array = tokens * run.model.d_model * _compute_bytes(run)
+    row_bytes = rows_per_device(run, placement) * run.model.d_model * _compute_bytes(run)
     microbatches = run.step.gradient_accumulation
 
-    def row(kind: str, times: float) -> Traffic:
-        return _traffic(kind, axes, ways, times * array, times * microbatches, False)
+    def row(kind: str, times: float, tokens: float) -> Traffic:
+        return _traffic(kind, axes, ways, tokens * row_bytes, times * microbatches, False)
 
-    # Forward, backward, and the embedding's and the head's; the last product of a layer is not computed again.
-    sums = branches * (2 if kept else 2.5) + 2
+    # The embedding's and the head's.
+    sums, gathers, summed, gathered = 2.0, 2.0, 2.0 * run.row.text, 2.0 * run.row.text
+    for stack in stacks_of(run.model, run.row):
+        branches = sum(1 + (layer.feed_forward is not None) + (layer.cross is not None) for layer in stack.layers)
+        branches /= placement.mesh.shape['pipeline']
+        kept = stack.config.remat in ('none', 'dots', 'dots_no_batch')
+        # Forward and backward; the last product of a layer is not computed again.
+        again, anew = branches * (2 if kept else 2.5), branches * (2 if kept else 3)
+        sums, summed = sums + again, summed + again * stack.tokens
+        gathers, gathered = gathers + anew, gathered + anew * stack.tokens
     if not set(axes) <= set(placement.over('residual')):
-        return [row('all-reduce', sums)]
-    return [row('reduce-scatter', sums), row('all-gather', branches * (2 if kept else 3) + 2)]
+        return [row('all-reduce', sums, summed)]
+    return [row('reduce-scatter', sums, summed), row('all-gather', gathers, gathered)]
 
 
 def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
@@ -194,43 +225,51 @@ def _split_sequences(run: RunConfig, placement: Placement, platform: str) -> lis
     if not axes:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
-    tokens = run.tokens_per_step / placement.ways('batch')  # of whole rows
-    mixers = [layer.mixer for layer in layers_of(run.model)]
-    layers = [mixer for mixer in mixers if isinstance(mixer, AttendingConfig)]
-    size = tokens * _compute_bytes(run) / placement.mesh.shape['pipeline']
-    keys = sum(2 * each.num_kv_heads * each.head_dim for each in layers) / placement.ways('kv_heads')
-    queries = sum(2 * each.num_heads * each.head_dim for each in layers) / placement.ways('heads')
-    kept = 'attention' in run.model.remat_names or run.model.remat in ('none', 'dots')
-    forward = 1 if kept else 2  # and once more where attention is computed again
-    times = len(layers) * run.step.gradient_accumulation
-
-    def row(kind: str, payload: float) -> Traffic:
-        return _traffic(kind, axes, ways, payload, forward * times, True)
-
-    # Keys, values and, backward, their gradients go round; or heads change places with tokens, of queries and outputs
-    # too; or keys and values are gathered and their gradients scattered.
-    if run.rules.sequence_method == 'ring':
-        return [row('collective-permute', (forward + 2) * keys * size * (ways - 1) / ways)]
-    if run.rules.sequence_method == 'ulysses':
-        return [row('all-to-all', (forward + 1) * (keys + queries) * size / ways)]
-    return [row('all-gather', (forward + 1) * keys * size), row('reduce-scatter', keys * size)]
+    rows = run.step.batch_size / placement.ways('batch')  # whole ones
+    size = rows * _compute_bytes(run) / placement.mesh.shape['pipeline']
+    found: list[Traffic] = []
+    for stack in stacks_of(run.model, run.row):
+        # (attention, tokens that have keys)
+        layers = [(layer.mixer, stack.tokens) for layer in stack.layers if isinstance(layer.mixer, AttendingConfig)]
+        crossing = [(layer.cross, stack.memory) for layer in stack.layers if layer.cross is not None]
+        keys = sum(2 * each.num_kv_heads * each.head_dim * tokens for each, tokens in (*layers, *crossing))
+        queries = sum(2 * each.num_heads * each.head_dim for each, _ in (*layers, *crossing)) * stack.tokens
+        of_keys, of_queries = keys / placement.ways('kv_heads'), queries / placement.ways('heads')
+        config = stack.config
+        kept = 'attention' in config.remat_names or config.remat in ('none', 'dots')
+        forward = 1 if kept else 2  # and once more where attention is computed again
+        times = forward * len(layers) * run.step.gradient_accumulation
+        # Keys, values and, backward, their gradients go round; or heads change places with tokens, of queries and
+        # outputs too; or keys and values are gathered and their gradients scattered.
+        if run.rules.sequence_method == 'ring':
+            payloads = {'collective-permute': (forward + 2) * of_keys * (ways - 1) / ways}
+        elif run.rules.sequence_method == 'ulysses':
+            payloads = {'all-to-all': (forward + 1) * (of_keys + of_queries) / ways}
+        else:
+            payloads = {'all-gather': (forward + 1) * of_keys, 'reduce-scatter': of_keys}
+        found += [_traffic(kind, axes, ways, payload * size, times, True) for kind, payload in payloads.items()]
+    return found
 
 
 def _tokens_to_experts(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
     """Tokens to the devices that have their experts and back: forward, once more where computed again, and backward."""
     stored = placement.rules.partition(('experts',), placement.mesh, parameters=True)[0]
     axes = tuple(name for name in names(stored) if name in placement.over('batch'))
-    networks = [layer.feed_forward for layer in layers_of(run.model) if isinstance(layer.feed_forward, MoeConfig)]
-    if not axes or not networks:
+    if not axes:
         return []
     ways = math.prod(placement.mesh.shape[name] for name in axes)
-    tokens = tokens_per_device(run, placement) * _compute_bytes(run) / placement.mesh.shape['pipeline']
-    passes = 2 if run.model.remat == 'none' else 3
-    # The fullest pair of devices has more than its share, and the last round is not full: about half as much again.
-    payload = sum(2 * passes * 1.5 * each.experts_per_token for each in networks)
-    rounds = sum(1.5 / each.exchange_share for each in networks)
-    executions = 2 * passes * rounds * run.step.gradient_accumulation
-    return [_traffic('all-to-all', axes, ways, payload * tokens * run.model.d_model, executions, False)]
+    payload = rounds = 0.0
+    for stack in stacks_of(run.model, run.row):
+        networks = [layer.feed_forward for layer in stack.layers if isinstance(layer.feed_forward, MoeConfig)]
+        passes = 2 if stack.config.remat == 'none' else 3
+        # The fullest pair of devices has more than its share, and the last round is not full: half as much again.
+        payload += sum(2 * passes * 1.5 * each.experts_per_token for each in networks) * stack.tokens
+        rounds += sum(2 * passes * 1.5 / each.exchange_share for each in networks)
+    if not payload:
+        return []
+    row_bytes = rows_per_device(run, placement) * run.model.d_model * _compute_bytes(run)
+    payload *= row_bytes / placement.mesh.shape['pipeline']
+    return [_traffic('all-to-all', axes, ways, payload, rounds * run.step.gradient_accumulation, False)]
 
 
 def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
@@ -238,7 +277,7 @@ def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic
     stages = placement.mesh.shape['pipeline']
     if stages == 1:
         return []
-    payload = 2 * tokens_per_device(run, placement) * run.model.d_model * _compute_bytes(run)
+    payload = 2 * rows_per_device(run, placement) * run.row.text * run.model.d_model * _compute_bytes(run)
     return [_traffic('collective-permute', ('pipeline',), stages, payload, 2 * run.step.gradient_accumulation, True)]
 
 

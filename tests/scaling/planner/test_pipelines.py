@@ -12,6 +12,7 @@ from llm.parallel.pipeline.split import split_backward
 from llm.scaling.planner.abstract import Placement
 from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.pipelines import idle_share, kept_bytes, schedule_of
+from llm.scaling.planner.stacks import stacks_of
 from llm.training.pipeline import make_stages
 from tests.scaling.planner.small_runs import LENGTH, D, sizes_of, small_run
 
@@ -51,7 +52,8 @@ def test_what_is_kept_is_what_the_executor_keeps(remat, implementation):
         + table.weight_cells * size(split.operands)
     )
     placement = Placement.of(sizes_of(run), run.rules)
-    costs = [layer_costs(layer, run.model, placement, LENGTH, 'cpu') for layer in run.model.pattern]
+    (stack,) = stacks_of(run.model, run.row)
+    costs = [layer_costs(layer, run.model, placement, stack, 'cpu') for layer in run.model.pattern]
     assert kept_bytes(run, costs, 2) == pytest.approx(actual, rel=0.12)
 
 

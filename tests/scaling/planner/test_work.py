@@ -2,9 +2,17 @@ import dataclasses
 
 import pytest
 
+from llm.models.attention import AttentionConfig
+from llm.models.decoder import DecoderConfig
+from llm.models.feed_forward import FeedForwardConfig
+from llm.models.layer import LayerConfig
+from llm.models.moe import MoeConfig
+from llm.models.recurrent_attention import RecurrentAttentionConfig
 from llm.scaling.accounting import flops_per_token
 from llm.scaling.planner.abstract import model_specs
 from llm.scaling.planner.work import step_flops, step_traffic
+from llm.training.step import StepConfig
+from tests.models.small_encoders import bert, t5
 from tests.scaling.planner.small_runs import LENGTH, ROWS, D, F, H, K, L, V, sizes_of, small_run
 
 TOKENS = ROWS * LENGTH
@@ -17,11 +25,36 @@ def flops(**changes):
     return step_flops(run, sizes_of(run), 'tpu')
 
 
-def test_hardware_does_the_models_work_where_nothing_is_computed_again():
+def changed(model, *stacks, **layer):
+    """The model with other parts in the layers of these stacks."""
+    patterns = {
+        name: tuple(dataclasses.replace(each, **layer) for each in getattr(model, name).pattern) for name in stacks
+    }
+    new = {name: dataclasses.replace(getattr(model, name), pattern=patterns[name]) for name in stacks}
+    return dataclasses.replace(model, **new)
+
+
+def of_other_models():
+    """Encoders of pairs and with experts, two sides of different lengths, and rows that go on from others."""
+    held = AttentionConfig(4, 4, 8, causal=False, implementation='reference')
+    experts = MoeConfig(num_experts=4, experts_per_token=2, expert=FeedForwardConfig(48), shared=FeedForwardConfig(16))
+    writing = changed(t5(), 'decoder', mixer=dataclasses.replace(held, causal=True), cross=held)
+    remembering = LayerConfig(RecurrentAttentionConfig(4, 4, 8, memory_length=16), FeedForwardConfig(48))
+    for model in (
+        bert(mixer=held, pooler=True, next_sentence=True, embedding_size=16),
+        changed(bert(), 'layers', mixer=held, feed_forward=experts),
+        changed(writing, 'encoder', mixer=held),
+        DecoderConfig(V, D, L, (remembering,), position='none'),
+    ):
+        yield dataclasses.replace(small_run(), model=model, step=StepConfig(8, 40))
+
+
+@pytest.mark.parametrize('run', [small_run(), *of_other_models()])
+def test_hardware_does_the_models_work_where_nothing_is_computed_again(run):
     """Attention that holds all scores does all of attention: PaLM's convention."""
-    run = small_run()
-    expected = TOKENS * flops_per_token(run.model, model_specs(run.model), LENGTH).training(causal=False)
-    found = flops(remat='none')
+    per_token = flops_per_token(run.model, model_specs(run.model), run.row)
+    expected = run.tokens_per_step * per_token.training(causal=False)
+    found = step_flops(run, sizes_of(run), 'tpu')
     assert found.hardware == pytest.approx(expected) == pytest.approx(found.model)
     assert found.recomputed == 0
 
