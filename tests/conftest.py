@@ -1,17 +1,23 @@
 """Every test runs on CPU with eight simulated devices; set before anything imports jax."""
 
+import collections
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile many small programs and run each once: the compiler's optimisation of machine code does not pay.
-os.environ['XLA_FLAGS'] = ' '.join(
-    (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0')
-)
+# Tests compile many small programs and run each once: what makes a program fast does not pay.
+FLAGS = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
+if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 12):
+    # Without the MLIR pipeline for each fusion a program compiles in 0.3 to 0.6 of the time. Later ones have no choice.
+    FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS))
 # libtpu is used to compile only; without these it looks for a TPU host, prints noise and lets one process load it.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
@@ -24,9 +30,23 @@ if importlib.util.find_spec('triton') is not None:
     importlib.import_module('triton.knobs')
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: a long file that starts last leaves the other processes idle."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: -slow[item.path])
+
+
 @pytest.fixture(scope='session')
 def dev_data() -> Path:
     """The folder of real data for development: the environment variable LLM_DEV_DATA, or ../shared/data of the repo."""
     folder = Path(os.environ.get('LLM_DEV_DATA', Path(__file__).parents[2] / 'shared' / 'data'))
     assert folder.is_dir(), f'{folder} is missing: set LLM_DEV_DATA to the folder of real data'
     return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """A file's programs are of no use to the next; kept, they fill gigabytes of memory."""
+    yield
+    if 'jax' in sys.modules:
+        sys.modules['jax'].clear_caches()
