@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from llm.models.decoder import DecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
@@ -27,7 +26,7 @@ def _show(spec: PartitionSpec) -> str:
 
 def _schedule(pipeline: PipelineConfig, model: ModelConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
     """What a pipeline costs, if there is one: how many times the work of one stage a step takes."""
-    if stages == 1 or not isinstance(model, DecoderConfig):
+    if stages == 1:
         return []
     microbatches = step.gradient_accumulation
     shape = (step.batch_size // microbatches, step.sequence_length)

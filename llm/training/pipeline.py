@@ -1,4 +1,4 @@
-"""The decoder as stages of a pipeline, and the gradient of a training step that runs through them."""
+"""The gradient of a training step that runs through the stages of a pipeline, and the schedule of it."""
 
 import dataclasses
 import functools
@@ -7,17 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llm.errors import UserError
-from llm.models.context import Context
-from llm.models.decoder import Decoder, DecoderConfig
-from llm.models.layer_stack import run_layers
+from llm.models.decoder import DecoderConfig
+from llm.models.model import ModelConfig
 from llm.models.parameters import ParameterSpec, Role
-from llm.models.remat import RematKind, rematerialized
 from llm.parallel.pipeline.costs import repeat_costs
-from llm.parallel.pipeline.executor import Batch, Layers, Placement, Stages, Sums, run
+from llm.parallel.pipeline.executor import Batch, Layers, Placement, Sums, run
 from llm.parallel.pipeline.granularity import Costs
 from llm.parallel.pipeline.planning import plan, plan_evaluation
 from llm.parallel.pipeline.schedules import PipelineConfig
@@ -25,66 +22,7 @@ from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.table import Table, make_table
 from llm.parallel.pipeline.validation import validate
 from llm.parallel.sharding import AxisRules, names
-from llm.training.layout import token_order
-from llm.training.losses import summed_loss
-
-_REMATS: tuple[RematKind, ...] = ('none', 'full', 'dots', 'dots_no_batch', 'names')
-
-
-def make_stages(config: DecoderConfig, z_loss: float) -> Stages:
-    """The functions of `config`'s decoder; `config.remat` is of a whole repeat of the layers.
-
-    Raises:
-        UserError: what `config.remat` keeps cannot be kept from tick to tick.
-    """
-    if config.remat not in _REMATS:
-        raise UserError(
-            f"remat {config.remat!r} is not possible in a pipeline, which keeps everything in its stages' own memory",
-            where='DecoderConfig.remat',
-            fix=f'Use one of {", ".join(_REMATS)}, or MeshConfig.pipeline = 1.',
-        )
-    decoder = Decoder(config)
-    graph, abstract = nnx.split(decoder)
-    graphs = {group: nnx.split(getattr(decoder, group))[0] for group, _, _ in config.groups()}
-    starts = {group: first for group, _, first in config.groups()}
-    unused = nnx.to_pure_dict(abstract)
-
-    def merged(shared: Any) -> Decoder:
-        return nnx.merge(graph, {**unused, **shared})
-
-    def embed(shared: Any, rows: Batch, key: jax.Array | None) -> jax.Array:
-        order = token_order(rows['inputs'].shape[1])
-        index = None if order is None else jnp.asarray(order)
-        return merged(shared).embed(rows['inputs'], rows['positions'], key, index)
-
-    def context(rows: Batch, key: jax.Array | None) -> Any:
-        routed = (rows['inputs'], rows.get('routing_weights')) if config.routed else (None, None)
-        return rows['segment_ids'], decoder.rotary(rows['positions']), key, routed
-
-    def run_once(layers: Any, x: jax.Array, first: jax.Array | int, context: Any) -> Layers:
-        segment_ids, rotary, key, (ids, weights) = context
-        order = token_order(segment_ids.shape[1])
-        index = None if order is None else jnp.asarray(order)
-        read = Context(segment_ids, rotary, token_index=index, token_ids=ids, token_weights=weights)
-        x, _, sums, _ = run_layers(dict(layers.items()), x, read, repeats=1, first=first, dropout_key=key)
-        losses = {position: each.pop('loss').sum() for position, each in sums.items()}
-        return x, losses, sums
-
-    def repeat(parameters: Any, x: jax.Array, index: jax.Array, context: Any) -> Layers:
-        layers = nnx.merge(graphs['layers'], jax.tree.map(lambda p: p[None], parameters))
-        x, losses, sums = run_once(layers, x, starts['layers'] + index * len(config.pattern), context)
-        return x, losses, jax.tree.map(lambda s: s[0], sums)
-
-    def outside(group: str, parameters: Any, x: jax.Array, context: Any) -> Layers:
-        return run_once(nnx.merge(graphs[group], parameters), x, starts[group], context)
-
-    def loss(shared: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
-        model = merged(shared)
-        return summed_loss(model.projection(), model.normalize(x), rows['targets'], rows['loss_weights'], z_loss)
-
-    remat = functools.partial(rematerialized, kind=config.remat, names=config.remat_names, in_scan=False)
-    leading, remainder = (functools.partial(outside, group) for group in ('leading', 'remainder'))
-    return Stages(embed, context, repeat, leading, remainder, loss, None if config.remat == 'none' else remat)
+from llm.training.stages import staged
 
 
 def _placement(spec: ParameterSpec, mesh: Mesh, rules: AxisRules, dtype: Any) -> Placement:
@@ -103,31 +41,29 @@ def _cut_stack(spec: ParameterSpec, size: int, axis: str) -> ParameterSpec:
 
 
 def make_pipeline(
-    config: DecoderConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
+    config: ModelConfig, specs: Any, table: Table, mesh: Mesh, rules: AxisRules, z_loss: float
 ) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Sums]]:
     """(parameters, batch, key of the step) -> (gradients of the summed loss, sums), as `table` says.
 
     The same as accumulating over `table.problem.microbatches` microbatches on one device. Without a key there is no
     dropout, and if the table is for evaluation no gradients.
     """
-    stages = make_stages(config, z_loss)
-    staged = table.problem.staged_repeats
-    left = config.repeats - staged
+    model = staged(config, z_loss)
+    in_stages = table.problem.staged_repeats
+    left = model.repeats - in_stages
     place = functools.partial(_placement, mesh=mesh, rules=rules, dtype=jnp.dtype(config.compute_dtype))
-    stacks = ('layers', 'leading', 'remainder')
+    spec_parts = model.parts(specs)
 
-    def divided(tree: Any, first: Callable[[Any], Any], rest: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """(what the stages have, the others) of a tree like the parameters; the functions cut the layers up."""
-        return jax.tree.map(first, tree['layers']), {
-            'ends': {name: value for name, value in tree.items() if name not in stacks},
-            'repeats': jax.tree.map(rest, tree['layers']) if left else {},
-            **{name: tree.get(name, {}) for name in ('leading', 'remainder')},
-        }
+    def divided(parts: Any, first: Callable[[Any], Any], rest: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """(what the stages have, the others); the functions cut the repeats up."""
+        repeats = jax.tree.map(rest, parts['layers']) if left else {}
+        others = {name: parts[name] for name in ('ends', 'leading', 'remainder')}
+        return jax.tree.map(first, parts['layers']), {**others, 'repeats': repeats}
 
     # Only stages have a leading axis that is cut up.
     cut = divided(
-        specs,
-        functools.partial(_cut_stack, size=staged, axis='layers'),
+        spec_parts,
+        functools.partial(_cut_stack, size=in_stages, axis='layers'),
         functools.partial(_cut_stack, size=left, axis='remainder'),
     )
     placements = jax.tree.map(place, cut)
@@ -138,50 +74,57 @@ def make_pipeline(
 
     def by_group(routing: Any) -> Any:
         """Sums of routers as one device has them."""
-        parts = [routing.pop(name) for name in ('staged', 'repeats') if name in routing]
-        layers = {'layers': jax.tree.map(lambda *each: jnp.concatenate(each), *parts)} if parts else {}
-        return {**routing, **layers}
+        found = [routing.pop(name) for name in ('staged', 'repeats') if name in routing]
+        layers = {'layers': jax.tree.map(lambda *each: jnp.concatenate(each), *found)} if found else {}
+        return model.routing({**routing, **layers})
 
     def compute(parameters: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Sums]:
-        layers, shared = divided(parameters, lambda x: x[:staged], lambda x: x[staged:])
-        found, sums = run(table, stages, mesh, rules, placements, layers, shared, batch, key)
+        parts, back = jax.vjp(model.parts, parameters)
+        layers, shared = divided(parts, lambda x: x[:in_stages], lambda x: x[in_stages:])
+        found, sums = run(table, model.stages, mesh, rules, placements, layers, shared, batch, key)
         if routing := sums.pop('layers', {}):
             sums = {**sums, 'routing': by_group(routing)}
         if found is None:
             return None, sums
         layers, shared = found
+        repeats = shared.pop('repeats')
         if left:
-            layers = jax.tree.map(joined, layers, shared['repeats'], specs['layers'])
-        outside = {name: shared[name] for name in ('leading', 'remainder') if shared[name]}
-        return {**shared['ends'], **outside, 'layers': layers}, sums
+            layers = jax.tree.map(joined, layers, repeats, spec_parts['layers'])
+        (gradients,) = back({**shared, 'layers': layers})
+        return gradients, sums
 
     return compute
 
 
 def repeat_costs_of(
-    config: DecoderConfig, specs: Any, rows: int, length: int, count: Callable[..., Costs] = repeat_costs
+    config: ModelConfig, specs: Any, rows: int, length: int, count: Callable[..., Costs] = repeat_costs
 ) -> Costs:
     """What the parts of a repeat of the layers cost for a microbatch [rows, length], on one device.
 
     Args:
+        length: of the rows of both sides, if there are two.
         count: repeat_costs or compiled_costs of llm.parallel.pipeline.costs.
     """
-    stages, dtype = make_stages(config, 0.0), jnp.dtype(config.compute_dtype)
-    parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), specs['layers'])
+    model, dtype = staged(config, 0.0), jnp.dtype(config.compute_dtype)
+    parts = model.parts(specs)
+    parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), parts['layers'])
+    ends = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), parts['ends'])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    arrays = ('inputs', 'segment_ids', 'positions')
+    batch = dict.fromkeys((*arrays, *(f'encoder_{name}' for name in arrays)), tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    context = jax.eval_shape(stages.context, dict.fromkeys(('inputs', 'segment_ids', 'positions'), tokens), key)
+    context = jax.eval_shape(model.stages.context, batch, key)
+    x = jax.eval_shape(model.stages.embed, ends, batch, None)
 
     def repeat(parameters: Any, x: jax.Array, context: Any) -> Layers:
-        return stages.repeat(parameters, x, jnp.int32(0), context)
+        return model.stages.repeat(parameters, x, jnp.int32(0), context)
 
-    x = jax.ShapeDtypeStruct((rows, length, config.d_model), dtype)
-    return count(repeat, parameters, x, context, stages.remat)
+    return count(repeat, parameters, x, context, model.stages.remat)
 
 
 def make_pipeline_table(
     pipeline: PipelineConfig,
-    config: DecoderConfig,
+    config: ModelConfig,
     specs: Any,
     num_stages: int,
     microbatches: int,
@@ -192,13 +135,13 @@ def make_pipeline_table(
     Raises:
         UserError: there are fewer repeats of the layers than blocks, too few microbatches, or multi-token prediction.
     """
-    if config.multi_token is not None:
+    if isinstance(config, DecoderConfig) and config.multi_token is not None:
         raise UserError(
             'a pipeline does not run multi-token prediction',
             where='MeshConfig.pipeline',
             fix='Use 1 and other axes of the mesh, or DecoderConfig.multi_token = None.',
         )
-    problem = Problem(pipeline, num_stages, microbatches, config.repeats)
+    problem = Problem(pipeline, num_stages, microbatches, staged(config, 0.0).repeats)
     table = make_table(problem, plan(problem, repeat_costs_of(config, specs, *shape)))
     validate(table)
     return table

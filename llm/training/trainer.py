@@ -142,12 +142,6 @@ class Trainer:
         stages, step = self.mesh.shape[PIPELINE_AXIS], self.step_config
         if stages == 1:
             return None
-        if not isinstance(self.model_config, DecoderConfig):
-            raise UserError(
-                f'a pipeline runs decoders, and the model is an {type(self.model_config).__name__}',
-                where='MeshConfig.pipeline',
-                fix='Use 1, and other axes of the mesh.',
-            )
         microbatches = step.gradient_accumulation
         shape = (step.batch_size // microbatches, step.sequence_length)
         return make_pipeline_table(pipeline, self.model_config, self.specs, stages, microbatches, shape)
@@ -284,7 +278,6 @@ class Trainer:
         return gradients
 
     def _pipeline(self, table: Table) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
-        assert isinstance(self.model_config, DecoderConfig)
         return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, self.step_config.z_loss)
 
     def _under_rules(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,6 @@ equally many: of those each stage does some of the rows, with weights that are g
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llm.parallel.pipeline.buffers import add, following, in_order, read, when, write, write_if
 from llm.parallel.pipeline.layout import from_chunks, to_chunks
+from llm.parallel.pipeline.outside import Remat, gathering_again, run_repeats
 from llm.parallel.pipeline.schedules import Operation
 from llm.parallel.pipeline.split import split_backward
 from llm.parallel.pipeline.sums import added, joined
@@ -36,6 +36,7 @@ AXIS = 'pipeline'
 Batch = dict[str, jax.Array]
 Sums = dict[str, Any]
 Layers = tuple[jax.Array, Any, Any]  # x, losses, sums
+Gather = Callable[..., Any]  # see Stages.leading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +44,25 @@ class Stages:
     """The functions that a model is made of, for a pipeline. They see the rows of one device, and whole parameters.
 
     Attributes:
-        embed: (shared, rows, key of the microbatch) -> x [B, S, D].
+        embed: (shared, rows, key of the microbatch) -> x [B, ...], what stages send on.
         context: (rows, key of the microbatch) -> what `repeat` needs besides x: a tree of arrays.
         repeat: (parameters of one repeat, x, index of the repeat in the model, context) -> (x, losses, sums). Losses
             add to the loss as they are, and sums add up like those of the loss; trees of arrays, which may be empty.
-        leading, remainder: (parameters, x, context) -> (x, losses, sums), of the layers before the first repeat and
-            after the last.
-        loss: (shared, x, rows) -> (loss, sums), both summed over the tokens of all `rows`.
+        leading: (parameters, x, context, gathered) -> (x, losses, sums), of the layers before the first repeat; None
+            where there are none. Parameters are by name, and cut up: `gathered(parameters, name)` makes them whole,
+            with of_one = True one entry of stacked ones.
+        remainder: (parameters, x, context) -> (x, losses, sums), of the layers after the last repeat.
+        loss: (shared, x, rows, key of the microbatch) -> (loss, sums), both summed over the tokens of all `rows`.
         remat: of a repeat: jax.checkpoint with a policy, or None to compute nothing again; see split_backward.
     """
 
     embed: Callable[[Any, Batch, jax.Array | None], jax.Array]
     context: Callable[[Batch, jax.Array | None], Any]
     repeat: Callable[[Any, jax.Array, jax.Array, Any], Layers]
-    leading: Callable[[Any, jax.Array, Any], Layers]
+    leading: Callable[[Any, jax.Array, Any, Gather], Layers] | None
     remainder: Callable[[Any, jax.Array, Any], Layers]
-    loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Sums]]
-    remat: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    loss: Callable[[Any, jax.Array, Batch, jax.Array | None], tuple[jax.Array, Sums]]
+    remat: Remat = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +149,6 @@ def _without_leading_axis(placements: Any) -> Any:
         placements,
         is_leaf=_is_placement,
     )
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for jax.checkpoint."""
-    return str(primitive) != 'all_gather'
 
 
 def _restrict(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -329,7 +327,7 @@ class _Device:
             x = jax.lax.psum(x, AXIS)
         else:
             x, losses, layers = self._shared_out(self._left_over, shared, x, rows, microbatch, everywhere=False)
-        loss, sums = self.stages.loss(self._ends(shared), x, rows)
+        loss, sums = self.stages.loss(self._ends(shared), x, rows, self._key(microbatch))
         return sum(jax.tree.leaves(losses), loss), joined(sums, layers)
 
     def _shared_out(
@@ -362,9 +360,16 @@ class _Device:
 
     def _leading(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
         """The layers before the stages', of these rows."""
-        context, placements = self._context_of(rows, microbatch), self.shared_placements['leading']
-        whole = self._gathered(shared['leading'], placements, from_stages=True)
-        x, losses, sums = self.stages.leading(whole, x, context)
+        assert self.stages.leading is not None
+
+        def gathered(parameters: Any, name: str, *, of_one: bool = False) -> Any:
+            placements = self.shared_placements['leading'][name]
+            return self._gathered(
+                parameters, _without_leading_axis(placements) if of_one else placements, from_stages=True
+            )
+
+        context = self._context_of(rows, microbatch)
+        x, losses, sums = self.stages.leading(shared['leading'], x, context, gathered)
         return x, losses, {'leading': sums} if sums else {}
 
     def _left_over(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
@@ -372,26 +377,20 @@ class _Device:
         context, placements = self._context_of(rows, microbatch), self.shared_placements
         of_one = _without_leading_axis(placements['repeats'])
 
-        # What is gathered is gathered again in the backward pass.
-        remat = self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered)
-
-        @remat
-        def repeat(x: jax.Array, parameters_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
-            parameters, index = parameters_and_index
+        def repeat(parameters: Any, x: jax.Array, index: jax.Array) -> Layers:
             whole = self._gathered(parameters, of_one, from_stages=True)
-            x, *others = self.stages.repeat(whole, x, index, context)
-            return x, others
+            return self.stages.repeat(whole, x, index, context)
 
-        @remat
+        @gathering_again(self.stages.remat)
         def remainder(parameters: Any, x: jax.Array) -> Layers:
             whole = self._gathered(parameters, placements['remainder'], from_stages=True)
             return self.stages.remainder(whole, x, context)
 
         losses, sums = [], {}
         if repeats := shared['repeats']:
-            first, count = self.table.problem.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
-            x, (found, sums['repeats']) = jax.lax.scan(repeat, x, (repeats, first + jnp.arange(count)))
-            losses.append(jax.tree.map(jnp.sum, found))
+            first = self.table.problem.staged_repeats
+            x, found, sums['repeats'] = run_repeats(repeat, repeats, x, first, self.stages.remat)
+            losses.append(found)
         if shared['remainder']:
             x, found, sums['remainder'] = remainder(shared['remainder'], x)
             losses.append(found)
