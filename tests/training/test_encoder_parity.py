@@ -135,7 +135,10 @@ def step_of(name, mesh, rows, stack=(), microbatches=1, pipeline=PipelineConfig(
         )
         state = jax.device_put(initial(name), trainer.state_shardings)
         rows = jax.device_put(rows, trainer.batch_sharding)
-        sums = trainer.evaluation_step(state['parameters'], rows) if microbatches > 1 else {}
+        sums = {}
+        if microbatches > 1:
+            evaluate = trainer.evaluation_step.lower(state['parameters'], rows).compile(QUICKLY)
+            sums = evaluate(state['parameters'], rows)
         compiled = trainer.train_step.lower(state, rows).compile(QUICKLY)
         if mesh.pipeline > 1:  # else stages would wait for each other for ever
             size = int(np.prod(mesh.sizes(8))) // mesh.pipeline
