@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from llm.models.decoder import DecoderConfig
+from llm.models.encoder_decoder import EncoderDecoderConfig
 from llm.models.model import ModelConfig
 from llm.models.parameters import count_parameters, named_specs, parameter_specs
 from llm.parallel.mesh import MESH_AXES, MeshConfig
@@ -27,7 +27,7 @@ def _show(spec: PartitionSpec) -> str:
 
 def _schedule(pipeline: PipelineConfig, model: ModelConfig, specs: Any, stages: int, step: StepConfig) -> list[str]:
     """What a pipeline costs, if there is one: how many times the work of one stage a step takes."""
-    if stages == 1 or not isinstance(model, DecoderConfig):
+    if stages == 1:
         return []
     microbatches = step.gradient_accumulation
     shape = (step.batch_size // microbatches, step.sequence_length)
@@ -36,11 +36,12 @@ def _schedule(pipeline: PipelineConfig, model: ModelConfig, specs: Any, stages: 
     work = table.problem.chunk_repeats * table.problem.config.chunks
     parts = (work * costs.forward, work * (costs.recompute + costs.input_gradient), work * costs.weight_gradient)
     ideal = microbatches * sum(parts)
+    shared = 'embedding, encoder and loss' if isinstance(model, EncoderDecoderConfig) else 'embedding and loss'
     return [
         f'pipeline        {pipeline.schedule}, {stages} stages, {microbatches} microbatches: '
         f'{table.cost(costs) / ideal:.2f} times the work of a stage '
         f'({paper_cost(pipeline, stages, microbatches, *parts) / ideal:.2f} by the formula of its paper), '
-        f'without embedding and loss'
+        f'without {shared}'
     ]
 
 

@@ -231,10 +231,6 @@ class Pretrain:
                 where='DataConfig.order',
                 fix="Use 'contiguous' for models of RecurrentAttentionConfig, and 'shuffled' for others.",
             )
-        if self.mesh.pipeline != 1 and any(self.data.objectives()):
-            raise UserError(
-                'a pipeline does causal language modelling alone', where='MeshConfig.pipeline', fix='Use 1.'
-            )
 
     def _open_vocabulary(self, directory: Path) -> Vocabulary:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""

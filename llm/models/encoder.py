@@ -223,7 +223,7 @@ class Encoder(nnx.Module):
         Args:
             predicted: [B, M], indices in the row of the tokens whose logits are wanted; default: all. [B, M, D].
         """
-        return self._transformed(self.encode(inputs, **more), predicted, **more)
+        return self.transformed(self.encode(inputs, **more), predicted, **more)
 
     def hidden_and_pair_logits(
         self, inputs: jax.Array, *, predicted: jax.Array | None = None, **more: Any
@@ -232,9 +232,9 @@ class Encoder(nnx.Module):
         states, sums = self.encode_and_sums(inputs, **more)
         # The row's first token is the first also where devices share rows.
         pairs = self.next_sentence_logits(states)
-        return self._transformed(states, predicted, **more), pairs, sums
+        return self.transformed(states, predicted, **more), pairs, sums
 
-    def _transformed(
+    def transformed(
         self,
         states: jax.Array,
         predicted: jax.Array | None,
@@ -242,6 +242,7 @@ class Encoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         **_: Any,
     ) -> jax.Array:
+        """What the logits are computed from, of the states of the last layer; see `hidden`."""
         if predicted is not None:
             states = _picked(states, predicted, token_index)
         if self.classifier is None:
@@ -258,7 +259,7 @@ class Encoder(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """`hidden`, and the sums of the layers' routers; see `encode_and_sums`."""
         states, sums = self.encode_and_sums(inputs, **more)
-        return self._transformed(states, predicted, **more), sums
+        return self.transformed(states, predicted, **more), sums
 
     def encode(self, inputs: jax.Array, **more: Any) -> jax.Array:
         """States of the last layer: [B, S] -> [B, S, D]; see `encode_and_sums` for the arguments."""
@@ -297,20 +298,22 @@ class Encoder(nnx.Module):
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
-        x = self._embed(inputs, positions, token_types, dropout_key, index)
+        x = self.embed(inputs, positions, token_types, dropout_key, index)
         ids = inputs if config.layers.routed else None
         context = Context(
             segment_ids,
             token_index=index,
             token_ids=ids,
             token_weights=token_weights,
-            global_tokens=self._global(global_tokens, segment_ids, inputs),
+            global_tokens=self.global_tokens(global_tokens, segment_ids, inputs),
         )
         states, _, sums = self.encoder(x, positions, context, dropout_key)
         return states, sums
 
-    def _global(self, given: jax.Array | None, segment_ids: jax.Array | None, inputs: jax.Array) -> jax.Array | None:
-        """Which tokens are global, [B, S]; None for none."""
+    def global_tokens(
+        self, given: jax.Array | None, segment_ids: jax.Array | None, inputs: jax.Array
+    ) -> jax.Array | None:
+        """Which tokens are global, [B, S]; None for none. See `encode_and_sums` for the arguments."""
         if given is None and self.config.first_is_global:
             segment_ids = jnp.ones_like(inputs) if segment_ids is None else segment_ids
             before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -346,7 +349,7 @@ class Encoder(nnx.Module):
             raise ValueError('the model does not predict the next sentence')
         return self.next_sentence(self.pooled(states))
 
-    def _embed(
+    def embed(
         self,
         inputs: jax.Array,
         positions: jax.Array,
@@ -354,6 +357,7 @@ class Encoder(nnx.Module):
         dropout_key: jax.Array | None,
         token_index: jax.Array | None,
     ) -> jax.Array:
+        """What the first layer reads: [B, S] -> [B, S, D]; see `encode_and_sums` for the arguments."""
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         x = self.embedding(inputs, dtype)
         if self.positions is not None:

@@ -103,7 +103,8 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, 'vocab')
-        self.encoder = Stack(config.encoder, config.d_model, config.position)
+        # An axis of its own: a pipeline splits 'layers', and all of its stages run the encoder.
+        self.encoder = Stack(config.encoder, config.d_model, config.position, axis='remainder')
         self.decoder = Stack(config.decoder, config.d_model, config.position)
         self.head = None if config.tied_embeddings else Head(config.d_model, config.vocab_size)
         if config.low_rank is not None:
@@ -164,7 +165,7 @@ class EncoderDecoder(nnx.Module):
             memory=memory,
             memory_segment_ids=encoder_segment_ids,
         )
-        x = self._embed(inputs, 1, dropout_key, index)
+        x = self.embed(inputs, 1, dropout_key, index)
         first = self.config.encoder.num_layers
         hidden, _, sums = self.decoder(x, positions, context, dropout_key, first=first)
         stacks = {'encoder': encoder_sums, 'decoder': sums}
@@ -187,7 +188,7 @@ class EncoderDecoder(nnx.Module):
         if positions is None:
             positions = positions_of(inputs, segment_ids)
         index = None if token_index is None else jnp.asarray(token_index)
-        x = self._embed(inputs, 0, dropout_key, index)
+        x = self.embed(inputs, 0, dropout_key, index)
         ids = inputs if self.config.encoder.routed else None
         context = Context(segment_ids, token_index=index, token_ids=ids, token_weights=token_weights)
         memory, _, sums = self.encoder(x, positions, context, dropout_key)
@@ -241,14 +242,14 @@ class EncoderDecoder(nnx.Module):
         ids = inputs if self.config.decoder.routed else None
         memory_ids = cache.get('memory_segment_ids')
         context = Context(offset=offset, lengths=lengths, token_ids=ids, memory_segment_ids=memory_ids)
-        x = self._embed(inputs, 1, None, None)
+        x = self.embed(inputs, 1, None, None)
         hidden, layers, _ = self.decoder(x, positions, context, None, cache['layers'])
         return hidden, cache | {'layers': layers}
 
-    def _embed(
+    def embed(
         self, inputs: jax.Array, side: int, dropout_key: jax.Array | None, token_index: jax.Array | None
     ) -> jax.Array:
-        """Embedded tokens of the encoder (side 0) or the decoder (1)."""
+        """Embedded tokens of the encoder (side 0) or the decoder (1): [B, S] -> [B, S, D]."""
         config = self.config
         # Dropout counts the embeddings as layers after the last.
         number = config.encoder.num_layers + config.decoder.num_layers + side

@@ -17,7 +17,7 @@ from llm.models.attention import Attention, AttentionConfig, sequence_axis_of
 from llm.models.context import Cache, Context, write_cache
 from llm.models.parameters import Role, bias, parameter
 from llm.models.position import PositionKind, rotate
-from llm.parallel.sharding import Axes, constrain, map_shards, sequence_cut, target_device
+from llm.parallel.sharding import Axes, constrain, map_shards, rules_in_force, sequence_cut, target_device
 
 # Logical axis of the heads of what has some.
 _HEADS = {'query': 'heads', 'key': 'kv_heads', 'value': 'kv_heads'}
@@ -162,7 +162,9 @@ class LongAttention(Attention):
         axes |= {name: (*axes[name], _HEADS[name], None) for name in arrays if name in _HEADS}
         for number, dilation in enumerate(config.dilations):
             part = {
-                name: jnp.split(x, many, axis=2)[number] if many > 1 and name in _HEADS else x
+                name: _with_all_heads(jnp.split(_with_all_heads(x), many, axis=2)[number])
+                if many > 1 and name in _HEADS
+                else x
                 for name, x in arrays.items()
             }
             run = functools.partial(
@@ -173,7 +175,9 @@ class LongAttention(Attention):
                 soft_cap=config.logit_soft_cap,
             )
             outputs.append(map_shards(run, part, axes, axes['query']))
-        return outputs[0] if many == 1 else jnp.concatenate(outputs, axis=2)
+        if many == 1:
+            return outputs[0]
+        return _with_all_heads(jnp.concatenate([_with_all_heads(x) for x in outputs], axis=2))
 
     def _rotated(
         self, x: jax.Array, context: Context, index: jax.Array | None = None, axis: SequenceAxis | None = None
@@ -216,6 +220,17 @@ def _picked(x: jax.Array, index: jax.Array, axis: SequenceAxis | None) -> jax.Ar
     rest: Axes = (None,) * (x.ndim - 2)
     axes: dict[str, Axes] = {'x': ('batch', 'sequence', *rest), 'index': ('batch', None)}
     return map_shards(functools.partial(pick, axis=axis), {'x': x, 'index': index}, axes, ('batch', None, *rest))
+
+
+def _with_all_heads(x: jax.Array) -> jax.Array:
+    """x [B, S, H, K], whole where one stage of a pipeline would move some of its heads between its devices.
+
+    On CPUs a collective-permute waits for all devices, those of other stages too; an all-gather does not.
+    """
+    current = rules_in_force()
+    if current is None or not current[0].manual_axes or target_device().platform != 'cpu':
+        return x
+    return constrain(x, ('batch', 'sequence', None, None))
 
 
 def _with_global_tokens(**arrays: Any) -> jax.Array:

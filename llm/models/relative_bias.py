@@ -60,7 +60,9 @@ class RelativeBias(nnx.Module):
     def __init__(self, config: RelativeBiasConfig, num_heads: int, d_model: int) -> None:
         self.config = config
         shape, axes = (config.num_buckets, num_heads), ('buckets', 'heads')
-        self.table = parameter(shape, axes, Role.EMBEDDING, inputs=(0,), outputs=(1,), gain=d_model**-0.5)
+        self.table = parameter(
+            shape, axes, Role.EMBEDDING, inputs=(0,), outputs=(1,), gain=d_model**-0.5, full_precision=True
+        )
 
     def __call__(self) -> jax.Array:
         """The bias of distances -M to M, beyond which all are alike: [H, 2 M + 1] in fp32 at least."""

@@ -86,9 +86,13 @@ class StackConfig:
 
 
 class Stack(nnx.Module):
-    """The layers. Shapes: x [B, S, D] -> [B, S, D]."""
+    """The layers. Shapes: x [B, S, D] -> [B, S, D].
 
-    def __init__(self, config: StackConfig, d_model: int, position: PositionKind) -> None:
+    Args:
+        axis: logical axis of the repeats.
+    """
+
+    def __init__(self, config: StackConfig, d_model: int, position: PositionKind, axis: str = 'layers') -> None:
         attending = [layer.mixer for layer in config.pattern if isinstance(layer.mixer, AttendingConfig)]
         if (position == 'relative' and len(attending) > 0) != (config.relative_bias is not None):
             raise UserError(
@@ -101,7 +105,7 @@ class Stack(nnx.Module):
         if config.repeats:
             entries = 1 if config.shared_layers else config.repeats
             for p, layer in enumerate(config.pattern):
-                self.layers[str(p)] = stack(Layer(layer, d_model, position), entries)
+                self.layers[str(p)] = stack(Layer(layer, d_model, position), entries, axis)
         self.remainder: nnx.Dict[Layer] = nnx.Dict()
         for p, layer in enumerate(config.remainder):
             self.remainder[str(p)] = stack(Layer(layer, d_model, position), 1, axis='remainder')
@@ -134,7 +138,7 @@ class Stack(nnx.Module):
         """
         config = self.config
         bias = None if self.relative_bias is None else self.relative_bias()
-        context = dataclasses.replace(context, rotary=self._rotary(positions, x.dtype), distance_bias=bias)
+        context = dataclasses.replace(context, rotary=self.rotary(positions, x.dtype), distance_bias=bias)
         new_cache: Cache = {}
         auxiliary: dict[str, Auxiliary] = {}
         for group, layers, repeats, start in (
@@ -159,7 +163,11 @@ class Stack(nnx.Module):
                     auxiliary[group] = sums
                 if new is not None:
                     new_cache[group] = new
-        return x if self.final_norm is None else self.final_norm(x), new_cache, auxiliary
+        return self.normalize(x), new_cache, auxiliary
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """What comes out of the last layer, as it is read. [B, S, D] -> the same."""
+        return x if self.final_norm is None else self.final_norm(x)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype, memory: jax.Array | None = None) -> Cache:
         """An empty cache of self-attention and, given `memory` [B, T, D], the keys and values of cross-attention."""
@@ -200,7 +208,8 @@ class Stack(nnx.Module):
         groups = (('layers', self.layers), ('remainder', self.remainder))
         return {group: {p: _layer_cache_axes(e) for p, e in layers.items()} for group, layers in groups if layers}
 
-    def _rotary(self, positions: jax.Array, dtype: jnp.dtype) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+    def rotary(self, positions: jax.Array, dtype: jnp.dtype) -> dict[Rotary, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers read at `positions`; see Context."""
         if self.position != 'rope':
             return {}
         kinds = {layer.mixer.rotary for layer in self.config.pattern if isinstance(layer.mixer, AttendingConfig)}

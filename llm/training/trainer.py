@@ -131,12 +131,6 @@ class Trainer:
         stages, step = self.mesh.shape[PIPELINE_AXIS], self.step_config
         if stages == 1:
             return None
-        if not isinstance(self.model_config, DecoderConfig):
-            raise UserError(
-                f'a pipeline runs decoders, and the model is an {type(self.model_config).__name__}',
-                where='MeshConfig.pipeline',
-                fix='Use 1, and other axes of the mesh.',
-            )
         microbatches = step.gradient_accumulation
         shape = (step.batch_size // microbatches, step.sequence_length)
         return make_pipeline_table(pipeline, self.model_config, self.specs, stages, microbatches, shape)
@@ -272,7 +266,6 @@ class Trainer:
     def _pipeline(
         self, table: Table, loss: LossOfStates | None = None
     ) -> Callable[[Any, Batch, jax.Array | None], tuple[Any, Metrics]]:
-        assert isinstance(self.model_config, DecoderConfig)
         z_loss = self.step_config.z_loss
         return make_pipeline(self.model_config, self.specs, table, self.mesh, self.rules, z_loss, loss)
 

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import PartitionSpec as P
 
 from llm.errors import UserError
 from llm.models.attention import AttentionConfig
+from llm.models.context import Context
 from llm.models.decoder import DecoderConfig
 from llm.models.encoder import EncoderConfig
 from llm.models.layer import LayerConfig
-from llm.models.long_attention import LongAttentionConfig
+from llm.models.long_attention import LongAttention, LongAttentionConfig
+from llm.parallel.mesh import MeshConfig, make_mesh
+from llm.parallel.sharding import AxisRules, use_rules
 from llm.training.losses import summed_loss
 from tests.models.small_encoders import D, F, H, K, V, bert, built
 
@@ -97,6 +101,37 @@ def test_more_global_tokens_than_there_is_room_for_are_seen():
     ids = jnp.asarray([[1] * 8, [1] * 4 + [2] * 4])
     states = nnx.merge(graph, params).encode(tokens, segment_ids=ids)
     assert np.isfinite(states[0]).all() and np.isnan(states[1]).all()
+
+
+def test_stages_of_a_pipeline_need_not_wait_for_each_other():
+    """On CPUs a collective-permute within one stage would, where heads of two dilations are spread over devices."""
+    config = dataclasses.replace(LONG, dilations=(1, 2))
+    attention = LongAttention(config, D, 'none')
+    graph, params = nnx.split(attention)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), params)
+    x = jnp.asarray(rng.standard_normal((4, 16, D)), jnp.float32)
+    marked = jnp.zeros((4, 16), bool).at[:, :2].set(True)
+
+    def run(params: Any, x: jax.Array, marked: jax.Array) -> jax.Array:
+        context = Context(jnp.ones(x.shape[:2], jnp.int32), global_tokens=marked)
+        return nnx.merge(graph, params)(x, context)[0]
+
+    def of_stage(*arguments: Any) -> Any:
+        with use_rules(jax.sharding.get_abstract_mesh(), AxisRules()):
+            return run(*arguments)
+
+    mesh = make_mesh(MeshConfig(data=1, tensor=2, pipeline=2), jax.devices()[:4])
+    rows = P('pipeline')
+    mapped = jax.shard_map(
+        of_stage, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, axis_names={'pipeline'}, check_vma=False
+    )
+    with use_rules(mesh, AxisRules()):
+        compiled = jax.jit(mapped).lower(params, x, marked).compile()
+    assert ' all-gather(' in compiled.as_text()
+    assert 'collective-permute' not in compiled.as_text()
+    expected = jax.jit(run)(params, x, marked)
+    np.testing.assert_allclose(compiled(params, x, marked), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

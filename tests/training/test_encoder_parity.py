@@ -1,6 +1,7 @@
 """Encoders, encoder-decoders and prefix language models: the same on every mesh, in float64, scanned or recomputed.
 
-As in test_parity.py: loss and gradients within 1e-9 of one device's, and the collectives are in the program.
+As in test_parity.py: loss and gradients within 1e-9 of one device's, and the collectives are in the program. In
+pipelines too, as in test_pipeline.py.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from llm.errors import UserError
 from llm.models.decoder import DecoderConfig
 from llm.models.long_attention import LongAttentionConfig
 from llm.parallel.mesh import MeshConfig
+from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 from tests.models.small_encoders import H, K, V, bert, hybrid_t5, t5
 from tests.training.parity_cases import GRADIENT, LAYER, MOE, QUICKLY, SMALL
+from tests.training.test_pipeline import permutations
 
 ROWS, S, T = 8, 8, 16
 
@@ -56,11 +59,15 @@ def routed(config):
 
 
 ALBERT = wider(bert(2, embedding_size=16))
+T5 = wider(t5(gated=False))
 MODELS = {
     'bert': wider(bert(token_types=0)),
-    'albert': dataclasses.replace(ALBERT, layers=dataclasses.replace(ALBERT.layers, shared_layers=True)),
+    'albert': recomputed(ALBERT, shared_layers=True),
+    # One more layer than stages can share.
+    'albert of five': recomputed(ALBERT, shared_layers=True, num_layers=5),
+    't5 of three': dataclasses.replace(T5, decoder=dataclasses.replace(T5.decoder, num_layers=3, remat='full')),
     'longformer': wider(bert(token_types=0, mixer=LONG)),
-    't5': wider(t5(gated=False)),
+    't5': T5,
     't5 v1.1': wider(t5()),
     't5 hybrid': wider(hybrid_t5()),
     'bert with experts': routed(bert(token_types=0)),
@@ -110,28 +117,38 @@ def initial(name):
 
 
 @functools.cache
-def run(name, mesh, stack=()):
-    """(loss, gradients, HLO text) of one step in float64."""
-    return step_of(name, mesh, batch(name.split()[0]), stack)
+def run(name, mesh, stack=(), microbatches=1, pipeline=PipelineConfig()):
+    """(loss, gradients, HLO text) of one step in float64, and the sums of evaluation where there are microbatches."""
+    return step_of(name, mesh, batch(name.split()[0]), stack, microbatches, pipeline)
 
 
-def step_of(name, mesh, rows, stack=()):
+def step_of(name, mesh, rows, stack=(), microbatches=1, pipeline=PipelineConfig()):
     with jax.enable_x64():
         config = recomputed(MODELS[name], **dict(stack)) if stack else MODELS[name]
         trainer = Trainer(
             config,
             GRADIENT,
-            StepConfig(ROWS, T, z_loss=1e-3),
+            StepConfig(ROWS, T, microbatches, z_loss=1e-3),
             10,
             mesh,
             devices=jax.devices()[: int(np.prod(mesh.sizes(8)))],
+            pipeline=pipeline,
         )
         state = jax.device_put(initial(name), trainer.state_shardings)
         rows = jax.device_put(rows, trainer.batch_sharding)
+        sums = {}
+        if microbatches > 1:
+            evaluate = trainer.evaluation_step.lower(state['parameters'], rows).compile(QUICKLY)
+            sums = evaluate(state['parameters'], rows)
         compiled = trainer.train_step.lower(state, rows).compile(QUICKLY)
+        if mesh.pipeline > 1:  # else stages would wait for each other for ever
+            size = int(np.prod(mesh.sizes(8))) // mesh.pipeline
+            sent = [pair for pairs in permutations(compiled.as_text()) for pair in pairs if pair[0] != pair[1]]
+            assert sent
+            assert all(a // size != b // size for a, b in sent)
         new, metrics = compiled(state, rows)
         pairs = initial(name)['parameters'], jax.device_get(new['parameters'])
-        return float(metrics['loss']), jax.tree.map(jnp.subtract, *pairs), compiled.as_text()
+        return float(metrics['loss']), jax.tree.map(jnp.subtract, *pairs), compiled.as_text(), jax.device_get(sums)
 
 
 def agrees(found, expected):
@@ -141,6 +158,8 @@ def agrees(found, expected):
         size = 1e-3 if 'key_bias' in jax.tree_util.keystr(path) else np.abs(exact).max()
         assert size > 0, path
         np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-9 * size, err_msg=jax.tree_util.keystr(path))
+    for name, exact in expected[3].items():
+        assert found[3][name] == pytest.approx(exact, rel=1e-12)
 
 
 MESHES = {
@@ -192,8 +211,21 @@ def test_logits_of_some_tokens_alone_give_the_loss_of_those():
     agrees(run('bert', MeshConfig(data=1)), step_of('bert', MeshConfig(data=1), rows))
 
 
+# Layers that share parameters, and some that no stage has; two sides, with relative biases, whose tokens are cut up.
+@pytest.mark.parametrize(
+    ('name', 'mesh', 'pipeline'),
+    [
+        ('albert of five', MeshConfig(data=1, fsdp=2, pipeline=2), PipelineConfig('interleaved', 2)),
+        ('t5 of three', MeshConfig(data=1, tensor=2, pipeline=2), PipelineConfig('zero_bubble')),
+    ],
+)
+def test_pipelines_agree_with_one_device(name, mesh, pipeline):
+    agrees(run(name, mesh, (), 2, pipeline), run(name, MeshConfig(data=1), (), 2))
+
+
 def test_a_prefix_language_model_on_a_mesh():
-    agrees(run('prefix', MESHES['data x fsdp x tensor']), run('prefix', MeshConfig(data=1)))
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, pipeline=2)
+    agrees(run('prefix', mesh, (), 2), run('prefix', MeshConfig(data=1), (), 2))
     with pytest.raises(UserError, match='have no global keys'):
         run('prefix', MESHES['fsdp x sequence x tensor'])
 
@@ -222,8 +254,6 @@ def test_microbatches_of_two_sides():
 
 
 def test_what_encoders_cannot_do_is_named():
-    with pytest.raises(UserError, match='a pipeline runs decoders'):
-        Trainer(MODELS['bert'], GRADIENT, StepConfig(ROWS, T, 2), 10, MeshConfig(data=1, pipeline=2))
     with pytest.raises(UserError, match='sequences of 41 tokens are longer than the 40 learned positions'):
         Trainer(MODELS['bert'], GRADIENT, StepConfig(ROWS, 41), 10, MeshConfig(data=1))
     assert isinstance(MODELS['prefix'], DecoderConfig)

@@ -87,7 +87,7 @@ def _one_device(model, microbatches, packed):
     return _run(_trainer(model, microbatches, MeshConfig(data=1)), model, packed)[:2]
 
 
-def _permutations(program: str) -> list[list[tuple[int, int]]]:
+def permutations(program: str) -> list[list[tuple[int, int]]]:
     """(source, target) devices of every collective-permute."""
     found = re.findall(r'collective-permute(?:-start)?\(.*?source_target_pairs=\{(\{.*?\})\}', program)
     return [[(int(a), int(b)) for a, b in re.findall(r'\{(\d+),(\d+)\}', pairs)] for pairs in found]
@@ -140,10 +140,10 @@ def test_pipelines_agree_with_one_device(case):
             actual, expected, rtol=0, atol=1e-9 * np.abs(expected).max(), err_msg=jax.tree_util.keystr(path)
         )
     stage_size = int(np.prod(list(dataclasses.asdict(mesh).values()))) // mesh.pipeline
-    permutations = _permutations(program)
-    assert any(a // stage_size != b // stage_size for pairs in permutations for a, b in pairs), 'no stage sends'
+    found = permutations(program)
+    assert any(a // stage_size != b // stage_size for pairs in found for a, b in pairs), 'no stage sends'
     # One stage may do what another does not: a collective-permute within stages would wait for all of them.
-    within = [(a, b) for pairs in permutations for a, b in pairs if a != b and a // stage_size == b // stage_size]
+    within = [(a, b) for pairs in found for a, b in pairs if a != b and a // stage_size == b // stage_size]
     assert within == []
 
 

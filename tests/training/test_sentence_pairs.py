@@ -80,9 +80,9 @@ def test_logits_and_loss_are_those_of_transformers():
 
 
 @functools.cache
-def run(mesh=MeshConfig(data=1), accumulation=1):
+def run(mesh, accumulation):
     """(metrics, gradients, evaluation) in float64."""
-    config = bert(1, pooler=True, next_sentence=True, vocab=64, compute_dtype='float64')
+    config = bert(2, pooler=True, next_sentence=True, vocab=64, compute_dtype='float64')
     rng = np.random.default_rng(1)
     with jax.enable_x64():
         devices = jax.devices()[: int(np.prod(mesh.sizes(8)))]
@@ -107,12 +107,13 @@ def run(mesh=MeshConfig(data=1), accumulation=1):
         return jax.device_get(metrics), gradients, values
 
 
-def test_a_mesh_in_microbatches_agrees_with_one_device():
-    metrics, gradients, values = run()
-    parallel = run(MeshConfig(data=1, fsdp=2, sequence=2), 2)
+def test_a_mesh_with_stages_agrees_with_one_device():
+    metrics, gradients, values = run(MeshConfig(data=1), 2)
+    parallel = run(MeshConfig(data=1, fsdp=2, sequence=2, pipeline=2), 2)
     for name in ('loss', 'next_sentence_loss', 'next_sentence_accuracy'):
         assert float(parallel[0][name]) == pytest.approx(float(metrics[name]), rel=1e-6)
-        assert values[name] == pytest.approx(float(metrics[name]), rel=1e-6)
+        for evaluated in (values, parallel[2]):
+            assert evaluated[name] == pytest.approx(float(metrics[name]), rel=1e-6)
     assert float(metrics['next_sentence_accuracy']) * 6 == pytest.approx(round(metrics['next_sentence_accuracy'] * 6))
     for (path, exact), actual in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(parallel[1]), strict=True):
         size = 1e-3 if 'key_bias' in jax.tree_util.keystr(path) else np.abs(exact).max()

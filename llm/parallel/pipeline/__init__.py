@@ -4,5 +4,5 @@
 `planning` chooses, `table` and `validation` make and check the table; `split` cuts up a layer's backward pass.
 
 `stages` is what a model brings and `placement` where its parameters live; `executor` runs the table, by `operations` of
-one stage each and by what all do together, in `joint`.
+one stage each and by what all do together, in `joint` and `outside`.
 """

@@ -7,7 +7,6 @@ each stage does some of the rows, with weights that are gathered as they are nee
 prediction are run like these.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from llm.parallel.pipeline.memory import in_rows_of, rows_first, with_memory, without_memory
+from llm.parallel.pipeline.outside import gathering_again, run_repeats
 from llm.parallel.pipeline.placement import AXIS, gathered, without_leading_axis
 from llm.parallel.pipeline.simulation import Problem
 from llm.parallel.pipeline.stages import MEMORY, Batch, Layers, Stages, Sums
 from llm.parallel.pipeline.sums import joined
 from llm.parallel.sharding import AxisRules, use_rules
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for jax.checkpoint."""
-    return str(primitive) != 'all_gather'
 
 
 class Joint:
@@ -89,7 +84,7 @@ class Joint:
             y, losses, layers = self._shared_out(
                 self._after_stages, shared, y, rows | more, microbatch, everywhere=False
             )
-        loss, sums = self.stages.loss(self._ends(shared), y, rows)
+        loss, sums = self.stages.loss(self._ends(shared), y, rows, self._key_of(microbatch))
         return sum(jax.tree.leaves(losses), loss), joined(sums, self._placed(layers, microbatch))
 
     def _placed(self, sums: Any, microbatch: jax.Array) -> Any:
@@ -132,9 +127,14 @@ class Joint:
 
     def _leading(self, shared: Any, x: jax.Array, rows: Batch, microbatch: jax.Array) -> Layers:
         """The layers before the stages', of these rows."""
-        context, placements = self.context(rows, microbatch), self.placements['leading']
-        whole = self._gathered(shared['leading'], placements)
-        x, losses, sums = self.stages.leading(whole, x, context, *_remembered(rows, 'leading'))
+        assert self.stages.leading is not None
+
+        def gathered(parameters: Any, name: str, *, of_one: bool = False) -> Any:
+            placements = self.placements['leading'][name]
+            return self._gathered(parameters, without_leading_axis(placements) if of_one else placements)
+
+        context, memory = self.context(rows, microbatch), _remembered(rows, 'leading')
+        x, losses, sums = self.stages.leading(shared['leading'], x, context, gathered, *memory)
         return x, losses, {'leading': sums} if sums else {}
 
     def _after_stages(self, shared: Any, y: Any, rows: Batch, microbatch: jax.Array) -> Layers:
@@ -145,7 +145,8 @@ class Joint:
             of_one = without_leading_axis(self.placements['multi_token'])
 
             def gathering(function: Callable[..., Any]) -> Callable[..., Any]:
-                return self._gathering_again(lambda parts, *more: function(self._gathered(parts, of_one), *more))
+                again = gathering_again(self.stages.remat)
+                return again(lambda parts, *more: function(self._gathered(parts, of_one), *more))
 
             y, found, more = self.stages.multi_token(
                 self._ends(shared), shared['multi_token'], y, rows, context, gathering
@@ -153,24 +154,17 @@ class Joint:
             losses, sums = [*losses, found], {**sums, 'multi_token': more}
         return y, losses, {name: each for name, each in sums.items() if each}
 
-    def _gathering_again(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as it is recomputed; what is gathered is gathered again in the backward pass."""
-        return (self.stages.remat or functools.partial(jax.checkpoint, policy=_all_but_gathered))(function)
-
     def _left_over(self, shared: Any, y: Any, rows: Batch, context: Any) -> tuple[Any, list[Any], Sums]:
         """The layers after the stages', if there are any."""
         stages, placements = self.stages, self.placements
         repeats = shared['repeats']
         losses, sums = [], {}
 
-        @self._gathering_again
-        def repeat(y: Any, parameters_index_and_memory: tuple[Any, ...]) -> tuple[Any, Any]:
-            parameters, index, *memory = parameters_index_and_memory
+        def repeat(parameters: Any, y: Any, index: jax.Array, *memory: Any) -> Layers:
             whole = self._gathered(parameters, without_leading_axis(placements['repeats']))
-            y, *others = stages.repeat(whole, stages.stream(y), index, context, *memory)
-            return y, others
+            return stages.repeat(whole, stages.stream(y), index, context, *memory)
 
-        @self._gathering_again
+        @gathering_again(stages.remat)
         def remainder(parameters: Any, x: jax.Array) -> Layers:
             whole = self._gathered(parameters, placements['remainder'])
             return stages.remainder(whole, x, context, *_remembered(rows, 'remainder'))
@@ -178,10 +172,9 @@ class Joint:
         if repeats or shared['remainder']:  # then stages give x alone
             y = stages.output(y)
         if repeats:
-            first, count = self.staged_repeats, jax.tree.leaves(repeats)[0].shape[0]
-            each = repeats, first + jnp.arange(count), *_remembered(rows, 'repeats')
-            y, (found, sums['repeats']) = jax.lax.scan(repeat, y, each)
-            losses.append(jax.tree.map(jnp.sum, found))
+            memory = _remembered(rows, 'repeats')
+            y, found, sums['repeats'] = run_repeats(repeat, repeats, y, self.staged_repeats, stages.remat, *memory)
+            losses.append(found)
         if shared['remainder']:
             y, found, sums['remainder'] = remainder(shared['remainder'], stages.stream(y))
             losses.append(found)

@@ -13,7 +13,7 @@ from llm.scaling.planner.abstract import Placement
 from llm.scaling.planner.layer_costs import layer_costs
 from llm.scaling.planner.pipelines import idle_share, kept_bytes, schedule_of
 from llm.scaling.planner.stacks import stacks_of
-from llm.training.pipeline import make_stages
+from llm.training.stages import staged
 from tests.scaling.planner.small_runs import LENGTH, D, sizes_of, small_run
 
 ROWS = 4  # of a microbatch
@@ -33,7 +33,7 @@ def _pipeline_run(remat, implementation, stages=2, layers=16):
 )
 def test_what_is_kept_is_what_the_executor_keeps(remat, implementation):
     run = _pipeline_run(remat, implementation)
-    stages = make_stages(run.model, 0.0)
+    stages = staged(run.model, 0.0).stages
     specs = parameter_specs(Decoder(run.model))['layers']
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], jnp.bfloat16), specs)
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
