@@ -2,7 +2,6 @@
 
 import collections
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -12,12 +11,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile many small programs and run each once: what makes a program fast does not pay.
-FLAGS = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
-if tuple(map(int, importlib.metadata.version('jaxlib').split('.')[:2])) < (0, 12):
-    # Without the MLIR pipeline for each fusion a program compiles in 0.3 to 0.6 of the time. Later ones have no choice.
-    FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''), *FLAGS))
+# Tests compile many small programs and run each once: the compiler's optimisation of machine code does not pay.
+os.environ['XLA_FLAGS'] = ' '.join(
+    (os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0')
+)
 # libtpu is used to compile only; without these it looks for a TPU host, prints noise and lets one process load it.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')

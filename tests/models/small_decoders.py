@@ -14,11 +14,10 @@ from llm.models.decoder import Decoder, DecoderConfig
 from llm.models.feed_forward import FeedForwardConfig
 from llm.models.layer import LayerConfig
 from llm.models.parameters import ParameterSpec, parameter_specs
+from tests.compiling import QUICKLY
 
 # jax.jit that compiles in half the time: it runs once on a few numbers, which take no optimizing.
-compiled = functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-)
+compiled = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8), feed_forward=FeedForwardConfig(d_ff=24)

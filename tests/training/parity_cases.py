@@ -241,8 +241,6 @@ def one_device(model: str, repeats: int, count: int, packed: bool) -> tuple[floa
     return _one_device(model, repeats, count if drops else 1)[packed]
 
 
-# Compiles in half the time: for what runs once, on a few numbers.
-QUICKLY = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 # What the program must have for an axis to have done anything; XLA:CPU writes a reduce-scatter as an all-reduce.
 COLLECTIVES = {
     'data': ('all-reduce',),

@@ -16,8 +16,9 @@ from llm.parallel.mesh import MeshConfig
 from llm.training.contrastive import ContrastiveConfig, contrastive_loss
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 from tests.models.small_encoders import bert
-from tests.training.parity_cases import GRADIENT, LAYER, QUICKLY, SMALL
+from tests.training.parity_cases import GRADIENT, LAYER, SMALL
 
 ROWS, S = 8, 8
 

@@ -19,8 +19,9 @@ from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 from tests.models.small_encoders import H, K, V, bert, hybrid_t5, t5
-from tests.training.parity_cases import GRADIENT, LAYER, MOE, QUICKLY, SMALL
+from tests.training.parity_cases import GRADIENT, LAYER, MOE, SMALL
 from tests.training.test_pipeline import permutations
 
 ROWS, S, T = 8, 8, 16

@@ -16,7 +16,8 @@ from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.training.loop import Evaluation, evaluate
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
-from tests.training.parity_cases import BATCH, GRADIENT, LAYER, LENGTH, MOE, QUICKLY, SMALL, batch
+from tests.compiling import QUICKLY
+from tests.training.parity_cases import BATCH, GRADIENT, LAYER, LENGTH, MOE, SMALL, batch
 
 MODELS = {
     # Stages of one chunk share the layers, and of two leave some over: the last is a stage's, or of all together.

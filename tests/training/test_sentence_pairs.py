@@ -13,10 +13,11 @@ from llm.training.loop import Evaluation, evaluate
 from llm.training.sentence_pairs import with_pair_weights
 from llm.training.step import StepConfig, _summed_loss
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 from tests.interop.huggingface.encoder_models import V, make
 from tests.interop.huggingface.test_encoder_families import imported
 from tests.models.small_encoders import bert
-from tests.training.parity_cases import GRADIENT, QUICKLY
+from tests.training.parity_cases import GRADIENT
 
 ROWS, S, M = 8, 16, 8
 
