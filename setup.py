@@ -62,6 +62,19 @@ EVAL = [
     'rouge-score',
 ]
 
+# Prepares documents: the prepare_data job.
+DOCUMENTS = [
+    'fastwarc>=2.0',
+    'resiliparse>=2.0',
+    'trafilatura>=2.3',
+    # justext, of trafilatura, needs it beside lxml.
+    'lxml_html_clean',
+    'py3langid>=0.4',
+    'ftfy>=6.3',
+    'emoji',
+    'fsspec',
+]
+
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
 BEAM = ['apache-beam>=2.77']
 
@@ -87,6 +100,7 @@ TEST = [
     *TPU,
     *ORACLE,
     *EVAL,
+    *DOCUMENTS,
     *EXPORT,
 ]
 
@@ -121,6 +135,7 @@ setup(
         'test': TEST,
         'oracle': ORACLE,
         'eval': EVAL,
+        'documents': DOCUMENTS,
         'export': EXPORT,
         'tpu': TPU,
         'gpu': ['jax[cuda13]>=0.10.2'],  # NVIDIA driver 580 or later
