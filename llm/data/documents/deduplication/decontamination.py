@@ -209,7 +209,7 @@ class Items:
             for _, counts, places in [grams.places(words)]
         ]
         if any(isinstance(rule, FuzzyMatch) for rule in self._rules):
-            found.append(np.array([i for i, text in enumerate(texts) if self._fuzzy.matches(text)], np.int64))
+            found.append(np.flatnonzero([len(some) > 0 for some in self._fuzzy.matches(texts)]))
         return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
     def judge(self, text: str, ignored: np.ndarray) -> Contamination:
@@ -226,11 +226,11 @@ class Items:
         for rule in self._rules:
             before = len(hits)
             if isinstance(rule, FuzzyMatch):
-                for start, excerpt, item, similarity in self._fuzzy.matches(text):
+                for start, excerpt, item, similarity in self._fuzzy.matches([text])[0]:
                     hits.append(Hit(rule.name, self.names[item], excerpt, similarity, start))
                 goes = len(hits) > before
             else:
-                spans = spans if spans is not None else word_spans(text)
+                spans = spans if spans is not None else word_spans([text])[0]
                 windows: list[Span] = []
                 for (name, length), grams in self._grams.items():
                     if name != rule.name:
@@ -324,17 +324,22 @@ class _Fuzzy:
                 for key in keys[i].tolist():
                     self._buckets.setdefault(key, []).append(item)
 
-    def matches(self, text: str) -> list[tuple[int, str, int, float]]:
-        """(start, beginning, item, similarity) of the document and of its paragraphs, each item at its best place."""
-        units = list(dict.fromkeys([(0, len(text)), *pieces('paragraphs', text)]))
-        shingles = as_sets(ngrams(words_of([text[start:end] for start, end in units]), self._rule.shingle))
+    def matches(self, texts: Sequence[str]) -> list[list[tuple[int, str, int, float]]]:
+        """(start, beginning, item, similarity) in each document or paragraph; each item where it fits best."""
+        units = [list(dict.fromkeys([(0, len(text)), *pieces('paragraphs', text)])) for text in texts]
+        flat = [text[start:end] for text, some in zip(texts, units, strict=True) for start, end in some]
+        shingles = as_sets(ngrams(words_of(flat), self._rule.shingle))
         keys = self._bands.keys(self._bands.signatures(shingles))
-        best: dict[int, tuple[int, str, int, float]] = {}
-        for i, (start, end) in enumerate(units):
-            if not len(shingles[i]):
-                continue
-            for item in sorted({item for key in keys[i].tolist() for item in self._buckets.get(key, ())}):
-                value = jaccard(shingles[i], self._sets[item])
-                if value >= self._rule.threshold and value > best.get(item, (0, '', 0, 0.0))[3]:
-                    best[item] = start, text[start : min(end, start + 200)], item, value
-        return [best[item] for item in sorted(best)]
+        number = 0
+        found = []
+        for text, some in zip(texts, units, strict=True):
+            best: dict[int, tuple[int, str, int, float]] = {}
+            for start, end in some:
+                candidates = {item for key in keys[number].tolist() for item in self._buckets.get(key, ())}
+                for item in sorted(candidates if len(shingles[number]) else ()):
+                    value = jaccard(shingles[number], self._sets[item])
+                    if value >= self._rule.threshold and value > best.get(item, (0, '', 0, 0.0))[3]:
+                        best[item] = start, text[start : min(end, start + 200)], item, value
+                number += 1
+            found.append([best[item] for item in sorted(best)])
+        return found

@@ -1,6 +1,7 @@
 """Documents that are equal: by id, by URL, by their words or by their text. Digests have 128 bits."""
 
 import hashlib
+import re
 import urllib.parse
 
 import numpy as np
@@ -11,6 +12,9 @@ from llm.data.documents.deduplication.words import Hashes
 # Parameters of URLs that say where a visitor came from and not what is shown.
 _TRACKING = ('utm_', 'fbclid', 'gclid', 'dclid', 'msclkid', 'mc_cid', 'mc_eid', 'igshid', 'yclid', '_ga')
 _DEFAULT_PORTS = {'http': ':80', 'https': ':443'}
+
+_ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
+_UNRESERVED = frozenset('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~')  # RFC 3986, 2.3
 
 
 def normalized_url(url: str) -> str:
@@ -28,9 +32,14 @@ def normalized_url(url: str) -> str:
         return url.strip()
     if port == _DEFAULT_PORTS.get(parts.scheme):
         port = ''
-    path = urllib.parse.quote(urllib.parse.unquote(parts.path), safe="/~!$&'()*+,;=:@").rstrip('/')
+    path = _ESCAPE.sub(_unified, urllib.parse.quote(parts.path, safe="/%!$&'()*+,;=:@")).rstrip('/')
     kept = sorted(item for item in query if not item[0].lower().startswith(_TRACKING))
     return f'{host}{port}{path}' + (f'?{urllib.parse.urlencode(kept)}' if kept else '')
+
+
+def _unified(escape: re.Match[str]) -> str:
+    character = chr(int(escape[0][1:], 16))
+    return character if character in _UNRESERVED else escape[0].upper()
 
 
 def digests(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from llm.data.documents.deduplication.sorted_runs import group_sizes, group_starts
-from llm.data.documents.deduplication.words import Hashes, checks, mixed, ngrams, word_spans
+from llm.data.documents.deduplication.words import Hashes, checks, mixed, ngrams
 from llm.errors import UserError
 
 Span = tuple[int, int]
@@ -96,7 +96,7 @@ def _sequence_hashes(words: Hashes) -> tuple[np.ndarray, np.ndarray]:
     sums = []
     for salt in (1, 2):
         each = mixed(words.values + mixed(places + np.uint64(salt << 32)))
-        ends = np.concatenate([[0], np.cumsum(each, dtype=np.uint64)])[words.offsets].astype(np.uint64)
+        ends = np.concatenate([np.zeros(1, np.uint64), np.cumsum(each, dtype=np.uint64)])[words.offsets]
         sums.append(mixed(ends[1:] - ends[:-1] + words.counts.astype(np.uint64)))
     return sums[0], (sums[1] >> np.uint64(32)).astype(np.uint32)
 
@@ -129,12 +129,15 @@ def united(spans: Sequence[Span]) -> list[Span]:
     return result
 
 
-def spans_of(unit: str, text: str, indexes: Sequence[int], length: int) -> list[Span]:
-    """What the units of these indexes cover of a text, in characters."""
+def spans_of(unit: str, text: str, words: Sequence[Span], indexes: Sequence[int], length: int) -> list[Span]:
+    """What the units of these indexes cover of a text, in characters.
+
+    Args:
+        words: where the words are, as `word_spans` says; of passages alone.
+    """
     if unit != 'passages':
         found = pieces(unit, text)
         return united([found[index] for index in indexes])
-    words = word_spans(text)
     covered = united([(index, index + length) for index in indexes])
     return united([(words[first][0], words[last - 1][1]) for first, last in covered])
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm.data.documents.deduplication.repeats import Repeats, Span, spans_of, united, without
+from llm.data.documents.deduplication.words import word_spans
 
 CONTAMINATION = 'contamination'
 _GROUP_ROWS = 512
@@ -64,9 +65,13 @@ class ShardDecisions:
 
 
 def decide(
-    text: str, row: int, decisions: ShardDecisions, settings: Sequence[Repeats]
+    text: str, words: Sequence[Span], row: int, decisions: ShardDecisions, settings: Sequence[Repeats]
 ) -> tuple[str | None, str | None]:
-    """(the rule that removes a document or None, the text as it stays)."""
+    """(the rule that removes a document or None, the text as it stays).
+
+    Args:
+        words: where the words of the text are; of one with passages to cut out.
+    """
     if decisions.rules[row] is not None:
         return decisions.rules[row], None
     cuts = list(decisions.cuts.get(row, ()))
@@ -74,7 +79,7 @@ def decide(
         indexes = decisions.repeats[some.unit].get(row)
         if not indexes:
             continue
-        spans = spans_of(some.unit, text, indexes, some.words)
+        spans = spans_of(some.unit, text, words, indexes, some.words)
         if sum(end - start for start, end in spans) > some.share * len(text):
             return some.unit, None
         if some.remove == 'spans':
@@ -82,6 +87,15 @@ def decide(
             if not without(text, united(cuts)):
                 return some.unit, None
     return None, without(text, united(cuts)) if cuts else text
+
+
+def _decided(
+    texts: Sequence[str], first: int, decisions: ShardDecisions, settings: Sequence[Repeats]
+) -> list[tuple[str | None, str | None]]:
+    passages = decisions.repeats.get('passages', {})
+    some = [i for i in range(len(texts)) if first + i in passages]
+    words = dict(zip(some, word_spans([texts[i] for i in some]), strict=True))
+    return [decide(text, words.get(i, ()), first + i, decisions, settings) for i, text in enumerate(texts)]
 
 
 def write_shard(
@@ -115,7 +129,7 @@ def write_shard(
         first = 0
         for batch in file.iter_batches(_GROUP_ROWS):
             texts, ids = batch.column('text').to_pylist(), batch.column('id').to_pylist()
-            results = [decide(text, first + i, decisions, settings) for i, text in enumerate(texts)]
+            results = _decided(texts, first, decisions, settings)
             kept = np.array([rule is None for rule, _ in results], bool)
             stays = [text for rule, text in results if rule is None]
             counts.documents += len(texts)

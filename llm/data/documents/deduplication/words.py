@@ -1,8 +1,8 @@
 """Texts as hashes of their words and n-grams: one tokenisation of a whole batch, in Arrow and NumPy.
 
 A word is what is left between white space once text is in lower case, punctuation, symbols and control characters are
-spaces, numbers are '0' and accents are gone: as FineWeb's MinHash does it (datatrove, simplify_text). Characters of
-scripts that put no spaces between words are words of their own.
+spaces and accents are gone, as in FineWeb (datatrove, simplify_text). Its numbers become '0', too; here they stay, lest
+two sums be one document. Characters of scripts that put no spaces between words are words of their own.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ import numpy as np
 _SCRIPTS = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
 _NEEDS_CARE = rf'[\x{{c0}}-\x{{24f}}\x{{370}}-\x{{3ff}}\x{{400}}-\x{{45f}}\x{{1e00}}-\x{{1fff}}\p{{M}}{_SCRIPTS}]'
 _WITHOUT_SPACES = f'([{_SCRIPTS}])'
-_NUMBERS = r'\p{Nd}+(?:[.,]\p{Nd}+)?'
 # In UTF-8 every byte below 128 is a character: a table of bytes does ASCII, and a pattern what is left.
 _ASCII = bytes(c if c > 127 or chr(c).isalnum() else ord(' ') for c in range(256))
 _OTHER_SEPARATORS = r'[\p{P}\p{S}\x{80}-\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]'
@@ -56,19 +55,22 @@ def normalized(texts: Sequence[str]) -> Any:
     from pyarrow import compute
 
     column = compute.utf8_lower(pyarrow.array(texts, pyarrow.large_string()))
-    column = compute.replace_substring_regex(column, _NUMBERS, '0')
     _, offsets, data = column.buffers()
     if data is not None:
         data = pyarrow.py_buffer(data.to_pybytes().translate(_ASCII))
         column = pyarrow.Array.from_buffers(column.type, len(column), [None, offsets, data])
     foreign = compute.invert(compute.string_is_ascii(column))
+    if not compute.any(foreign).as_py():
+        return column
     column = _replaced(column, foreign, lambda part: compute.replace_substring_regex(part, _OTHER_SEPARATORS, ' '))
+    return _replaced(column, compute.match_substring_regex(column, _NEEDS_CARE), _with_care)
 
-    def care(part: Any) -> Any:
-        part = compute.replace_substring_regex(compute.utf8_normalize(part, 'NFD'), r'\p{Mn}+', '')
-        return compute.replace_substring_regex(part, _WITHOUT_SPACES, r' \1 ')
 
-    return _replaced(column, compute.match_substring_regex(column, _NEEDS_CARE), care)
+def _with_care(column: Any) -> Any:
+    from pyarrow import compute
+
+    column = compute.replace_substring_regex(compute.utf8_normalize(column, 'NFD'), r'\p{Mn}+', '')
+    return compute.replace_substring_regex(column, _WITHOUT_SPACES, r' \1 ')
 
 
 def _replaced(column: Any, where: Any, function: Callable[[Any], Any]) -> Any:
@@ -174,11 +176,12 @@ def as_sets(hashes: Hashes) -> Hashes:
     return Hashes(values[first], np.concatenate([[0], np.cumsum(counts)]))
 
 
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """For each word of a text, where the part between white space that it is in begins and ends, in characters."""
-    parts = [match.span() for match in _parts().finditer(text)]
-    counts = words_of([text[start:end] for start, end in parts]).counts
-    return [part for part, count in zip(parts, counts.tolist(), strict=True) for _ in range(count)]
+def word_spans(texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """For each word of each text, where the part between white space that it is in begins and ends, in characters."""
+    parts = [[match.span() for match in _parts().finditer(text)] for text in texts]
+    flat = [text[start:end] for text, some in zip(texts, parts, strict=True) for start, end in some]
+    counts = iter(words_of(flat).counts.tolist())
+    return [[part for part in some for _ in range(next(counts))] for some in parts]
 
 
 @functools.cache
