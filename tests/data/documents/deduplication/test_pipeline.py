@@ -2,13 +2,16 @@ import dataclasses
 import itertools
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.documents.deduplication import pipeline
 from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.decontamination import CommonNgrams, Decontamination, EvaluationSet
 from llm.data.documents.deduplication.near_duplicates import NearDuplicates
 from llm.data.documents.deduplication.repeats import Repeats
+from llm.errors import UserError
 from tests.data.documents.deduplication.prepared import rows, write_shards
 
 CONFIG = Deduplication(
@@ -73,15 +76,105 @@ def test_each_rule_removes_what_it_is_for(tmp_path):
     assert counts.characters - counts.kept_characters == lost
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.fixture(scope='module')
+def expected(tmp_path_factory):
+    output = write_shards(tmp_path_factory.mktemp('base'), [corpus()[0]])
+    pipeline.finish(output, CONFIG, None, processes=1)
+    return outcome(output)
+
+
+@settings(max_examples=4, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(1, 5), st.sampled_from([1 << 28, 500]))
-def test_the_same_under_any_sharding_order_and_partitions(tmp_path_factory, shuffler, count, memory):
+def test_the_same_under_any_sharding_order_and_partitions(tmp_path_factory, expected, shuffler, count, memory):
     documents, _, _ = corpus()
-    base = tmp_path_factory.mktemp('base')
-    pipeline.finish(write_shards(base, [documents]), CONFIG, None, processes=1)
     shuffler.shuffle(documents)
     places = [shuffler.randrange(count) for _ in documents]
     shards = [[d for d, place in zip(documents, places, strict=True) if place == i] for i in range(count)]
     other = write_shards(tmp_path_factory.mktemp('other'), shards)
     pipeline.finish(other, dataclasses.replace(CONFIG, memory_bytes=memory), None, processes=1)
-    assert outcome(other) == outcome(base)
+    assert outcome(other) == expected
+
+
+def test_a_later_run_against_the_index_of_an_earlier_one_is_as_both_together(tmp_path):
+    # Of lines that are there three times, the earlier run cannot know the third.
+    pairwise = dataclasses.replace(CONFIG, repeats=(Repeats('passages', words=8),))
+    documents, _, _ = corpus()
+    first, second = documents[0::2], documents[1::2]
+    earlier = write_shards(tmp_path / 'first', [first[:4], first[4:]])
+    pipeline.finish(earlier, pairwise, None, processes=1)
+    later = write_shards(tmp_path / 'second', [second])
+    config = dataclasses.replace(pairwise, earlier=(str(earlier / 'deduplication'),))
+    pipeline.finish(later, config, None, processes=1)
+    # Both together, where all of the first are preferred.
+    together = [
+        *({**document, 'source': f'a {document.get("source", "texts")}'} for document in first),
+        *({**document, 'source': f'b {document.get("source", "texts")}'} for document in second),
+    ]
+    whole = write_shards(tmp_path / 'whole', [together])
+    order = ('a good', 'a texts', 'b good', 'b texts')
+    pipeline.finish(whole, dataclasses.replace(pairwise, sources=order), None, processes=1)
+    texts = sorted((row['id'], row['text']) for output in (earlier, later) for row in rows(output, 'final'))
+    assert texts == sorted((row['id'], row['text']) for row in rows(whole, 'final'))
+    verdicts = [
+        sorted(
+            (row['id'], str(row['rule']), str(row['representative']))
+            for output in some
+            for row in rows(output, 'verdicts')
+        )
+        for some in ((earlier, later), (whole,))
+    ]
+    assert verdicts[0] == verdicts[1]
+    third = write_shards(tmp_path / 'third', [first])
+    indexes = (config.earlier[0], str(later / 'deduplication'))
+    counts = pipeline.finish(third, dataclasses.replace(pairwise, earlier=indexes), None, processes=1)
+    assert counts.kept == 0
+    for mistake, said in (
+        ({'earlier': indexes[1:]}, 'against other earlier runs'),
+        ({'earlier': config.earlier, 'near': NearDuplicates(seed=7)}, 'another near'),
+        ({'earlier': (str(tmp_path),)}, 'no index'),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipeline.finish(third, dataclasses.replace(pairwise, **mistake), None, processes=1)
+
+
+def test_a_stopped_run_goes_on_in_processes_and_other_settings_start_anew(tmp_path, expected, monkeypatch):
+    documents, _, _ = corpus()
+    shards = [documents[:9], documents[9:]]
+    output = write_shards(tmp_path, shards)
+    real = pipeline.connected
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, 'connected', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.finish(output, CONFIG, None, processes=1)
+    monkeypatch.setattr(pipeline, 'connected', real)
+    scanned = (output / 'deduplication/runs/id/000000-0.npy').stat().st_mtime_ns
+    pipeline.finish(output, CONFIG, None, processes=2)
+    assert outcome(output) == expected
+    assert (output / 'deduplication/runs/id/000000-0.npy').stat().st_mtime_ns == scanned
+    pipeline.finish(output, dataclasses.replace(CONFIG, urls=False), None, processes=1)
+    assert {row['id']: row['rule'] for row in rows(output, 'verdicts')}['b'] is None
+    assert not list(tmp_path.glob('**/*.tmp'))
+
+
+def test_contaminated_documents_are_cut_or_go_and_every_hit_is_listed(tmp_path):
+    documents, _, _ = corpus()
+    words = documents[0]['text'].split()
+    question, phrase = ' '.join(words[:14]), ' '.join(words[20:34])
+    (tmp_path / 'quiz.jsonl').write_text(f'{{"q": "{question}"}}\n{{"q": "{phrase}"}}\n')
+    long = 'so it goes on. ' * 40
+    texts = [f'{long}{question}. {long}', question, *(f'{phrase} {i} {long}' for i in 'abc')]
+    output = write_shards(
+        tmp_path, [[{'id': f'd{i}', 'text': text} for i, text in enumerate(texts)], [{'id': 'e', 'text': 'x'}]]
+    )
+    against = Decontamination((EvaluationSet(str(tmp_path / 'quiz.jsonl')),), (CommonNgrams(most_documents=2),))
+    counts = pipeline.finish(output, None, against, processes=1)
+    assert (counts.kept, dict(counts.removed), counts.changed) == (5, {'contamination': 1}, 1)
+    verdicts = {row['id']: row for row in rows(output, 'verdicts')}
+    assert (verdicts['d1']['rule'], verdicts['d1']['representative']) == ('contamination', 'quiz:1')
+    assert verdicts['d0']['characters'] - verdicts['d0']['kept_characters'] >= len(question) + 400
+    hits = rows(output, 'contamination')
+    assert [(hit['id'], hit['item']) for hit in hits] == [('d0', 'quiz:1')] * 2 + [('d1', 'quiz:1')] * 2
+    assert [hit['text'] for hit in hits[2:]] == [' '.join(words[:13]), ' '.join(words[1:14])]

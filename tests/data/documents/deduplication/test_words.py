@@ -34,7 +34,7 @@ def test_normal_form(text, words):
     assert words_of([text]).counts.tolist() == [len(words.split())]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(TEXTS)
 def test_words_of_a_text_do_not_depend_on_its_neighbours_and_lie_where_spans_say(texts):
     together = words_of(texts)
