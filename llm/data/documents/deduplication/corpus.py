@@ -24,6 +24,8 @@ Rule = Literal['longest', 'shortest', 'oldest', 'newest']
 # Sorted files that are merged at once, and rows of their batches.
 _FAN_IN, _ROWS = 128, 1 << 12
 _NO_DATE = 1 << 62
+# Of Parquet, uncompressed, that are read at once.
+_BATCH_BYTES = 1 << 24
 
 
 def preference(rules: Sequence[Rule], sources: Sequence[str], row: dict[str, Any]) -> tuple[int, ...]:
@@ -64,12 +66,18 @@ _MEASURES: dict[str, Callable[[dict[str, Any]], int]] = {
 }
 
 
-def parquet_rows(path: Path, columns: Sequence[str], batch_rows: int = 512) -> Iterator[dict[str, list[Any]]]:
+def batch_rows(metadata: Any) -> int:
+    """Rows that are read at once: fewer where documents are long."""
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    return max(1, min(512, _BATCH_BYTES * metadata.num_rows // max(size, 1)))
+
+
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     """Columns of a Parquet file, as lists, a batch of rows at a time."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_rows, columns=list(columns)):
+        for batch in file.iter_batches(batch_rows(file.metadata), columns=list(columns)):
             yield batch.to_pydict()
 
 

@@ -12,7 +12,7 @@ from llm.data.documents.deduplication.minhash import Bands, jaccard
 from llm.data.documents.deduplication.repeats import Span, pieces, united
 from llm.data.documents.deduplication.words import Hashes, as_sets, ngrams, word_spans, words_of
 from llm.data.documents.streams import bounded_lines
-from llm.data.sources.files import find_files, stream_bytes
+from llm.data.sources.files import file_identity, find_files, stream_bytes
 from llm.errors import UserError
 
 _SUFFIXES = tuple(
@@ -90,6 +90,10 @@ class CommonNgrams:
 
     name = 'common_ngrams'
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.least_words <= self.words or min(self.window, self.least_piece, self.most_documents) < 0:
+            raise UserError('least_words must be from 1 to words, and nothing negative', where='CommonNgrams')
+
 
 @dataclasses.dataclass(frozen=True)
 class NgramShare:
@@ -103,6 +107,10 @@ class NgramShare:
     share: float = 0.7
 
     name = 'ngram_share'
+
+    def __post_init__(self) -> None:
+        if self.words < 1 or not 0 < self.share <= 1:
+            raise UserError('words must be positive, and share above 0 and at most 1', where='NgramShare')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +129,10 @@ class FuzzyMatch:
 
     name = 'fuzzy_match'
 
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1 or min(self.shingle, self.hashes, self.least_words) < 1:
+            raise UserError('threshold must be above 0 and at most 1, the rest positive', where='FuzzyMatch')
+
 
 @dataclasses.dataclass(frozen=True)
 class Decontamination:
@@ -137,6 +149,10 @@ class Decontamination:
         names = [rule.name for rule in self.rules]
         if not self.sets or not names or len(set(names)) < len(names):
             raise UserError('needs evaluation sets, and rules of different kinds', where='Decontamination')
+
+    def identities(self) -> list[str]:
+        """Change where the content of the sets does."""
+        return [file_identity(path) for some in self.sets for path in find_files(some.files, _SUFFIXES)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llm.data.documents.deduplication.components import connected, stars
 from llm.data.documents.deduplication.config import Deduplication
@@ -94,6 +95,7 @@ class _Pipeline:
         self._earlier = _earlier(config)
         self._base = sum(index.count for index in self._earlier)
         self._index = Index(self._directory, self._base)
+        self._now = ''
         self._stack = contextlib.ExitStack()
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._count = sum(self._rows)
@@ -119,11 +121,15 @@ class _Pipeline:
             self._apply(rule)
         for some in self._config.repeats:
             self._phase(some.unit, functools.partial(self._repeats, some))
+        if any(self._written(shard) is None for shard in range(len(self._shards))):
+            (self._directory / 'phases/final.json').unlink(missing_ok=True)
         self._phase('final', self._write)
         shutil.rmtree(self._directory / 'work', ignore_errors=True)
         counts = FinalCounts()
         for shard in range(len(self._shards)):
-            counts.add(FinalCounts.from_json(_read(self._directory / f'written/{shard:06d}.json')))
+            written = self._written(shard)
+            assert written is not None
+            counts.add(written)
         self._check(counts)
         write_json(self._output / 'final.json', counts.as_json())
         return counts
@@ -132,7 +138,8 @@ class _Pipeline:
         """Starts anew where documents or settings are others than those of what lies there."""
         files = sorted((self._output / 'shards').glob('*.json'))
         content = [path.read_text() for path in files] + [repr(dataclasses.replace(self._config, memory_bytes=1))]
-        content += [repr(self._against)] + [json.dumps(index.record, sort_keys=True) for index in self._earlier]
+        content += [repr(self._against)] + (self._against.identities() if self._against else [])
+        content += [json.dumps(index.record, sort_keys=True) for index in self._earlier]
         self._digest = hashlib.sha256('\0'.join(content).encode()).hexdigest()
         mark = self._directory / 'index.json'
         try:
@@ -157,12 +164,17 @@ class _Pipeline:
     def _phase(self, name: str, work: Callable[[], None]) -> None:
         mark = self._directory / 'phases' / f'{name}.json'
         if not mark.exists():
+            self._now = name
             work()
             write_json(mark, {'done': name})
 
     def _each(self, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """What a function gives for each task, in order."""
         todo = list(tasks)
+        name = f'{self._now}: {function.__name__.strip("_")}'
+        yield from tqdm(self._given(function, todo), name, len(todo), leave=False, disable=None)
+
+    def _given(self, function: Callable[..., Any], todo: list[tuple[Any, ...]]) -> Iterator[Any]:
         if self._processes == 1 or len(todo) <= 1:
             for task in todo:
                 yield function(*task)
@@ -252,7 +264,7 @@ class _Pipeline:
         self._save(_NEAR, *stars(connected(edges(), work / 'components', limit)))
 
     def _repeats(self, some: Repeats) -> None:
-        target = self._directory / 'work' / some.unit
+        target = self._directory / 'cuts' / some.unit
         shutil.rmtree(target, ignore_errors=True)
         runs, state = self._runs(some.unit), self._saved()
         tasks = [
@@ -291,23 +303,32 @@ class _Pipeline:
         self._save('contamination', nodes, np.full(len(nodes), -1))
 
     def _write(self) -> None:
-        (self._directory / 'written').mkdir(exist_ok=True)
         for name in ('final', 'verdicts'):
             for path in (self._output / name).glob('*'):
                 if path.name not in {shard.name for shard in self._shards}:
                     path.unlink()
-        todo = [i for i in range(len(self._shards)) if not (self._directory / f'written/{i:06d}.json').exists()]
+        todo = [i for i in range(len(self._shards)) if self._written(i) is None]
         state = self._saved()
         others = self._directory / 'work/representative.npy'
         write_array(others, self._representative)
         indexes = (*self._earlier, self._index)
-        tasks = [
-            (path, i, state, others, indexes, self._config.repeats, self._output)
-            for i, path in enumerate(self._shards)
-            if i in todo
-        ]
+        settings = self._config.repeats
+        tasks = [(self._shards[i], i, state, others, indexes, settings, self._output) for i in todo]
+        (self._directory / 'written').mkdir(exist_ok=True)
         for shard, counts in zip(todo, self._each(finish_shard, tasks), strict=True):
-            write_json(self._directory / f'written/{shard:06d}.json', counts.as_json())
+            record = {'counts': counts.as_json(), 'sizes': self._sizes(shard)}
+            write_json(self._directory / f'written/{shard:06d}.json', record)
+
+    def _sizes(self, shard: int) -> list[int]:
+        return [(self._output / kind / self._shards[shard].name).stat().st_size for kind in ('final', 'verdicts')]
+
+    def _written(self, shard: int) -> FinalCounts | None:
+        """The counts of a shard whose final files are there and have their sizes."""
+        try:
+            record = _read(self._directory / f'written/{shard:06d}.json')
+            return FinalCounts.from_json(record['counts']) if record['sizes'] == self._sizes(shard) else None
+        except (OSError, ValueError, KeyError):
+            return None
 
     def _check(self, counts: FinalCounts) -> None:
         """Nothing was lost: the counts balance, and the files have as many rows as were counted."""

@@ -126,7 +126,7 @@ def finish_shard(
     rows = index.first_rows[shard], index.first_rows[shard + 1]
     repeats: dict[str, dict[int, list[int]]] = {}
     for some in settings:
-        units = read_range(runs_in(index.directory / 'work' / some.unit), rows, PLACED)
+        units = read_range(runs_in(index.directory / 'cuts' / some.unit), rows, PLACED)
         by_row = repeats.setdefault(some.unit, {})
         for position, number in zip(units['key'].tolist(), units['index'].tolist(), strict=True):
             by_row.setdefault(position - rows[0], []).append(number)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from llm.data.documents.deduplication.corpus import batch_rows
 from llm.data.documents.deduplication.repeats import Repeats, Span, spans_of, united, without
 from llm.data.documents.deduplication.words import word_spans
 
 CONTAMINATION = 'contamination'
-_GROUP_ROWS = 512
 
 
 @dataclasses.dataclass
@@ -127,7 +127,7 @@ def write_shard(
             for path, kind in zip(temporary, (file.schema_arrow, schema), strict=True)
         ]
         first = 0
-        for batch in file.iter_batches(_GROUP_ROWS):
+        for batch in file.iter_batches(batch_rows(file.metadata)):
             texts, ids = batch.column('text').to_pylist(), batch.column('id').to_pylist()
             results = _decided(texts, first, decisions, settings)
             kept = np.array([rule is None for rule, _ in results], bool)

@@ -154,6 +154,9 @@ def test_a_stopped_run_goes_on_in_processes_and_other_settings_start_anew(tmp_pa
     pipeline.finish(output, CONFIG, None, processes=2)
     assert outcome(output) == expected
     assert (output / 'deduplication/runs/id/000000-0.npy').stat().st_mtime_ns == scanned
+    (output / 'final/000001.parquet').unlink()
+    pipeline.finish(output, CONFIG, None, processes=1)
+    assert outcome(output) == expected
     pipeline.finish(output, dataclasses.replace(CONFIG, urls=False), None, processes=1)
     assert {row['id']: row['rule'] for row in rows(output, 'verdicts')}['b'] is None
     assert not list(tmp_path.glob('**/*.tmp'))
