@@ -255,11 +255,6 @@ class _Pipeline:
             for path, _ in runs_in(work / 'edges'):
                 some = np.load(path)
                 yield some['node'], some['other']
-            for index in self._earlier:
-                path = index.directory / f'removed/{_NEAR}.npy'
-                if path.exists():
-                    some = np.load(path)
-                    yield some['node'] + index.shift, some['other'] + index.shift
 
         self._save(_NEAR, *stars(connected(edges(), work / 'components', limit)))
 

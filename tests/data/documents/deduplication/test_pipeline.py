@@ -25,7 +25,7 @@ def corpus():
     """Documents that have every kind of duplicate of each other; with what becomes of each."""
     generator = random.Random(0)
     word = [''.join(letters) for letters in itertools.product('abcdefghi', repeat=4)]
-    pages = [' '.join(generator.sample(word, 60)) for _ in range(8)]
+    pages = [' '.join(generator.sample(word, 60)) for _ in range(10)]
 
     def edited(page, *places):
         words = page.split()
@@ -49,9 +49,14 @@ def corpus():
         *({'id': f'k{i}', 'text': f'Home | About\n{" ".join(generator.sample(word, 40))}'} for i in range(4)),
         {'id': 'l', 'text': '', 'source': 'good'},
         {'id': 'm', 'text': ' . '},
+        {'id': 'n', 'text': pages[8] + ' longer', 'url': 'https://x.org/n'},
+        {'id': 'o', 'text': pages[9], 'url': 'https://x.org/n'},  # goes for n, which goes for p
+        {'id': 'p', 'text': edited(pages[8], 30) + ' longer than n'},
+        {'id': 'q', 'text': pages[2]},  # as b, which is no longer there when texts are compared
     ]
-    gone = {'a': 'id', 'b': 'url', 'd': 'document', 'f': 'near_duplicate', 'g': 'near_duplicate', 'm': 'document'}
-    stays_for = {'a': 'a', 'b': 'c', 'd': 'e', 'f': 'h', 'g': 'h', 'm': 'l'}
+    near = dict.fromkeys('fgn', 'near_duplicate')
+    gone = {'a': 'id', 'b': 'url', 'd': 'document', 'm': 'document', 'o': 'url', **near}
+    stays_for = {'a': 'a', 'b': 'c', 'd': 'e', 'f': 'h', 'g': 'h', 'm': 'l', 'n': 'p', 'o': 'p'}
     return documents, gone, stays_for
 
 
@@ -74,6 +79,10 @@ def test_each_rule_removes_what_it_is_for(tmp_path):
     assert counts.documents == len(documents) == counts.kept + counts.removed.total() and counts.changed == 4
     lost = sum(row['characters'] - row['kept_characters'] for row in rows(output, 'verdicts'))
     assert counts.characters - counts.kept_characters == lost
+
+    # Documents that share bands are alike only where their sets are.
+    strict = dataclasses.replace(CONFIG, near=NearDuplicates(threshold=0.99))
+    assert pipeline.finish(output, strict, None, processes=1).removed['near_duplicate'] == 0
 
 
 @pytest.fixture(scope='module')
@@ -99,7 +108,8 @@ def test_a_later_run_against_the_index_of_an_earlier_one_is_as_both_together(tmp
     # Of lines that are there three times, the earlier run cannot know the third.
     pairwise = dataclasses.replace(CONFIG, repeats=(Repeats('passages', words=8),))
     documents, _, _ = corpus()
-    first, second = documents[0::2], documents[1::2]
+    first = [document for document in documents if document['id'] not in 'dghk1k3mpq']
+    second = [document for document in documents if document['id'] in 'dghk1k3mpq']
     earlier = write_shards(tmp_path / 'first', [first[:4], first[4:]])
     pipeline.finish(earlier, pairwise, None, processes=1)
     later = write_shards(tmp_path / 'second', [second])
@@ -128,6 +138,14 @@ def test_a_later_run_against_the_index_of_an_earlier_one_is_as_both_together(tmp
     indexes = (config.earlier[0], str(later / 'deduplication'))
     counts = pipeline.finish(third, dataclasses.replace(pairwise, earlier=indexes), None, processes=1)
     assert counts.kept == 0
+    # Against two runs that knew nothing of each other.
+    alone = write_shards(tmp_path / 'alone', [second])
+    pipeline.finish(alone, pairwise, None, processes=1)
+    new = write_shards(tmp_path / 'new', [[{'id': f'new {d["id"]}', 'text': d['text']} for d in (*first, *second)]])
+    both = (config.earlier[0], str(alone / 'deduplication'))
+    pipeline.finish(new, dataclasses.replace(pairwise, earlier=both), None, processes=1)
+    found = {row['id'].removeprefix('new '): row['representative'] for row in rows(new, 'verdicts')}
+    assert found.items() >= {**{name: name for name in 'cefhijlq'}, 'd': 'e', 'g': 'h', 'n': 'n'}.items()
     for mistake, said in (
         ({'earlier': indexes[1:]}, 'against other earlier runs'),
         ({'earlier': config.earlier, 'near': NearDuplicates(seed=7)}, 'another near'),
