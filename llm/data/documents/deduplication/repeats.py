@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from llm.data.documents.deduplication.sorted_runs import group_sizes, group_starts
+from llm.data.documents.deduplication.sorted_runs import group_sizes, group_starts, in_groups
 from llm.data.documents.deduplication.words import Hashes, checks, mixed, ngrams
 from llm.errors import UserError
 
@@ -107,9 +107,10 @@ def repeated(
     """Which of these units are to go, as positions in the arrays.
 
     Args:
-        keys, second, nodes, indexes: of units, all of a key together, in any order.
+        keys, second, nodes, indexes: of units, all of a key together, sorted by key.
     """
-    order = np.lexsort((indexes, nodes, second, keys))
+    often = in_groups(keys, occurrences)
+    order = often[np.lexsort((indexes[often], nodes[often], second[often], keys[often]))]
     starts = group_starts(keys[order], second[order])
     sizes = group_sizes(starts, len(order))
     goes = np.repeat(sizes >= occurrences, sizes)

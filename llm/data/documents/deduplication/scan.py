@@ -13,13 +13,17 @@ from llm.data.documents.deduplication.exact import digests, normalized_url, word
 from llm.data.documents.deduplication.repeats import lines, pieces, windows
 from llm.data.documents.deduplication.sorted_runs import BANDED, GROUPED, PLACED, RunWriter, records, write_array
 from llm.data.documents.deduplication.words import Hashes, as_sets, ngrams, words_of
+from llm.data.token_cache_building import write_json
 
 # Texts that are tokenised at once, in characters.
 _CHARACTERS = 4_000_000
 
 
 def scan_shard(path: Path, shard: int, index: Index, config: Deduplication) -> None:
-    """Writes the records of one shard's documents into the index."""
+    """Writes the records of one shard's documents into the index, unless that has been done."""
+    mark = index.directory / f'scanned/{shard:06d}.json'
+    if mark.exists():
+        return
     numbers = index.numbers(shard)
     scan = _Scan(config, index.directory, f'{shard:06d}')
     first = 0
@@ -30,6 +34,8 @@ def scan_shard(path: Path, shard: int, index: Index, config: Deduplication) -> N
         for start, end in text_batches(batch['text']):
             scan.texts(batch['text'][start:end], nodes[start:end])
     scan.close()
+    mark.parent.mkdir(exist_ok=True)
+    write_json(mark, {'documents': first})
 
 
 def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

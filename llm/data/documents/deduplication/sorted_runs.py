@@ -103,7 +103,19 @@ def read_range(runs: Sequence[Run], keys: tuple[int, int], dtype: np.dtype[Any])
             part['other'] += base
         parts.append(part)
     some = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    return some[np.lexsort((some['node'], some['key']))]
+    # Runs are sorted by key, which this kind of sort makes use of; most keys are there once.
+    some = some[np.argsort(some['key'], kind='stable')]
+    shared = in_groups(some['key'], 2)
+    group = some[shared]
+    some[shared] = group[np.lexsort((group['node'], group['key']))]
+    return some
+
+
+def in_groups(keys: np.ndarray, least: int) -> np.ndarray:
+    """Where in sorted keys those are that are there at least so often."""
+    starts = group_starts(keys)
+    sizes = group_sizes(starts, len(keys))
+    return np.flatnonzero(np.repeat(sizes >= least, sizes))
 
 
 def group_starts(*columns: np.ndarray) -> np.ndarray:

@@ -25,11 +25,13 @@ def cut(texts, unit, length, occurrences=2, keep_first=True):
         units = windows(words_of(texts), length)
     else:
         units = lines(unit, texts, words_of([text[a:b] for text in texts for a, b in pieces(unit, text)]), length)
-    nodes = np.repeat(np.arange(len(texts)), units.counts)
-    goes = repeated(units.keys, units.checks, nodes, units.indexes, occurrences=occurrences, keep_first=keep_first)
+    order = np.argsort(units.keys)
+    nodes, indexes = np.repeat(np.arange(len(texts)), units.counts)[order], units.indexes[order]
+    keys, second = units.keys[order], units.checks[order]
+    goes = repeated(keys, second, nodes, indexes, occurrences=occurrences, keep_first=keep_first)
     return [
         without(
-            text, spans_of(unit, text, word_spans([text])[0], units.indexes[goes][nodes[goes] == i].tolist(), length)
+            text, spans_of(unit, text, word_spans([text])[0], indexes[goes][nodes[goes] == i].tolist(), length)
         )
         for i, text in enumerate(texts)
     ]
