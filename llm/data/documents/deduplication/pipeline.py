@@ -112,7 +112,8 @@ class _Pipeline:
     def _run(self) -> FinalCounts:
         self._begin()
         self._phase('order', self._order)
-        self._phase('scan', self._scan)
+        if self._config.rules:
+            self._phase('scan', self._scan)
         for rule in self._rules:
             work = {_NEAR: self._near, 'contamination': self._contamination}.get(
                 rule, functools.partial(self._equal, rule)

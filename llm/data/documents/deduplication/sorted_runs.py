@@ -57,9 +57,8 @@ class RunWriter:
         """Write what waits."""
         if self._waiting:
             some = np.concatenate(self._waiting)
-            write_array(
-                self._directory / f'{self._name}-{self._runs}.npy', some[np.argsort(some['key'], kind='stable')]
-            )
+            some = np.take(some, np.argsort(some['key']))
+            write_array(self._directory / f'{self._name}-{self._runs}.npy', some)
             self._runs += 1
         self._waiting, self._bytes = [], 0
 
@@ -104,7 +103,7 @@ def read_range(runs: Sequence[Run], keys: tuple[int, int], dtype: np.dtype[Any])
         parts.append(part)
     some = np.concatenate(parts) if parts else np.zeros(0, dtype)
     # Runs are sorted by key, which this kind of sort makes use of; most keys are there once.
-    some = some[np.argsort(some['key'], kind='stable')]
+    some = np.take(some, np.argsort(some['key'], kind='stable'))
     shared = in_groups(some['key'], 2)
     group = some[shared]
     some[shared] = group[np.lexsort((group['node'], group['key']))]

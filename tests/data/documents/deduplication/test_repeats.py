@@ -30,9 +30,7 @@ def cut(texts, unit, length, occurrences=2, keep_first=True):
     keys, second = units.keys[order], units.checks[order]
     goes = repeated(keys, second, nodes, indexes, occurrences=occurrences, keep_first=keep_first)
     return [
-        without(
-            text, spans_of(unit, text, word_spans([text])[0], indexes[goes][nodes[goes] == i].tolist(), length)
-        )
+        without(text, spans_of(unit, text, word_spans([text])[0], indexes[goes][nodes[goes] == i].tolist(), length))
         for i, text in enumerate(texts)
     ]
 
