@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import zstandard
 
-from llm.data.documents.deduplication.minhash import jaccard
 from llm.data.documents.deduplication.near_duplicates import NearDuplicates, candidate_pairs, similarities
 from llm.data.documents.deduplication.words import as_sets, ngrams, words_of
 from llm.errors import UserError
@@ -21,21 +20,23 @@ def in_buckets(keys):
 
 @pytest.fixture(scope='module')
 def pages(dev_data):
-    """3,000 pages of 150 words of books: 2,400 as they are, and 600 copies with up to 20 words changed."""
+    """3,000 pages of 150 words of books, 2,400 as they are and 600 copies with up to 20 words changed; and of which."""
     with zstandard.open(dev_data / 'text' / 'classic_books.jsonl.zst', 'rt', encoding='utf-8') as file:
         books = [json.loads(line)['text'][:400_000] for line in itertools.islice(file, 12)]
     words = ' '.join(books).split()
     generator = np.random.default_rng(0)
     found = [words[150 * i : 150 * (i + 1)] for i in range(2400)]
-    for i in range(600):
-        copy = list(found[generator.integers(2400)])
+    originals = generator.integers(2400, size=600)
+    for i, original in enumerate(originals):
+        copy = list(found[original])
         for place in generator.integers(150, size=i % 21):
             copy[place] = words[generator.integers(len(words))]
         found.append(copy)
-    return [' '.join(page) for page in found]
+    return [' '.join(page) for page in found], originals
 
 
 def test_candidates_are_exactly_what_signatures_define(pages):
+    pages, originals = pages
     near = NearDuplicates()
     shingles = as_sets(ngrams(words_of(pages), near.shingle))
     signatures = near.bands.signatures(shingles)
@@ -48,10 +49,18 @@ def test_candidates_are_exactly_what_signatures_define(pages):
         later = i + 1 + np.flatnonzero((rows[i, :, 0] == rows[i + 1 :, :, 0]).any(axis=1))  # where a first row is equal
         brute |= {(i, int(j)) for j in later[(rows[i] == rows[later]).all(axis=2).any(axis=1)]}
     assert found == brute and len(brute) > 200
-    # Of those, all that are verified are alike.
-    pairs = [(i, j) for i, j in brute if jaccard(shingles[i], shingles[j]) >= near.threshold]
-    alike = similarities(np.array([i for i, _ in pairs]), np.array([j for _, j in pairs]), shingles.__getitem__)
-    assert (alike >= near.threshold).all()
+    # Planted pairs agree in a binomial number of functions; their sum lies within four deviations.
+    copies = np.arange(2400, 3000)
+    alike = similarities(originals, copies, shingles.__getitem__)
+    assert alike.min() < 0.4 and alike.max() == 1
+    agreeing = (signatures[originals] == signatures[copies]).sum(axis=1)
+    assert (agreeing[alike == 1] == 112).all()
+    deviation = np.sqrt((112 * alike * (1 - alike)).sum())
+    assert deviation > 50 and abs((agreeing - 112 * alike).sum()) < 4 * deviation
+    # And they are found as often as their similarity says.
+    chances = np.array([near.bands.probability(value) for value in alike])
+    there = sum(pair in found for pair in zip(originals.tolist(), copies.tolist(), strict=True))
+    assert abs(there - chances.sum()) < 4 * np.sqrt((chances * (1 - chances)).sum())
 
 
 def test_large_buckets_give_a_number_of_pairs_that_grows_with_their_size():
