@@ -73,6 +73,9 @@ DOCUMENTS = [
     'ftfy>=6.3',
     'emoji',
     'fsspec',
+    'defusedxml',
+    'mwparserfromhell',
+    'identify[license]',
 ]
 
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
