@@ -76,6 +76,9 @@ DOCUMENTS = [
     'defusedxml',
     'mwparserfromhell',
     'identify[license]',
+    'phonenumbers',
+    'python-stdnum',
+    'adblock',
 ]
 
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
