@@ -9,7 +9,7 @@ from llm.data.documents.document import Document
 from llm.data.documents.privacy import KINDS, PersonalData
 from llm.errors import UserError
 
-WORDS = ['the', 'report', 'of', 'last', 'week', 'shows', 'that', 'we', 'met', 'at', 'noon', 'and', 'wrote', 'to', 'them', 'about', 'the', 'order']
+WORDS = ('report', 'of', 'last', 'week', 'shows', 'that', 'we', 'met', 'at', 'noon', 'and', 'wrote', 'about', 'it')
 
 
 def with_luhn(draw, prefix, length):
