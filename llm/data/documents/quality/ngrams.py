@@ -1,0 +1,130 @@
+"""Repeated n-grams of words within each document of a batch, found by sorting hashes of all documents at once.
+
+An n-gram can only be repeated where the (n-1)-gram with which it begins is, so each length looks at what the one before
+has left. Hashes have 64 bits: among a million n-grams two different ones are taken for one with a chance of 3e-8.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llm.data.documents.quality.batch import Words
+
+_MULTIPLIER, _MIX, _SALT = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """N-grams that a document has more than once.
+
+    Attributes:
+        positions: [R], where one of them begins, among the words of the batch, rising.
+        groups: [R], equal for the occurrences of one n-gram in one document.
+        characters: [W + 1], of the words before each word.
+        n: its words.
+    """
+
+    n: int
+    positions: np.ndarray
+    groups: np.ndarray
+    characters: np.ndarray
+
+    def lengths(self, positions: np.ndarray) -> np.ndarray:
+        """Characters of the n-grams that begin there, without spaces."""
+        return self.characters[positions + self.n] - self.characters[positions]
+
+
+def repeated_ngrams(words: Words, lengths: Sequence[int]) -> Iterator[Repeated]:
+    """Those of each length, of which there are rising ones."""
+    num_documents = len(words.of_documents) - 1
+    sizes = np.diff(words.of_documents)
+    document = np.repeat(np.arange(num_documents, dtype=np.uint64), sizes)
+    ends = np.repeat(words.of_documents[1:], sizes)
+    characters = np.zeros(len(words.words) + 1, np.int64)
+    np.cumsum(words.table.word_characters[words.words], out=characters[1:])
+    hashes = _mixed(words.words.astype(np.uint64))
+    # Of the 1-grams that are there already; the document is part of them.
+    n, positions, keys = 1, np.arange(len(hashes)), hashes + _mixed(document * _SALT)
+    for wanted in lengths:
+        while n < wanted:
+            fits = positions + n < ends[positions]
+            positions = positions[fits]
+            keys = keys[fits] * _MULTIPLIER + hashes[positions + n]
+            n += 1
+        positions, keys, groups = _repeated(positions, keys)
+        yield Repeated(n, positions, groups, characters)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    mixed = (values + np.uint64(1)) * _MIX
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= _MULTIPLIER
+    return mixed ^ (mixed >> np.uint64(29))
+
+
+def _repeated(positions: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(positions, keys, groups) of the keys that are there more than once."""
+    if len(keys) > 1000:  # most are alone in one of many boxes, and need no sorting
+        bits = int(len(keys)).bit_length() + 2
+        boxes = (keys >> np.uint64(64 - bits)).astype(np.int64)
+        crowded = np.bincount(boxes, minlength=1)[boxes] > 1
+        positions, keys = positions[crowded], keys[crowded]
+    order = np.argsort(keys)
+    ordered = keys[order]
+    same = np.empty(len(keys) + 1, np.bool_)
+    same[:1] = same[-1:] = False
+    same[1:-1] = ordered[1:] == ordered[:-1]
+    groups = np.empty(len(keys), np.int64)
+    groups[order] = np.cumsum(~same[:-1])
+    repeated = np.empty(len(keys), np.bool_)
+    repeated[order] = same[:-1] | same[1:]
+    return positions[repeated], keys[repeated], groups[repeated]
+
+
+def top_characters(repeated: Repeated, words: Words) -> np.ndarray:
+    """[D]: characters, with spaces, of the occurrences of each document's most frequent n-gram; NaN without n-grams.
+
+    Of several that are equally frequent the first counts.
+    """
+    n, starts = repeated.n, words.of_documents[:-1]
+    has = np.diff(words.of_documents) >= n
+    top = np.full(len(starts), np.nan)
+    top[has] = repeated.lengths(starts[has]) + n - 1  # the first n-gram, if none is repeated
+    if not len(repeated.positions):
+        return top
+    order = np.argsort(repeated.groups, kind='stable')
+    groups = repeated.groups[order]
+    begins = np.flatnonzero(np.diff(groups, prepend=-1))
+    counts = np.diff(begins, append=len(groups))
+    first = repeated.positions[order[begins]]
+    document = np.searchsorted(words.of_documents, first, side='right') - 1
+    # The most frequent n-gram of a document comes first, of those the one that begins first.
+    ranking = np.lexsort((first, -counts, document))
+    best = ranking[np.flatnonzero(np.diff(document[ranking], prepend=-1))]
+    top[document[best]] = counts[best] * (repeated.lengths(first[best]) + n - 1)
+    return top
+
+
+def repeated_characters(repeated: Repeated, words: Words) -> np.ndarray:
+    """[D]: characters, without spaces, in n-grams that were there before, no character counted twice.
+
+    A document is read from its beginning: behind an n-gram that was there before, reading goes on after it.
+    """
+    total = np.zeros(len(words.of_documents) - 1, np.int64)
+    lengths = repeated.lengths(repeated.positions).tolist()
+    positions, groups = repeated.positions.tolist(), repeated.groups.tolist()
+    bounds = np.searchsorted(repeated.positions, words.of_documents).tolist()
+    for document in np.flatnonzero(np.diff(bounds)).tolist():
+        seen: set[int] = set()
+        next_position = characters = 0
+        for i in range(bounds[document], bounds[document + 1]):
+            if positions[i] < next_position:
+                continue
+            if groups[i] in seen:
+                characters += lengths[i]
+                next_position = positions[i] + repeated.n
+            else:
+                seen.add(groups[i])
+        total[document] = characters
+    return total
