@@ -56,7 +56,8 @@ class C4:
         if self.remove_citations:
             self._without_citations(batch, lines, num_words, sentences)
         if self.punctuated_lines:
-            stays &= np.fromiter((line.endswith(_ENDS) and not line.endswith('...') for line in lines), np.bool_, len(lines))  # fmt: skip
+            ends = (line.endswith(_ENDS) and not line.endswith('...') for line in lines)
+            stays &= np.fromiter(ends, np.bool_, len(lines))
         if self.min_line_words is not None:
             stays &= np.diff(words.piece_bounds) >= self.min_line_words
         lorem, brackets = self._by_phrases(batch, lines, stays)

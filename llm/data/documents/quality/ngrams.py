@@ -66,7 +66,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def _repeated(positions: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(positions, keys, groups) of the keys that are there more than once."""
     if len(keys) > 1000:  # most are alone in one of many boxes, and need no sorting
-        bits = int(len(keys)).bit_length() + 2
+        bits = len(keys).bit_length() + 2
         boxes = (keys >> np.uint64(64 - bits)).astype(np.int64)
         crowded = np.bincount(boxes, minlength=1)[boxes] > 1
         positions, keys = positions[crowded], keys[crowded]

@@ -1,4 +1,4 @@
-"""Words as numbers: every piece between white space is looked up once in a process, and what is known of it is arrays.
+"""Words as numbers: a piece between white space is divided once in a process, and what is known of it is in arrays.
 
 A table grows with the pieces that it has seen and is emptied when it is full, so results never depend on what was in it.
 """
