@@ -73,6 +73,12 @@ DOCUMENTS = [
     'ftfy>=6.3',
     'emoji',
     'fsspec',
+    'defusedxml',
+    'mwparserfromhell',
+    'identify[license]',
+    'phonenumbers',
+    'python-stdnum',
+    'adblock',
 ]
 
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.

@@ -17,7 +17,12 @@ _SPACES = re.compile('[^\\S\n]+')
 _AROUND_LINE_ENDS = re.compile(' ?\n ?')
 _BLANK_LINES = re.compile('\n{3,}')
 _ENTITY = re.compile('&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});')
-_QUOTES = str.maketrans({**dict.fromkeys('\u2018\u2019\u201a\u201b\u2032', "'"), **dict.fromkeys('\u201c\u201d\u201e\u201f\u2033\xab\xbb', '"')})  # fmt: skip
+_QUOTES = str.maketrans(
+    {
+        **dict.fromkeys('\u2018\u2019\u201a\u201b\u2032', "'"),
+        **dict.fromkeys('\u201c\u201d\u201e\u201f\u2033\xab\xbb', '"'),
+    }
+)
 # Two characters that stand where UTF-8 was read as Windows-1252 or Latin-1: what ftfy would repair has one of them.
 _MOJIBAKE = re.compile(
     '[\xc2-\xf4\u0152\u0160\u017d\u0192\u02c6\u2020-\u2122][\x80-\xbf\u0152-\u0192\u02c6-\u02dc\u2013-\u2122]|\ufffd'

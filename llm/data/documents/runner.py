@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def run(
                 bar.set_postfix_str(f'{total.documents:,} documents, {total.kept:,} kept')
         except OSError as error:
             raise UserError(
-                f'cannot be written ({error.strerror or error})',
+                f'cannot be written ({os.strerror(error.errno) if error.errno else error})',
                 where=str(directory),
                 fix='Free some space or check permissions, and start again: finished shards are kept.',
             ) from error

@@ -1,8 +1,8 @@
 """One input shard: read, judged, and written as documents, ledger and quarantine, whole or not at all.
 
 `documents/N.parquet` holds the documents that stay, ready for `TextFiles`; `ledger/N.parquet` a row for every document
-with all verdicts; `quarantine/N.jsonl` what could not be judged, with the reason. `shards/N.json` comes last and commits
-them: it has the counts, and the sizes of the other files.
+with all verdicts; `quarantine/N.jsonl` what could not be judged, with the reason. `shards/N.json` comes last and
+commits them: it has the counts, and the sizes of the other files.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ class ChunkFile(io.RawIOBase):
     """
 
     def __init__(self, chunks: Iterator[bytes], skip: int = 0):
-        self._chunks, self._rest, self.position = chunks, b'', 0
+        self._chunks, self._chunk, self._used, self.position = chunks, b'', 0, 0
         while self.position < skip:
             if not self.read(min(skip - self.position, 1 << 18)):
                 break
@@ -56,15 +56,15 @@ class ChunkFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, fewer where a chunk ends; all that is left if it is negative."""
         if size is None or size < 0:
-            data = self._rest + b''.join(self._chunks)
-            self._rest = b''
+            data = self._chunk[self._used :] + b''.join(self._chunks)
+            self._chunk, self._used = b'', 0
         else:
-            while not self._rest:
-                chunk = next(self._chunks, None)
-                if chunk is None:
+            while self._used == len(self._chunk):
+                self._chunk, self._used = next(self._chunks, None) or b'', 0
+                if not self._chunk:
                     return b''
-                self._rest = chunk
-            data, self._rest = self._rest[:size], self._rest[size:]
+            data = self._chunk[self._used : self._used + size]
+            self._used += len(data)
         self.position += len(data)
         return data
 

@@ -5,6 +5,7 @@ by one; the record at which a worker has then died twice is quarantined. A hangi
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -58,7 +59,7 @@ def in_processes(
             for worker in workers:
                 if worker.task is None and waiting:
                     worker.task = waiting.popleft()
-                    _set(worker.position, 0, 0)
+                    worker.position[:] = 0.0, 0.0, math.inf  # the clock starts when the worker does
                     worker.connection.send(worker.task)
             wait([x for worker in workers for x in (worker.connection, worker.process.sentinel)], _POLL_SECONDS)
             for worker in list(workers):
@@ -74,7 +75,8 @@ def in_processes(
                         task, worker.task = worker.task, None
                         yield task, outcome
                         continue
-                if worker.task is not None and time.monotonic() - worker.position[2] > seconds_per_batch:
+                hangs = worker.task is not None and time.monotonic() - worker.position[2] > seconds_per_batch
+                if hangs:
                     worker.process.kill()
                     worker.process.join()
                     reason = f'took more than {seconds_per_batch:g} seconds'
@@ -85,7 +87,7 @@ def in_processes(
                     continue
                 workers.remove(worker)
                 if worker.task is not None:
-                    waiting.appendleft(_again(worker.task, worker.position, reason, deaths))
+                    waiting.appendleft(_again(worker.task, worker.position, reason, deaths, by_chance=not hangs))
     finally:
         for worker in workers:
             worker.process.kill()
@@ -97,14 +99,20 @@ def _said(exit_code: int) -> str:
     return signal.Signals(-exit_code).name if exit_code < 0 else f'exit code {exit_code}'
 
 
-def _again(task: Task, position: Any, reason: str, deaths: 'Counter[tuple[int, int, bool]]') -> Task:
-    """The task to do in place of one whose worker died at `position`."""
+def _again(
+    task: Task, position: Any, reason: str, deaths: 'Counter[tuple[int, int, bool]]', *, by_chance: bool
+) -> Task:
+    """The task to do in place of one whose worker died at `position`.
+
+    Args:
+        by_chance: whether what it did there may go well another time.
+    """
     first, count = int(position[0]), int(position[1])
     if count > 1:
         return dataclasses.replace(task, alone=(first, first + count))
     key = task.index, first, count == 0
     deaths[key] += 1
-    if deaths[key] < _CHANCES:
+    if by_chance and deaths[key] < _CHANCES:
         return task
     if count == 1:
         return dataclasses.replace(task, poison={**task.poison, first: reason})
@@ -117,7 +125,7 @@ def _set(position: Any, first: int, count: int) -> None:
 
 def _start(context: Any, chain: Chain, directory: Path) -> _Worker:
     ours, theirs = context.Pipe()
-    position = context.Array('d', [0.0, 0.0, time.monotonic()], lock=False)
+    position = context.Array('d', [0.0, 0.0, math.inf], lock=False)
     process = context.Process(target=_work, args=(theirs, chain, directory, position), daemon=True)
     process.start()
     theirs.close()

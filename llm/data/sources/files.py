@@ -10,15 +10,15 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 
 from llm.errors import UserError
 
-# Compressed bytes read at a time. Few, because gzip makes a thousand of one, and zstandard thirty thousand; of bzip2 the
-# output is bounded instead.
-_INPUT_BYTES = {'.gz': 16 * 1024, '.zst': 1024, '.bz2': 16 * 1024}
+# Compressed bytes read at a time. Few of zstandard, which makes thirty thousand of one; the output of the others can be
+# bounded.
+_INPUT_BYTES = {'.gz': 16 * 1024, '.zst': 512, '.bz2': 16 * 1024}
 _OUTPUT_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
@@ -151,6 +151,9 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
+_Zlib = type(zlib.decompressobj())
+
+
 def _new_decompressor(path: str) -> _Decompressor | None:
     if path.endswith('.gz'):
         return zlib.decompressobj(wbits=31)
@@ -161,18 +164,22 @@ def _new_decompressor(path: str) -> _Decompressor | None:
     return None
 
 
-def _outputs(member: _Decompressor, data: bytes) -> Iterator[bytes]:
+def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
     """What a decompressor makes of `data`, in bounded pieces that are not empty."""
-    if not isinstance(member, bz2.BZ2Decompressor):
-        if output := member.decompress(data):
-            yield output
-        return
     while True:
-        if output := member.decompress(data, _OUTPUT_BYTES):
+        if isinstance(member, bz2.BZ2Decompressor):
+            output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            ended = member.eof or member.needs_input
+        elif isinstance(member, _Zlib):
+            output = member.decompress(data, _OUTPUT_BYTES)
+            data = member.unconsumed_tail
+            ended = member.eof or (not data and len(output) < _OUTPUT_BYTES)
+        else:
+            output, ended = member.decompress(data), True
+        if output:
             yield output
-        if member.eof or member.needs_input:
+        if ended:
             return
-        data = b''
 
 
 def _stream_compressed(path: str) -> Iterator[bytes]:

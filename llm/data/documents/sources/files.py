@@ -11,6 +11,9 @@ from llm.data.documents.document import Document, Ignored, Quarantined, domain_o
 from llm.data.sources.files import file_identity, find_files
 from llm.errors import UserError
 
+# Suffixes of what is decompressed while it is read.
+PACKINGS = ('', '.gz', '.zst', '.bz2')
+
 Item = Document | Quarantined | Ignored
 # Part of every fingerprint: raise it when a change here changes what is read from the same file.
 _READER_VERSION = 1
@@ -71,7 +74,7 @@ class FileSource(abc.ABC):
         if self.max_document_bytes <= 0:
             raise UserError(f'max_document_bytes = {self.max_document_bytes} is not positive', where=self.name)
 
-    def shards(self) -> Sequence['FileShard']:
+    def shards(self) -> Sequence[InputShard]:
         """One a file."""
         return [FileShard(path, self) for path in find_files(self.files, self.suffixes)]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.data.documents.document import Quarantined
-from llm.data.documents.sources.files import FileSource, Item
+from llm.data.documents.sources.files import PACKINGS, FileSource, Item
 from llm.data.documents.streams import bounded_lines
 from llm.data.sources.files import stream_bytes, unreadable
 from llm.errors import UserError
@@ -52,7 +52,7 @@ class _Records(FileSource):
 class JsonLines(_Records):
     """A JSON object a line, also compressed."""
 
-    suffixes = tuple(f'{kind}{packing}' for kind in ('.jsonl', '.json', '.ndjson') for packing in ('', '.gz', '.zst', '.bz2'))  # fmt: skip
+    suffixes = tuple(f'{kind}{packing}' for kind in ('.jsonl', '.json', '.ndjson') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
         # A line has other fields beside the text, and escapes.

@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 
 from llm.data.documents.document import Quarantined
-from llm.data.documents.sources.files import FileSource, Item
+from llm.data.documents.sources.files import PACKINGS, FileSource, Item
 from llm.data.documents.streams import bounded_content
 from llm.data.sources.files import stream_bytes
 
-_PACKINGS = ('', '.gz', '.zst', '.bz2')
 _GUTENBERG_START = re.compile(r'\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*?\*\*\*', re.S | re.I)
 _GUTENBERG_END = re.compile(r'\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK', re.I)
 
@@ -44,7 +43,7 @@ class _Whole(FileSource):
 class HtmlFiles(_Whole):
     """Web pages, each a file; `Extraction` finds their text."""
 
-    suffixes = tuple(f'{kind}{packing}' for kind in ('.html', '.htm', '.xhtml') for packing in _PACKINGS)
+    suffixes = tuple(f'{kind}{packing}' for kind in ('.html', '.htm', '.xhtml') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
         for data in self.contents(path):
@@ -64,7 +63,7 @@ class PlainTexts(_Whole):
 
     encoding: str | None = None
 
-    suffixes = tuple(f'{kind}{packing}' for kind in ('.txt', '.md', '.text') for packing in _PACKINGS)
+    suffixes = tuple(f'{kind}{packing}' for kind in ('.txt', '.md', '.text') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
         for data in self.contents(path):

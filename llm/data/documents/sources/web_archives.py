@@ -16,6 +16,7 @@ _TEXTS = ('text/plain',)
 _HEADER = b'WARC/1.'
 # A broken record costs a second reading of the file up to it: after so many the rest of the file is given up.
 _MAX_BREAKS = 100
+_COVERS = 'its length covers the record behind it'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class Warc(FileSource):
                 reason = f'a record of false length, or none at all, near byte {start:,} ({error})'
                 yield Quarantined(f'{path}:{identity or start}', reason, identity)
             except UserError as error:
-                identity = held[0].id if held and isinstance(held[0], (Document, Quarantined)) else None
-                yield Quarantined(f'{path}:{identity or start}', f'{error.what}; nothing behind it was read', identity)
+                yield from held
+                yield Quarantined(f'{path}:{start}', f'{error.what}; nothing behind it was read')
                 return
             found = _next_record(path, start + 1)
             if found is None:
@@ -60,9 +61,15 @@ class Warc(FileSource):
         """(where it begins in the decompressed file, the item) of each record."""
         from fastwarc.warc import ArchiveIterator
 
-        offset = stream.position
+        end = 0
         for record in ArchiveIterator(stream, parse_http=True, auto_decode='all'):
-            yield offset + record.stream_pos, self._item(path, record)
+            end = record.stream_pos + _size(record)  # the position counts from the file's beginning, as `tell` does
+            item = self._item(path, record)
+            yield record.stream_pos, item
+            if isinstance(item, Quarantined) and item.reason == _COVERS:
+                raise OSError(_COVERS)
+        if end > stream.position:
+            raise OSError('the file ends before it')
 
     def _item(self, path: str, record: Any) -> Item:
         from fastwarc.warc import WarcRecordType
@@ -87,6 +94,15 @@ class Warc(FileSource):
         return self.document(f'{self.name}:{path}:{record.stream_pos}', fields)
 
 
+def _size(record: Any) -> int:
+    """Bytes of a record as it stands in the file, its header's lines counted without extra white space."""
+    header = sum(len(name.encode()) + len(value.encode()) + 4 for name, value in record.headers.items())
+    try:
+        return header + len('WARC/1.0\r\n\r\n') + int(record.headers.get('Content-Length', '0'))
+    except ValueError:
+        return header
+
+
 def _payload(record: Any, longest: int) -> bytes | str:
     """The content of a record, or what is wrong with it."""
     expected = record.content_length
@@ -95,6 +111,8 @@ def _payload(record: Any, longest: int) -> bytes | str:
     data: bytes = record.reader.read(longest + 1)
     if len(data) > longest:  # compressed by the server
         return f'more than {longest:,} bytes, which is max_document_bytes'
+    if b'\r\n\r\n' + _HEADER in data:
+        return _COVERS
     if not data and expected:
         return f'is empty where {expected:,} bytes were to be'
     return data
