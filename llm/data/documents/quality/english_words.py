@@ -20,7 +20,7 @@ _UNITS = (
     'km² km³ km/h kmh km m² m³ m/s mm² mm³ mm mph mbar mb mg m dm² dm³ dm cm² cm³ cm ha hPa µm µg nm yd in ft kg kb g '
     'gb t tb lb oz Pa MB KB GB TB T G M K % км² км³ км/ч км м² м³ м/с мм² мм³ мм мбар мб мг м дм² дм³ дм см² см³ см нм '
     'кг г кПа Па Кб КБ кб Мб МБ Гб ГБ гб Тб ТБ'
-).split()
+)
 # Scripts without case count as lower and as upper case: Ethiopic, Bengali, Hebrew, Persian, Sinhala, Devanagari,
 # Kannada, Tamil, Telugu, Hangul, Kana, CJK.
 _UNCASED = (
@@ -44,7 +44,7 @@ _PREFIX = regex.compile(
 )  # fmt: skip
 _SUFFIX = regex.compile(
     rf"(?:{_characters(_PUNCTUATION)}|…+|\.\.+|{_characters(_QUOTES)}|\p{{So}}|['’][sS]|[—–]|(?<=[0-9])\+"
-    rf'|(?<=°[FfCcKk])\.|(?<=[0-9])(?:{_characters(_CURRENCY)}|US\$|C\$|A\$|{"|".join(map(re.escape, _UNITS))})'
+    rf'|(?<=°[FfCcKk])\.|(?<=[0-9])(?:{_characters(_CURRENCY)}|US\$|C\$|A\$|{"|".join(map(re.escape, _UNITS.split()))})'
     rf'|(?<=[0-9%²+|\-]|{_LOWER}|{_characters(_PUNCTUATION + _QUOTES)})\.|(?<={_UPPER}{_UPPER})\.)$',
     regex.V1,
 )
@@ -73,15 +73,19 @@ v.v V.V v_v V_V o_o o_O O_o O_O 0_o o_0 0_0 o.O O.o O.O o.o 0.0 o.0 0.o @_@ <3 <
 """
 _WHOLE = r"""
 \t \n — ' \") <space> '' C++ ä. ö. ü. em ll nuff 'em 'll 'nuff 'S 's ‘S ‘s and/or w/o 're 'Cause 'cause 'cos 'Cos 'coz
-'Coz 'cuz 'Cuz 'bout ma'am Ma'am o'clock O'clock 'd a.m. p.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov.
-i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo. Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak. Ala. Apr.
-Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass.
-Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash.
-Wis.
+'Coz 'cuz 'Cuz 'bout ma'am Ma'am o'clock O'clock 'd a.m. p.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen.
+Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo. Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak.
+Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky.
+La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep.
+Sept. Tenn. Va. Wash. Wis.
 """
-_OTHERS = "y' all|y all|how 'd 'y|How 'd 'y|not 've|not ve|Not 've|Not ve|can not|Can not|gon na|Gon na|got ta|Got ta|let 's|Let 's|c'm on|C'm on"  # fmt: skip
+_OTHERS = (
+    "y' all|y all|how 'd 'y|How 'd 'y|not 've|not ve|Not 've|Not ve|can not|Can not|gon na|Gon na|got ta|Got ta|let 's"
+    "|Let 's|c'm on|C'm on"
+)
 # Words of their own, though they look like a contraction without its apostrophe.
-_NO_CONTRACTIONS = ('Ill ill Its its Hell hell Shell shell Shed shed were Were Well well Whore whore').split()
+_NO_CONTRACTIONS = 'Ill ill Its its Hell hell Shell shell Shed shed were Were Well well Whore whore'
+_DROPPED_G = 'doin goin nothin nuthin ol somethin lovin havin'
 
 
 def _with_and_without_apostrophe(heads: str, tails: str) -> list[str]:
@@ -117,11 +121,11 @@ def _exceptions() -> dict[str, list[str]]:
         *_OTHERS.split('|'),
     ]
     whole = [*_EMOTICONS.split(), *_WHOLE.split(), *(f'{letter}.' for letter in 'abcdefghijklmnopqrstuvwxyz')]
-    for word in 'doin goin nothin nuthin ol somethin lovin havin'.split():
+    for word in _DROPPED_G.split():
         whole += [f'{cased}{end}' for cased in (word, word.title()) for end in ('', "'")]
     found = {part.replace(' ', ''): part.split() for part in parted} | {word: [word] for word in whole}
     found |= {f'°{letter}.': ['°', letter, '.'] for letter in 'cfkCFK'}
-    for word in _NO_CONTRACTIONS:
+    for word in _NO_CONTRACTIONS.split():
         found.pop(word, None)
     return found | {
         piece.replace("'", '’'): [word.replace("'", '’') for word in words] for piece, words in found.items()

@@ -1,6 +1,6 @@
-"""Words as numbers: a piece between white space is divided once in a process, and what is known of it is in arrays.
+"""Words as numbers: a piece between white space is divided once in a process; what is known of it is in arrays.
 
-A table grows with the pieces that it has seen and is emptied when it is full, so results never depend on what was in it.
+A table grows with the pieces that it has seen and is emptied when it is full; results never depend on what was in it.
 """
 
 import itertools
@@ -21,7 +21,8 @@ class _Column:
     """An array that grows."""
 
     def __init__(self, dtype: type):
-        self._array, self._length = np.empty(1024, dtype), 0
+        self._array: np.ndarray = np.empty(1024, dtype)
+        self._length = 0
 
     def extend(self, values: Sequence[int] | Sequence[bool]) -> None:
         end = self._length + len(values)
@@ -98,10 +99,15 @@ _table = WordTable()
 
 def word_table() -> WordTable:
     """The table of this process; a new one when it has become too large."""
-    global _table  # noqa: PLW0603 (one table for all batches is the point)
     if len(_table) > _MOST_PIECES:
-        _table = WordTable()
+        empty_table()
     return _table
+
+
+def empty_table() -> None:
+    """Forget all words; results do not change."""
+    global _table  # noqa: PLW0603 (one table for all batches is the point)
+    _table = WordTable()
 
 
 def offsets(lengths: Iterable[int] | np.ndarray, count: int) -> np.ndarray:
