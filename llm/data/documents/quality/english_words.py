@@ -133,10 +133,15 @@ def _exceptions() -> dict[str, list[str]]:
 
 
 _EXCEPTIONS = _exceptions()
-# Most pieces of a text: letters or digits, also with hyphens, between a mark or two.
+# Most pieces of a text: letters or digits, also with hyphens or an apostrophe within, between a mark or two. Where a
+# full stop or hyphen parts depends on the script: these are letters that spaCy lists.
+_LATIN = 'A-Za-zÀ-ÖØ-öø-ž'
+_DASH = '(?:--?|[–—])'
+_DASHES = re.compile(f'({_DASH})')
 _PLAIN = re.compile(
-    r"""(["“‘(\[]?)([A-Za-z]+(?:-[A-Za-z]+)*|[0-9]+)(['’]s)?"""
-    r"""((?:(?:(?<=[a-z0-9])|(?<=[A-Z][A-Z]))\.|[,!?])["”’)]?|["”’][.,;:!?]?|[)\]][.,;!?]?|[;:])?"""
+    rf"""(["“‘(\[]?)([{_LATIN}]+(?:{_DASH}[{_LATIN}]+)*"""
+    r"""|[A-Za-z]+['’](?![sS](?![A-Za-z]))[A-Za-z]+|[^\W\d_]+|[0-9]+)(['’]s)?"""
+    r"""((?:(?:(?<=[a-z0-9à-öø-ÿа-я])|(?<=[A-Z][A-Z]))\.|[,!?])["”’)]?|["”’][.,;:!?]?|[)\]][.,;!?]?|[;:])?"""
 )
 
 
@@ -148,7 +153,7 @@ def split_words(piece: str) -> list[str]:
         return [piece]
     if match := _PLAIN.fullmatch(piece):
         mark, core, possessive, marks = match.groups('')
-        parts = [core] if '-' not in core else re.split('(-)', core)
+        parts = _DASHES.split(core)
         last = parts[-1]
         if not (
             mark + parts[0] in _EXCEPTIONS

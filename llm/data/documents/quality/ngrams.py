@@ -13,6 +13,9 @@ from llm.data.documents.quality.batch import Words
 
 _MULTIPLIER, _MIX, _SALT = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
 
+_POSITION_BITS = 40
+_LAST_POSITION = (1 << _POSITION_BITS) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
@@ -37,20 +40,22 @@ class Repeated:
 
 def repeated_ngrams(words: Words, lengths: Sequence[int]) -> Iterator[Repeated]:
     """Those of each length, of which there are rising ones."""
-    num_documents = len(words.of_documents) - 1
-    sizes = np.diff(words.of_documents)
-    document = np.repeat(np.arange(num_documents, dtype=np.uint64), sizes)
-    ends = np.repeat(words.of_documents[1:], sizes)
+    bounds = words.of_documents
+    sizes = np.diff(bounds)
+    ends = np.repeat(bounds[1:], sizes)
     characters = np.zeros(len(words.words) + 1, np.int64)
     np.cumsum(words.table.word_characters[words.words], out=characters[1:])
-    hashes = _mixed(words.words.astype(np.uint64))
+    hashes = _mixed(np.arange(len(words.table.words), dtype=np.uint64))[words.words]
     # Of the 1-grams that are there already; the document is part of them.
-    n, positions, keys = 1, np.arange(len(hashes)), hashes + _mixed(document * _SALT)
+    n, positions = 1, np.arange(len(hashes))
+    keys = hashes + np.repeat(_mixed(np.arange(len(sizes), dtype=np.uint64) * _SALT), sizes)
     for wanted in lengths:
         while n < wanted:
-            fits = positions + n < ends[positions]
+            fits = np.flatnonzero(positions + n < ends[positions] if n > 1 else positions + n < ends)
             positions = positions[fits]
-            keys = keys[fits] * _MULTIPLIER + hashes[positions + n]
+            keys = keys[fits]
+            keys *= _MULTIPLIER
+            keys += hashes[positions + n]
             n += 1
         positions, keys, groups = _repeated(positions, keys)
         yield Repeated(n, positions, groups, characters)
@@ -67,8 +72,8 @@ def _repeated(positions: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.n
     """(positions, keys, groups) of the keys that are there more than once."""
     if len(keys) > 1000:  # most are alone in one of many boxes, and need no sorting
         bits = len(keys).bit_length() + 2
-        boxes = (keys >> np.uint64(64 - bits)).astype(np.int64)
-        crowded = np.bincount(boxes, minlength=1)[boxes] > 1
+        boxes = (keys >> np.uint64(64 - bits)).view(np.int64)
+        crowded = np.flatnonzero((np.bincount(boxes) > 1)[boxes])
         positions, keys = positions[crowded], keys[crowded]
     order = np.argsort(keys)
     ordered = keys[order]
@@ -93,16 +98,17 @@ def top_characters(repeated: Repeated, words: Words) -> np.ndarray:
     top[has] = repeated.lengths(starts[has]) + n - 1  # the first n-gram, if none is repeated
     if not len(repeated.positions):
         return top
-    order = np.argsort(repeated.groups, kind='stable')
-    groups = repeated.groups[order]
-    begins = np.flatnonzero(np.diff(groups, prepend=-1))
-    counts = np.diff(begins, append=len(groups))
-    first = repeated.positions[order[begins]]
-    document = np.searchsorted(words.of_documents, first, side='right') - 1
-    # The most frequent n-gram of a document comes first, of those the one that begins first.
-    ranking = np.lexsort((first, -counts, document))
-    best = ranking[np.flatnonzero(np.diff(document[ranking], prepend=-1))]
-    top[document[best]] = counts[best] * (repeated.lengths(first[best]) + n - 1)
+    counts = np.bincount(repeated.groups)
+    first = np.empty(len(counts), np.int64)
+    first[repeated.groups[::-1]] = repeated.positions[::-1]  # what is written last, the first occurrence, stays
+    first = first[counts > 0]
+    # The largest is the most frequent one of a document, of those the one that begins first.
+    order = (counts[counts > 0] << _POSITION_BITS) + (_LAST_POSITION - first)
+    largest = np.zeros(len(starts), np.int64)
+    np.maximum.at(largest, np.searchsorted(starts, first, side='right') - 1, order)
+    found = largest > 0
+    first = _LAST_POSITION - (largest[found] & _LAST_POSITION)
+    top[found] = (largest[found] >> _POSITION_BITS) * (repeated.lengths(first) + n - 1)
     return top
 
 

@@ -68,9 +68,17 @@ class WordTable(dict[str, int]):
         new = [word for word in dict.fromkeys(flat) if word not in self.words]
         self.words.update(zip(new, range(len(self.words), len(self.words) + len(new)), strict=True))
         self._word_characters.extend(list(map(len, new)))
-        self._has_letter.extend([word.isalpha() or any(map(str.isalpha, word)) for word in new])
-        self._symbols_only.extend([not word.isalnum() and all(c in PUNCTUATION for c in word) for word in new])
-        self._kind.extend([_kind(word) for word in new])
+        letters, alphanumeric = list(map(str.isalpha, new)), list(map(str.isalnum, new))
+        symbols_only, kinds = [False] * len(new), [ORDINARY] * len(new)
+        for i, word in enumerate(new):
+            if not letters[i]:
+                letters[i] = any(map(str.isalpha, word))
+                if not alphanumeric[i]:
+                    symbols_only[i] = PUNCTUATION.issuperset(word)
+                    kinds[i] = ENDING if word in SENTENCE_ENDS else PUNCTUATED if is_punctuation(word) else ORDINARY
+        self._has_letter.extend(letters)
+        self._symbols_only.extend(symbols_only)
+        self._kind.extend(kinds)
         counts = np.fromiter(map(len, split), np.int32, len(split))
         self._first.extend((np.cumsum(counts) - counts + len(self._of_piece.array)).tolist())
         self._count.extend(counts.tolist())
@@ -86,12 +94,6 @@ class WordTable(dict[str, int]):
     has_letter = property(lambda self: self._has_letter.array)
     symbols_only = property(lambda self: self._symbols_only.array)
     kind = property(lambda self: self._kind.array)
-
-
-def _kind(word: str) -> int:
-    if word.isalnum():
-        return ORDINARY
-    return ENDING if word in SENTENCE_ENDS else PUNCTUATED if is_punctuation(word) else ORDINARY
 
 
 _table = WordTable()
