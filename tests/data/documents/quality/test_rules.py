@@ -105,6 +105,16 @@ def test_both_sides_of_a_threshold(rule, rules, kept, removed, value, value_remo
     assert verdict(document, rule).keep and verdict(document, rule).value == above.value
 
 
+def test_overlaps_and_ties_of_ngrams():
+    """Of an overlap no character counts twice; of n-grams that are equally frequent the first counts."""
+    rules = GopherRepetition(max_top_ngrams=((2, 1.0),), max_repeated_ngrams=((5, 1.0),))
+    texts = ['a ' * 12, 'a bb a bb ccc dd ccc dd', 'ccc dd ccc dd a bb a bb', 'one', '', 'aa bb cc']
+    judged = judge(rules, *texts)
+    assert [verdict(d, 'gopher_repetition/repeated_5_grams').value for d in judged[:2]] == [10 / 24, 0]
+    tops = [verdict(d, 'gopher_repetition/top_2_gram').value for d in judged]
+    assert tops == [3 * 11 / 24, 8 / 23, 12 / 23, None, None, 5 / 8]
+
+
 def test_every_rule_has_a_threshold_tested():
     tested = {rule for rule, *_ in THRESHOLDS}
     others = {f'gopher_repetition/repeated_{n}_grams' for n in range(6, 11)} | {'gopher_repetition/top_4_gram'}
