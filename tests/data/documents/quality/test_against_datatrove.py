@@ -84,7 +84,7 @@ def theirs(filter_, text):
 
 @pytest.fixture(scope='module')
 def texts(dev_data):
-    return synthetic_texts() + real_texts(dev_data, every=4)
+    return synthetic_texts() + real_texts(dev_data, every=6)
 
 
 def test_every_rule_alone(texts):
