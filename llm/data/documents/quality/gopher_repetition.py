@@ -1,7 +1,6 @@
 """Rules of repetition of Gopher (Rae et al. 2021, table A1), as datatrove's GopherRepetitionFilter reads them."""
 
 import dataclasses
-import re
 
 import numpy as np
 
@@ -10,8 +9,6 @@ from llm.data.documents.quality.fineweb import repeated_characters as repeated_p
 from llm.data.documents.quality.ngrams import repeated_characters, repeated_ngrams, top_characters
 from llm.data.documents.quality.rules import Judgement, share, within
 from llm.errors import UserError
-
-_BETWEEN_PARAGRAPHS, _BETWEEN_LINES = re.compile('\n{2,}'), re.compile('\n+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +55,8 @@ class GopherRepetition:
 
     def judge(self, batch: Batch) -> Judgement:
         characters = batch.characters
-        paragraphs = [_split(_BETWEEN_PARAGRAPHS, text.strip()) for text in batch.texts]
-        lines = [_split(_BETWEEN_LINES, text) for text in batch.texts]
+        paragraphs = [_paragraphs(text.strip()) for text in batch.texts]
+        lines = [_lines(text) for text in batch.texts]
         values = [characters, *_repeated(paragraphs, characters), *_repeated(lines, characters)]
         keep = [characters > 0]
         for value, most in zip(
@@ -82,10 +79,16 @@ class GopherRepetition:
         return Judgement(tuple(values), tuple(keep), batch)
 
 
-def _split(between: re.Pattern[str], text: str) -> list[str]:
-    if '\n\n' in text:
-        return between.split(text)
-    return text.split('\n') if between is _BETWEEN_LINES else [text]
+def _paragraphs(text: str) -> list[str]:
+    """As re.split('\n{2,}', text), of a text without white space around it."""
+    parts = text.split('\n\n')
+    return parts if len(parts) == 1 else [part for part in (part.lstrip('\n') for part in parts) if part]
+
+
+def _lines(text: str) -> list[str]:
+    """As re.split('\n+', text)."""
+    parts = text.split('\n')
+    return parts if '\n\n' not in text else [*parts[:1], *filter(None, parts[1:-1]), *parts[-1:]]
 
 
 def _repeated(parts: list[list[str]], characters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -47,15 +47,19 @@ def repeated_ngrams(words: Words, lengths: Sequence[int]) -> Iterator[Repeated]:
     np.cumsum(words.table.word_characters[words.words], out=characters[1:])
     hashes = _mixed(np.arange(len(words.table.words), dtype=np.uint64))[words.words]
     # Of the 1-grams that are there already; the document is part of them.
-    n, positions = 1, np.arange(len(hashes))
+    n, positions = 1, np.arange(0)
     keys = hashes + np.repeat(_mixed(np.arange(len(sizes), dtype=np.uint64) * _SALT), sizes)
     for wanted in lengths:
         while n < wanted:
-            fits = np.flatnonzero(positions + n < ends[positions] if n > 1 else positions + n < ends)
-            positions = positions[fits]
-            keys = keys[fits]
-            keys *= _MULTIPLIER
-            keys += hashes[positions + n]
+            if n == 1:  # all positions are there but the last of each document
+                fits = np.ones(max(len(hashes) - 1, 0), np.bool_)
+                fits[bounds[1:-1][(bounds[1:-1] > 0) & (bounds[1:-1] < len(hashes))] - 1] = False
+                keys = (keys[:-1] * _MULTIPLIER + hashes[1:])[fits]
+                positions = np.flatnonzero(fits)
+            else:
+                fits = np.flatnonzero(positions + n < ends[positions])
+                positions = positions[fits]
+                keys = keys[fits] * _MULTIPLIER + hashes[positions + n]
             n += 1
         positions, keys, groups = _repeated(positions, keys)
         yield Repeated(n, positions, groups, characters)
