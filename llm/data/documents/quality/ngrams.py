@@ -52,10 +52,10 @@ def repeated_ngrams(words: Words, lengths: Sequence[int]) -> Iterator[Repeated]:
     for wanted in lengths:
         while n < wanted:
             if n == 1:  # all positions are there but the last of each document
-                fits = np.ones(max(len(hashes) - 1, 0), np.bool_)
-                fits[bounds[1:-1][(bounds[1:-1] > 0) & (bounds[1:-1] < len(hashes))] - 1] = False
-                keys = (keys[:-1] * _MULTIPLIER + hashes[1:])[fits]
-                positions = np.flatnonzero(fits)
+                inside = np.ones(max(len(hashes) - 1, 0), np.bool_)
+                inside[bounds[1:-1][(bounds[1:-1] > 0) & (bounds[1:-1] < len(hashes))] - 1] = False
+                keys = (keys[:-1] * _MULTIPLIER + hashes[1:])[inside]
+                positions = np.flatnonzero(inside)
             else:
                 fits = np.flatnonzero(positions + n < ends[positions])
                 positions = positions[fits]
