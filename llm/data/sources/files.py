@@ -1,27 +1,32 @@
-"""Files on disk: finding them by globs, streaming their decompressed bytes, cutting the stream into records.
+"""Files on disk or by URL: finding them by globs, streaming their decompressed bytes, cutting the stream into records.
 
 Memory stays bounded by one record and one chunk, whatever the size of a file.
 """
 
+import bz2
 import functools
 import glob
 import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 
 from llm.errors import UserError
 
-# Compressed bytes read at a time. Small, because one chunk of a very repetitive file decompresses a thousandfold.
-_CHUNK_BYTES = 16 * 1024
+# Compressed bytes read at a time. Few of zstandard, which makes thirty thousand of one; the output of the others can be
+# bounded.
+_INPUT_BYTES = {'.gz': 16 * 1024, '.zst': 512, '.bz2': 16 * 1024}
+_OUTPUT_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 
 def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[str, ...]:
     """The files that the globs match (`**` crosses folders, `~` is the home folder), sorted, each once.
+
+    A URL (gs://, s3://, https://) is left to fsspec, which needs its driver of that store.
 
     Raises UserError for a glob that matches no file, a directory, and a file whose suffix is not one of `suffixes`:
     leaving such a file out in silence could lose half of a corpus.
@@ -35,15 +40,15 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
                     where=path,
                     fix=f'Narrow the glob; what is read ends in {", ".join(suffixes)}',
                 )
-            found.setdefault(os.path.realpath(path), path)
+            found.setdefault(path if is_url(path) else os.path.realpath(path), path)
     if not found:
         raise UserError('no files are given', fix='Set files to a glob such as "my_texts/*.txt"')
     return tuple(sorted(found.values()))
 
 
 def _match(pattern: str) -> list[str]:
-    if '://' in pattern:
-        raise UserError(f'{pattern!r} is not on this disk', fix='Copy the files here, or mount the bucket as a folder')
+    if is_url(pattern):
+        return _match_url(pattern)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, "*.txt")!r}')
@@ -55,9 +60,51 @@ def _match(pattern: str) -> list[str]:
     return matches
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is for fsspec to open."""
+    return '://' in path
+
+
+def _match_url(pattern: str) -> list[str]:
+    import fsspec
+
+    try:
+        files, _, _ = fsspec.get_fs_token_paths(pattern)
+        if not glob.has_magic(pattern.partition('://')[2]):
+            return [pattern]
+        matches = [files.unstrip_protocol(path) for path in sorted(files.glob(pattern)) if not files.isdir(path)]
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f'cannot be listed ({error})', where=pattern, fix='Check the URL and your access') from error
+    if not matches:
+        raise UserError(f'no file matches {pattern!r}', fix='Check the URL')
+    return matches
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """A file or URL for reading bytes."""
+    if not is_url(path):
+        return open(path, 'rb')
+    import fsspec
+
+    return cast(IO[bytes], fsspec.open(path, 'rb').open())
+
+
 def unreadable(path: str, error: OSError) -> UserError:
     """The error for a file that the system does not let us read."""
     return UserError(f'cannot be read ({error.strerror or error})', where=path, fix='Check that it exists and its mode')
+
+
+def file_identity(path: str) -> str:
+    """Changes when a file's content does: its SHA-256, or of a URL what its store says of the object."""
+    if not is_url(path):
+        return content_digest(path).hex()
+    import fsspec
+
+    files, _, (inner,) = fsspec.get_fs_token_paths(path)
+    try:
+        return str(files.ukey(inner))
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,7 +125,7 @@ def content_digest(path: str) -> bytes:
 def stream_bytes(path: str) -> Iterator[bytes]:
     """The decompressed content in non-empty chunks, without a leading byte order mark.
 
-    Raises UserError when the file cannot be read, or when its gzip or zstandard data is corrupt or ends early.
+    Raises UserError when the file cannot be read, or when its gzip, zstandard or bzip2 data is corrupt or ends early.
     """
     chunks = _stream_compressed(path)
     start = b''
@@ -93,7 +140,7 @@ def stream_bytes(path: str) -> Iterator[bytes]:
 
 
 class _Decompressor(Protocol):
-    """What zlib's and zstandard's decompression objects have in common."""
+    """What the decompression objects of zlib, zstandard and bz2 have in common."""
 
     @property
     def eof(self) -> bool: ...
@@ -104,32 +151,54 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
+_Zlib = type(zlib.decompressobj())
+
+
 def _new_decompressor(path: str) -> _Decompressor | None:
     if path.endswith('.gz'):
         return zlib.decompressobj(wbits=31)
     if path.endswith('.zst'):
         return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    if path.endswith('.bz2'):
+        return bz2.BZ2Decompressor()
     return None
+
+
+def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
+    """What a decompressor makes of `data`, in bounded pieces that are not empty."""
+    while True:
+        if isinstance(member, bz2.BZ2Decompressor):
+            output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            ended = member.eof or member.needs_input
+        elif isinstance(member, _Zlib):
+            output = member.decompress(data, _OUTPUT_BYTES)
+            data = member.unconsumed_tail
+            ended = member.eof or (not data and len(output) < _OUTPUT_BYTES)
+        else:
+            output, ended = member.decompress(data), True
+        if output:
+            yield output
+        if ended:
+            return
 
 
 def _stream_compressed(path: str) -> Iterator[bytes]:
     read = written = 0
     try:
-        with open(path, 'rb') as file:
+        with open_binary(path) as file:
             if _new_decompressor(path) is None:
                 while chunk := file.read(1 << 18):
                     yield chunk
                 return
             member: _Decompressor | None = None
             empty = True
-            while data := file.read(_CHUNK_BYTES):
+            while data := file.read(_INPUT_BYTES[os.path.splitext(path)[1]]):
                 empty = False
                 while data:
                     member = member or _new_decompressor(path)
                     assert member is not None
-                    output = member.decompress(data)
-                    written += len(output)
-                    if output:
+                    for output in _outputs(member, data):
+                        written += len(output)
                         yield output
                     data = b''
                     if member.eof:  # files may be concatenated, and gzip files padded with zeros
@@ -142,14 +211,14 @@ def _stream_compressed(path: str) -> Iterator[bytes]:
                     where=path,
                     fix='Fetch or write the file again',
                 )
-    except (zlib.error, zstandard.ZstdError) as error:
+    except (zlib.error, zstandard.ZstdError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # bz2 has no errors of its own
+            raise unreadable(path, error) from error
         raise UserError(
             f'compressed data is corrupt after byte {read} ({written} bytes of content before it): {error}',
             where=path,
             fix='Fetch or write the file again',
         ) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def split_stream(chunks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:

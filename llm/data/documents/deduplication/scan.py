@@ -1,0 +1,123 @@
+"""What the phases need of each document, from one reading of a shard: digests, bands, shingles, hashes of pieces."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.corpus import Index, parquet_rows
+from llm.data.documents.deduplication.exact import digests, normalized_url, word_bytes
+from llm.data.documents.deduplication.repeats import lines, pieces, windows
+from llm.data.documents.deduplication.sorted_runs import BANDED, GROUPED, PLACED, RunWriter, records, write_array
+from llm.data.documents.deduplication.words import Hashes, as_sets, ngrams, words_of
+from llm.data.token_cache_building import write_json
+
+# Texts that are tokenised at once, in characters.
+_CHARACTERS = 4_000_000
+
+
+def scan_shard(path: Path, shard: int, index: Index, config: Deduplication) -> None:
+    """Writes the records of one shard's documents into the index, unless that has been done."""
+    mark = index.directory / f'scanned/{shard:06d}.json'
+    if mark.exists():
+        return
+    numbers = index.numbers(shard)
+    scan = _Scan(config, index.directory, f'{shard:06d}')
+    first = 0
+    for batch in parquet_rows(path, ('id', 'url', 'text')):
+        nodes = numbers[first : first + len(batch['id'])]
+        first += len(nodes)
+        scan.names(batch['id'], batch['url'], nodes)
+        for start, end in text_batches(batch['text']):
+            scan.texts(batch['text'][start:end], nodes[start:end])
+    scan.close()
+    mark.parent.mkdir(exist_ok=True)
+    write_json(mark, {'documents': first})
+
+
+def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Cuts texts into batches [start, end) of bounded size."""
+    start = characters = 0
+    for i, text in enumerate(texts):
+        characters += len(text)
+        if characters >= _CHARACTERS:
+            yield start, i + 1
+            start, characters = i + 1, 0
+    if start < len(texts):
+        yield start, len(texts)
+
+
+class _Scan:
+    def __init__(self, config: Deduplication, directory: Path, name: str):
+        self._config, self._directory, self._name = config, directory, name
+        kinds: dict[str, np.dtype[Any] | None] = {
+            'id': GROUPED if config.ids else None,
+            'url': GROUPED if config.urls else None,
+            'document': GROUPED if config.documents else None,
+            'near_duplicate': BANDED if config.near else None,
+        }
+        kinds |= {some.unit: PLACED for some in config.repeats}
+        self._writers = {
+            kind: RunWriter(directory / 'runs' / kind, name, dtype)
+            for kind, dtype in kinds.items()
+            if dtype is not None
+        }
+        self._bands = config.near.bands if config.near else None
+        self._offsets = [np.zeros(1, np.int64)]
+        self._sets = directory / 'sets' / f'{name}.values'
+        self._sets.parent.mkdir(parents=True, exist_ok=True)
+        self._values = self._sets.open('wb')
+
+    def names(self, ids: Sequence[str], urls: Sequence[str | None], nodes: np.ndarray) -> None:
+        """Digests of ids and URLs."""
+        if self._config.ids:
+            self._digests('id', [identity.encode() for identity in ids], nodes)
+        if self._config.urls:
+            known = [i for i, url in enumerate(urls) if url]
+            self._digests('url', [normalized_url(urls[i] or '').encode() for i in known], nodes[known])
+
+    def texts(self, texts: Sequence[str], nodes: np.ndarray) -> None:
+        """All that is made of texts."""
+        config = self._config
+        words = words_of(texts)
+        if config.documents:
+            values = [text.encode() for text in texts] if config.documents == 'text' else word_bytes(words)
+            self._digests('document', values, nodes)
+        if config.near and self._bands:
+            self._near(ngrams(words, config.near.shingle), nodes)
+        for some in config.repeats:
+            if some.unit == 'passages':
+                units = windows(words, some.words)
+            else:
+                cut = [text[start:end] for text in texts for start, end in pieces(some.unit, text)]
+                units = lines(some.unit, texts, words_of(cut), some.words)
+            self._writers[some.unit].add(
+                records(
+                    PLACED, key=units.keys, check=units.checks, index=units.indexes, node=np.repeat(nodes, units.counts)
+                )
+            )
+
+    def _digests(self, kind: str, values: list[bytes], nodes: np.ndarray) -> None:
+        keys, checks = digests(values)
+        self._writers[kind].add(records(GROUPED, key=keys, check=checks, node=nodes))
+
+    def _near(self, shingles: Hashes, nodes: np.ndarray) -> None:
+        assert self._bands is not None
+        some = np.flatnonzero(shingles.counts)
+        keys = self._bands.keys(self._bands.signatures(shingles))[some]
+        owners = np.repeat(nodes[some], self._bands.bands)
+        self._writers['near_duplicate'].add(records(BANDED, key=keys.ravel(), node=owners))
+        sets = as_sets(shingles)
+        sets.values.tofile(self._values)
+        self._offsets.append(sets.offsets[1:] + self._offsets[-1][-1])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._values.flush()
+        os.fsync(self._values.fileno())
+        self._values.close()
+        write_array(self._sets.with_suffix('.offsets.npy'), np.concatenate(self._offsets))

@@ -1,0 +1,126 @@
+"""The prepare_data job: raw sources to documents that a model can learn from, with a ledger of every decision."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+from llm.configuration import Invocation
+from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.decontamination import Decontamination
+from llm.data.documents.deduplication.pipeline import finish
+from llm.data.documents.deduplication.verdicts import FinalCounts
+from llm.data.documents.runner import Summary, run
+from llm.data.documents.sources import Source
+from llm.data.documents.stage import Chain, Stage
+from llm.errors import UserError
+from llm.parallel.processes import require_one
+from llm.training.run_directory import claim, flatten_config
+from llm.training.run_lock import RunLock
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareData:
+    """Read documents, send them through stages, and write those that stay.
+
+    Given again after it was stopped, it goes on where it was: shards (a file of a source each) appear whole or not at
+    all, and are not done twice.
+
+    Args:
+        output_directory: gets documents/ (Parquet, for `TextFiles`), ledger/ (Parquet: every document with the first
+            rule that removed it and the verdicts of all), quarantine/ (what could not be read or judged), shards/ and
+            summary.json. With deduplication or decontamination also final/ (the documents that stay then), verdicts/
+            (for each of documents/ the rule that removed it, and for which other), contamination/ (every hit),
+            deduplication/ (the index for later runs) and final.json.
+        sources: where raw documents come from.
+        stages: what they go through, in order.
+        deduplication: of what stays, over all shards; None leaves all.
+        decontamination: against evaluation sets, after deduplication; None leaves all.
+        processes: 0 takes one for each processor.
+        seconds_per_batch: a worker that is longer at 128 documents is killed; the one at fault is quarantined.
+    """
+
+    output_directory: str
+    sources: tuple[Source, ...]
+    stages: tuple[Stage, ...]
+    deduplication: Deduplication | None = None
+    decontamination: Decontamination | None = None
+    processes: int = 0
+    seconds_per_batch: float = 600.0
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise UserError('there are no sources', fix='Set PrepareData.sources.')
+        for name in names:
+            if not re.fullmatch(r'[\w.-]+', name) or names.count(name) > 1:
+                raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
+        if self.processes < 0 or self.seconds_per_batch <= 0:
+            raise UserError('processes must not be negative, and seconds_per_batch positive', where='PrepareData')
+        Chain(self.stages)
+
+    def __call__(self, invocation: Invocation) -> None:
+        """Do the shards that are missing, and say what became of all documents; or say what would be done."""
+        chain = Chain(self.stages)
+        if invocation.dry_run:
+            print(self._plan(chain))
+            return
+        require_one('prepare_data')
+        directory = Path(self.output_directory)
+        started = time.perf_counter()
+        with RunLock(directory):
+            claim(
+                directory,
+                self,
+                invocation.operative_config,
+                changeable=('output_directory', 'processes', 'seconds_per_batch'),
+            )
+            summary = run(
+                self.sources,
+                chain,
+                directory,
+                settings=json.dumps(flatten_config(chain), sort_keys=True),
+                processes=self.processes,
+                seconds_per_batch=self.seconds_per_batch,
+            )
+            report = _table(summary)
+            if self.deduplication is not None or self.decontamination is not None:
+                counts = finish(directory, self.deduplication, self.decontamination, processes=self.processes)
+                report += f'\n{_final_table(counts)}'
+        print(f'{report}\n{directory}: done in {time.perf_counter() - started:.1f} s')
+
+    def _plan(self, chain: Chain) -> str:
+        lines = [f'would write into {self.output_directory}, from']
+        lines += [f'  {source.name}: {len(source.shards()):,} shards' for source in self.sources]
+        lines.append('through')
+        for stage in chain.stages:
+            lines.append(f'  {stage.name}' + (f': {", ".join(stage.rules)}' if stage.rules else ''))
+        if self.deduplication is not None:
+            lines.append(f'  deduplication: {", ".join(self.deduplication.rules)}')
+        if self.decontamination is not None:
+            lines.append(f'  decontamination: {", ".join(rule.name for rule in self.decontamination.rules)}')
+        return '\n'.join(lines)
+
+
+def _table(summary: Summary) -> str:
+    """What became of all documents, as a table for the terminal."""
+    lines = [f'{"source":24}{"documents":>12}{"kept":>12}{"removed":>12}{"quarantined":>12}{"kept characters":>18}']
+    rows = [*summary.sources.items(), ('all', summary.counts)]
+    for name, counts in rows if len(rows) > 2 else rows[-1:]:
+        figures = (counts.documents, counts.kept, counts.removed.total(), counts.quarantined)
+        lines.append(f'{name:24}' + ''.join(f'{figure:>12,}' for figure in figures) + f'{counts.kept_characters:>18,}')
+    lines += [f'removed by {rule}: {count:,}' for rule, count in summary.counts.removed.most_common()]
+    lines += [f'not documents: {reason}: {count:,}' for reason, count in summary.counts.ignored.most_common()]
+    if summary.resumed:
+        lines.append(f'{summary.resumed:,} of {summary.shards:,} shards had been done before')
+    return '\n'.join(lines)
+
+
+def _final_table(counts: FinalCounts) -> str:
+    """What became of the kept documents over all shards."""
+    lines = [f'of {counts.documents:,} documents {counts.kept:,} are final, with {counts.kept_characters:,} characters']
+    lines += [f'removed by {rule}: {count:,}' for rule, count in counts.removed.most_common()]
+    if counts.changed:
+        lines.append(f'cut: {counts.changed:,}')
+    return '\n'.join(lines)

@@ -1,0 +1,121 @@
+"""Extraction, normalisation and language of documents."""
+
+import collections
+import gzip
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.data.documents.document import Document, Quarantined, Verdict
+from llm.data.documents.extraction import Extraction
+from llm.data.documents.language import Language
+from llm.data.documents.normalization import Normalization
+from llm.data.documents.stage import Chain
+from llm.errors import UserError
+
+
+def shingles(text):
+    """Four words in a row, as the benchmark of the shared pages counts them."""
+    words = re.findall(r'\w+', text)
+    return collections.Counter(tuple(words[i : i + 4]) for i in range(max(1, len(words) - 3)))
+
+
+@pytest.mark.parametrize(('method', 'least'), [('resiliparse', 0.92), ('trafilatura', 0.95)])
+def test_articles_are_found_in_their_pages(dev_data, method, least):
+    with gzip.open(dev_data / 'web' / 'articles' / 'ground_truth.json.gz') as file:
+        truth = json.load(file)
+    total = collections.Counter()
+    for name in sorted(truth):
+        packed = (dev_data / 'web' / 'articles' / 'html' / f'{name}.html.gz').read_bytes()
+        page = gzip.decompress(packed).decode(errors='replace')
+        (document,) = Extraction(method)([Document(name, '', 'articles', markup=page)])
+        found, wanted = shingles(document.text), shingles(truth[name]['articleBody'])
+        parts = {'right': found & wanted, 'wrong': found - wanted, 'missing': wanted - found}
+        size = sum(part.total() for part in parts.values())
+        for part, counts in parts.items():
+            total[part] += counts.total() / size
+    precision, recall = (total['right'] / (total['right'] + total[other]) for other in ('wrong', 'missing'))
+    assert 2 * precision * recall / (precision + recall) >= least
+
+
+PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav><a href="/">Home</a></nav>
+<div id="cookie-banner">We use cookies</div><article><h1>Head</h1><p>First &amp; foremost.</p>
+</article><script>alert(1)</script><footer>Copyright</footer></body></html>"""
+
+
+def test_only_the_main_text_of_a_page_is_left():
+    (document,) = Extraction()([Document('a', '', 's', markup=PAGE)])
+    assert re.sub(r'\s+', ' ', document.text) == 'Head First & foremost.'
+    assert (document.markup, document.verdicts) == (None, (Verdict('extraction/empty', True, len(document.text)),))
+    empty, text = Extraction()([Document('a', '', 's', markup='<nav>x</nav>'), Document('b', 'as it is', 's')])
+    assert (empty.removed_by, text.text, text.removed_by) == ('extraction/empty', 'as it is', None)
+
+
+@pytest.mark.parametrize('markup', ['', '\0', '<' * 10_000, '<div>' * 3000 + 'deep', '<p>' + 'a' * 10**6, '&#xD800;'])
+def test_broken_pages_are_read(markup):
+    (document,) = Extraction()([Document('a', '', 's', markup=markup)])
+    document.text.encode()
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('schÃ¶n', 'schön'),
+        ('â€œquotedâ€\x9d', '“quoted”'),
+        ('naïve café — Ä Â', 'naïve café — Ä Â'),
+        ('AT&amp;T &lt;b&gt; &unknown; R&D;', 'AT&T <b> &unknown; R&D;'),
+        ('a\r\nb\u2028c\td  e \n\n\n\n f ', 'a\nb\nc d e\n\nf'),
+        ('\u200bzero\ufeff \x00nul\xad', 'zero nul'),
+        ('e\u0301', '\xe9'),
+        ('👩\u200d👩\u200d👧', '👩\u200d👩\u200d👧'),
+    ],
+)
+def test_normalised_text(text, expected):
+    assert Normalization().normalize(text) == expected
+
+
+def test_what_normalisation_can_do_besides():
+    text = '“Ｆｕｌｌ” ❤️ ok'
+    assert Normalization(unicode_form='NFKC', quotes=True, lower_case=True).normalize(text) == '"full" ❤️ ok'
+    assert Normalization(emoji='name').normalize(text) == '“Ｆｕｌｌ” :red_heart: ok'
+    assert Normalization(emoji='remove').normalize(text) == '“Ｆｕｌｌ” ok'
+    code = 'if x:\n\treturn  1\n'
+    assert Normalization(white_space=False).normalize(code) == code
+
+
+@given(
+    st.text(alphabet=st.one_of(st.characters(codec='utf-8'), st.sampled_from('&;#x0aÃ¶â€™ \r\n\t\u2028')), max_size=60)
+)
+def test_a_second_time_changes_nothing_that_matters(text):
+    once = Normalization(entities=False).normalize(text)
+    assert Normalization(repair=False, entities=False).normalize(once) == once
+    assert not re.search('[\0-\x08\x0b-\x1f\x7f-\x9f]|  |\n\n\n', once)
+
+
+def test_languages_of_the_declaration_of_human_rights(dev_data):
+    wanted = ('de', 'sw', 'ja', 'ar', 'fa', 'ko', 'pl', 'sv', 'uk', 'vi')
+    with gzip.open(dev_data / 'web' / 'udhr.jsonl.gz') as file:
+        rows = [json.loads(line) for line in file]
+    documents = [Document(row['code'], row['text'], row['bcp47'].split('-')[0]) for row in rows]
+    documents = [document for document in documents if document.source in wanted]
+    assert {document.source for document in documents} == set(wanted)
+    judged = Language(languages=('de', 'sw'), thresholds=(('sw', 1.0),))(documents)
+    for document in judged:
+        assert document.language == document.source
+        expected = document.language == 'de' or (document.language == 'sw' and document.language_confidence == 1)
+        assert (document.removed_by is None) == expected
+    with pytest.raises(UserError, match=r'threshold = 2 is not from 0 to 1'):
+        Language(threshold=2)
+
+
+def test_one_bad_document_of_a_batch_is_quarantined_alone():
+    documents = [Document('a', 'text', 's'), Document('b', None, 's'), Document('c', 'more', 's')]
+    first, second, third = Chain((Normalization(),))(documents, ['f:1', 'f:2', 'f:3'])
+    assert (first.text, third.text) == ('text', 'more')
+    assert isinstance(second, Quarantined)
+    assert (second.where, second.id, second.stage, second.reason[:14]) == (
+        'f:2', 'b', 'normalization', 'AttributeError',
+    )  # fmt: skip

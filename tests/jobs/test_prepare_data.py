@@ -1,0 +1,41 @@
+"""The prepare_data job, as its run file starts it."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet
+
+from llm.data.sources import TextFiles, read_documents
+
+
+def start(root, *bindings):
+    command = [sys.executable, '-m', 'llm.main', '--gin_file=gin_configs/runs/prepare_web.gin']
+    bound = [f'--gin_bindings={binding}' for binding in bindings]
+    return subprocess.run([*command, *bound], cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_a_crawl_becomes_documents_that_training_reads(dev_data, tmp_path, request):
+    root, out = request.config.rootpath, tmp_path / 'web'
+    bindings = (f'FILES="{dev_data}/web/warc/*.warc.gz"', f'OUTPUT_DIRECTORY="{out}"')
+    dry = start(root, *bindings, 'LANGUAGES=("en", "de")')
+    assert dry.returncode == 0, dry.stderr
+    summary = json.loads((out / 'summary.json').read_text())
+    counts = summary['counts']
+    assert counts['documents'] == 41 == counts['kept'] + sum(counts['removed'].values()) + counts['quarantined']
+    assert 'done in' in dry.stdout and 'not documents: request record: 37' in dry.stdout
+    ledger = [row for path in sorted(out.glob('ledger/*')) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    assert len(ledger) == 41
+    assert sum(row['removed_by'] is None for row in ledger) == counts['kept']
+    assert {row['removed_by'] for row in ledger if not row['language.keep']} == {'language'}
+    texts = list(read_documents(TextFiles(str(out / 'documents' / '*.parquet'), validation_fraction=0), 'train'))
+    assert len(texts) == counts['kept']
+
+    again = start(root, *bindings, 'LANGUAGES=("en", "de")')
+    assert '2 of 2 shards had been done before' in again.stdout
+    other = start(root, *bindings, 'LANGUAGES=("fr",)')
+    assert other.returncode == 2
+    assert 'languages' in other.stderr.splitlines()[-1]
+    nothing = start(root, f'FILES="{tmp_path}/none*.warc"', f'OUTPUT_DIRECTORY="{tmp_path}/other"')
+    assert nothing.returncode == 2
+    assert 'no file matches' in nothing.stderr.splitlines()[-1]
