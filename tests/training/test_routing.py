@@ -126,11 +126,12 @@ def test_a_bias_moves_by_its_rate_and_by_nothing_else():
 CHOOSING = {
     'experts choose': (moe({'kind': 'expert_choice'}, dispatch='capacity', group_size=4), 'expert x fsdp x sequence'),
     'hash': (moe({'kind': 'hash', 'hash_seed': 3}), 'expert x data x tensor'),
-    'balanced hash': (moe({'kind': 'hash', 'hash': 'balanced', 'hash_ids': 31}), 'expert x fsdp x sequence'),
+    'balanced hash': (moe({'kind': 'hash', 'hash': 'balanced', 'hash_ids': 31}), 'expert x tensor x pipeline'),
 }
 MESHES = {
     'expert x fsdp x sequence': MeshConfig(data=1, expert=2, fsdp=2, sequence=2),
     'expert x data x tensor': MeshConfig(data=2, expert=2, tensor=2),
+    'expert x tensor x pipeline': MeshConfig(data=1, expert=2, tensor=2, pipeline=2),
 }
 
 
@@ -139,7 +140,8 @@ def test_other_routers_choose_alike_on_every_mesh(name):
     layer, mesh = CHOOSING[name]
     config = moe_decoder(layer, vocab_size=32)
     _, one, metrics, figures = step(config, evaluated=True)
-    _, many, same, same_figures = step(config, mesh=MESHES[mesh], evaluated=True)
+    accumulation = MESHES[mesh].pipeline
+    _, many, same, same_figures = step(config, SGD, accumulation, mesh=MESHES[mesh], evaluated=True)
     for path, value in jax.tree_util.tree_leaves_with_path(one):
         found = dict(jax.tree_util.tree_leaves_with_path(many))[path]
         np.testing.assert_allclose(found, value, rtol=0, atol=1e-9 * max(1.0, np.abs(value).max()), err_msg=str(path))

@@ -145,7 +145,7 @@ class _Device:
             layers, staged, memory = from_chunks((layers, staged, memory), self.num_stages, self.chunks, AXIS)
         memory = of_microbatches(memory)
         if self.evaluation:
-            return None, sums, None, outside, memory
+            return None, sums, staged, outside, memory
         # Where a parameter is whole, each device has the sum over its own rows and its own part of the vocabulary.
         summed = functools.partial(summed_over_copies, manual=self.manual)
         found = jax.tree.map(summed, (layers, state.shared), self.placements)
@@ -154,13 +154,15 @@ class _Device:
     def _initial(self, sums: Sums, layers: Any) -> State:
         """What is there before the first tick; `layers` as they are stored."""
         table, operations, message = self.table, self.operations, self.message
-        if self.evaluation:
-            inputs = [jnp.zeros((table.input_slots, 1, *message.shape), message.dtype)]
-            return State(inputs=inputs, sums=sums, memory=operations.memory)
-        split, context = operations.split, operations.first_context()
+        context = operations.first_context()
         _, _, of_repeat = jax.eval_shape(operations.repeat, operations.parameters(jnp.int32(0)), message, context)
         of_repeat.pop(MEMORY, None)
         count = table.problem.config.chunks * table.problem.chunk_repeats
+        staged = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), of_repeat)
+        if self.evaluation:
+            inputs = [jnp.zeros((table.input_slots, 1, *message.shape), message.dtype)]
+            return State(inputs=inputs, sums=sums, staged=staged, memory=operations.memory)
+        split = operations.split
 
         def buffers(structs: list[jax.ShapeDtypeStruct], cells: int) -> list[jax.Array]:
             return [jnp.zeros((cells, *s.shape), s.dtype) for s in structs] if cells else []
@@ -168,7 +170,7 @@ class _Device:
         return State(
             inputs=[jnp.zeros((table.input_slots, table.problem.chunk_repeats, *s.shape), s.dtype) for s in split.kept],
             sums=sums,
-            staged=jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), of_repeat),
+            staged=staged,
             gradients=self.stages.output(jnp.zeros((table.gradient_slots, *message.shape), message.dtype)),
             residuals=buffers(split.residuals, table.residual_cells),
             operands=buffers(split.operands, table.weight_cells),

@@ -25,7 +25,8 @@ class State:
         inputs: what the forward passes of repeats keep, [slots, repeats, ...] each. The first is their inputs, [slots,
             repeats, B, S, D]; in evaluation it is alone, and of the first repeat only. sums: of the losses.
         staged: sums of the stage's layers, one entry a repeat. gradients: of what a repeat gives, [slots, B, S, D].
-            residuals, operands: see Table. layers, shared: sums of gradients. These are None in evaluation.
+            residuals, operands: see Table. layers, shared: sums of gradients. All of these but the first are None in
+            evaluation.
         memory: of the stage's layers, what the next step goes on from; [repeats, microbatches, rows, ...] each.
     """
 
@@ -121,11 +122,12 @@ class Operations:
             parameters = self.parameters(local)
             read_by_repeat = self.context_of(row['microbatch'], local, index, context)
             if self.evaluation:
-                x, _, sums = self.repeat(parameters, x, read_by_repeat)
-                return inputs, staged, write(memory, sums.get(MEMORY, {}), local, row['microbatch']), x
-            y, sums, kept = self.split.forward(parameters, in_order(x), read_by_repeat)
+                y, _, sums = self.repeat(parameters, x, read_by_repeat)
+            else:
+                y, sums, kept = self.split.forward(parameters, in_order(x), read_by_repeat)
+                inputs, y = write(inputs, in_order(kept), slot, repeat), in_order(y)
             memory = write(memory, sums.pop(MEMORY, {}), local, row['microbatch'])
-            return write(inputs, in_order(kept), slot, repeat), add(staged, sums, local), memory, in_order(y)
+            return inputs, add(staged, sums, local), memory, y
 
         y = self.stages.output(read(state.inputs[0], slot, row['first']))
         carry = state.inputs, state.staged, state.memory, y
