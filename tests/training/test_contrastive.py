@@ -72,6 +72,10 @@ MODELS = {
         dataclasses.replace(ENCODER, layers=dataclasses.replace(ENCODER.layers, pattern=EXPERTS)),
         ContrastiveConfig(0.1, True),
     ),
+    'encoder of two layers': (
+        dataclasses.replace(ENCODER, layers=dataclasses.replace(ENCODER.layers, num_layers=2)),
+        ContrastiveConfig(0.1, True),
+    ),
     'decoder': (
         dataclasses.replace(
             SMALL, num_layers=2, pattern=(dataclasses.replace(LAYER, feed_forward=MOE, dropout=0.2),), num_outputs=0
@@ -140,9 +144,16 @@ def test_every_mesh_and_every_microbatch_compares_with_the_whole_batch():
 
 
 @pytest.mark.slow
-def test_a_decoder_on_stages_whose_devices_share_rows():
+@pytest.mark.parametrize(
+    ('name', 'mesh'),
+    [
+        ('decoder', MeshConfig(data=1, sequence=2, pipeline=2)),  # its devices share rows
+        ('encoder of two layers', MeshConfig(data=1, fsdp=2, pipeline=2)),
+    ],
+)
+def test_on_stages(name, mesh):
     """With dropout, which is that of the same microbatches one after the other, in both passes."""
-    agrees(run('decoder', MeshConfig(data=1, sequence=2, pipeline=2), 2), run('decoder', accumulation=2))
+    agrees(run(name, mesh, 2), run(name, accumulation=2))
 
 
 def test_microbatches_of_a_model_with_dropout_are_the_same_in_both_passes():
