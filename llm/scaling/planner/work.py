@@ -19,6 +19,7 @@ from llm.scaling.accounting import TokenFlops, flops_per_token
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import LayerCosts, layer_costs
 from llm.scaling.planner.memory import estimate_memory
+from llm.scaling.planner.pipelines import ways_of_rows
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.stacks import PlannedStack, outputs_of, remat_of, stacks_of
 from llm.scaling.program import Traffic
@@ -53,6 +54,8 @@ def step_flops(run: RunConfig, sizes: dict[str, int], platform: str) -> StepFlop
         tokens = rows * stack.tokens
         layers += tokens * sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
         recomputed += tokens * sum(cost.recomputed_flops(stack.config) for cost in costs)
+        if sizes['pipeline'] > 1:
+            recomputed += tokens * sum(cost.forward_flops() for cost in costs[: stack.before])
     return StepFlops(
         model=run.tokens_per_step * per_token.training(causal=False),
         model_causal=run.tokens_per_step * per_token.training(causal=True),
@@ -77,7 +80,8 @@ def _head_flops(run: RunConfig, placement: Placement) -> float:
         depths = model.multi_token.depths
         head *= 1 + depths
         if model.multi_token.kind == 'sequential':
-            head += row.text * 2 * depths * 2 * model.d_model**2
+            # In a pipeline all stages do them, each some of the rows.
+            head += row.text * 2 * depths * 2 * model.d_model**2 / ways_of_rows(run, placement)
     return head
 
 
@@ -273,11 +277,13 @@ def _tokens_to_experts(run: RunConfig, placement: Placement, platform: str) -> l
 
 
 def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Activations from stage to stage, and their gradients back."""
+    """Activations from stage to stage, an encoder's output beside them, and their gradients back."""
     stages = placement.mesh.shape['pipeline']
     if stages == 1:
         return []
-    payload = 2 * rows_per_device(run, placement) * run.row.text * run.model.d_model * _compute_bytes(run)
+    last = stacks_of(run.model, run.row)[-1]
+    tokens = rows_per_device(run, placement) * (last.tokens + last.memory)
+    payload = 2 * tokens * run.model.d_model * _compute_bytes(run)
     return [_traffic('collective-permute', ('pipeline',), stages, payload, 2 * run.step.gradient_accumulation, True)]
 
 
