@@ -151,9 +151,14 @@ def _traffic(kind: str, axes: tuple[str, ...], ways: int, payload: float, execut
 
 
 def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered."""
+    """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered.
+
+    Those of layers before a pipeline's stages are gathered for each of their forward passes, of which there are two.
+    """
     by_axes: dict[tuple[str, ...], float] = {}
-    for _, spec in named_specs(model_specs(run.model)):
+    again: dict[tuple[str, ...], float] = {}
+    before = {stack.group or 'leading' for stack in stacks_of(run.model, run.row) if stack.before}
+    for name, spec in named_specs(model_specs(run.model)):
         stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
         moved = tuple(
@@ -164,12 +169,15 @@ def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> li
         )
         if moved and (spec.role is not Role.EMBEDDING or getattr(run.model, 'tied_embeddings', True)):
             by_axes[moved] = by_axes.get(moved, 0.0) + _whole(run, placement, spec)
+            if placement.mesh.shape['pipeline'] > 1 and name.split('/')[0] in before:
+                again[moved] = again.get(moved, 0.0) + _whole(run, placement, spec)
     times = run.step.gradient_accumulation
     rows = []
     for axes, size in by_axes.items():
         ways = math.prod(placement.mesh.shape[name] for name in axes)
         layers = len(layers_of(run.model)) * times
-        rows.append(_traffic('all-gather', axes, ways, 2 * size * times, 2 * layers, True))
+        gathered = 2 * size + again.get(axes, 0.0)
+        rows.append(_traffic('all-gather', axes, ways, gathered * times, 2 * layers, True))
         rows.append(_traffic('reduce-scatter', axes, ways, size * times, layers, False))
     return rows
 

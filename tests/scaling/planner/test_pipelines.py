@@ -64,7 +64,9 @@ def _run_of(model, remat, stages=2, schedule='1f1b', rows=ROWS):
 def _of_the_executor(run):
     """Bytes of a stage's buffers, for each token that the model's last layers read."""
     model = staged(run.model, 0.0)
-    row, stages, parts = run.row, model.stages, model.parts(model_specs(run.model))
+    row, parts, table = run.row, model.parts(model_specs(run.model)), schedule_of(run, 2)
+    left = table.problem.staged_repeats < model.repeats
+    stages = model.stages.without_trunk() if left else model.stages
 
     def structs(specs, skip=0):
         return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[skip:], jnp.bfloat16), specs)
@@ -81,7 +83,6 @@ def _of_the_executor(run):
     def size(structs):
         return sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in structs) / (ROWS * row.read)
 
-    table = schedule_of(run, 2)
     return (
         table.input_slots * table.problem.chunk_repeats * size(split.kept)
         + table.gradient_slots * size(jax.tree.leaves(jax.eval_shape(stages.output, x)))
@@ -116,7 +117,9 @@ def _planned(run):
     ids=lambda run: f'{type(run.model).__name__}-{run.describe()}',
 )
 def test_what_is_kept_is_what_the_executor_keeps(run):
-    assert _planned(run) == pytest.approx(_of_the_executor(run), rel=0.12)
+    # Kernels may keep more than what they make, and a policy of products their own products.
+    near = 0.12 if stacks_of(run.model, run.row)[-1].config.remat in ('none', 'dots') else 1e-3
+    assert _planned(run) == pytest.approx(_of_the_executor(run), rel=near)
 
 
 def test_layers_that_are_left_over_do_not_wait():
@@ -141,7 +144,9 @@ def test_all_stages_run_an_encoder_again(remat, forward):
     """As its layers come before the stages': beside what recomputation of all layers makes of it."""
     one, two = (_run_of(_t5(layers), remat) for layers in (16, 32))
     flops = [step_flops(run, sizes_of(run), 'cpu') for run in (one, two)]
-    per_token = [flops_per_token(run.model, model_specs(run.model), run.row).forward(causal=False) for run in (one, two)]
+    per_token = [
+        flops_per_token(run.model, model_specs(run.model), run.row).forward(causal=False) for run in (one, two)
+    ]
     made = one.tokens_per_step * (per_token[1] - per_token[0]) / 2  # forward, by each of the two
     last = {'none': 0.0, 'full': 2 * 16 * 32 * 48 / (per_token[1] - per_token[0])}[remat]  # is not computed again
     assert flops[1].recomputed - flops[0].recomputed == pytest.approx((forward - 1 - last) * made)
@@ -161,13 +166,21 @@ def test_an_encoder_does_not_wait():
 
 
 def test_plans_of_an_encoder_and_of_both_sides():
-    """Messages hold the encoder's output too, and what the encoder keeps is there in between two ticks alone."""
+    """Messages hold the encoder's output too, and what the encoder keeps is there in between two ticks alone.
+
+    Its weights are gathered for two forward passes and one backward pass of each microbatch.
+    """
     for model, tokens in ((_bert(), LENGTH), (_t5(), LENGTH + 29)):
         run = _run_of(model, 'full')
         (sent,) = (row for row in step_traffic(run, sizes_of(run), 'cpu') if row.kind == 'collective-permute')
         assert sent.payload == 2 * 8 * ROWS * tokens * model.d_model * 2
         assert estimate(run, find_topology('cpu:2')).roofline.bubble > 0
-    small, large = (estimate(_run_of(_t5(layers), 'full'), find_topology('cpu:2')).estimate for layers in (16, 32))
+    runs = [_run_of(_t5(layers), 'full') for layers in (16, 32)]
+    traffic = [{row.kind: row for row in step_traffic(run, sizes_of(run), 'cpu')} for run in runs]
+    for kind, passes in (('all-gather', 3), ('reduce-scatter', 1)):
+        more = traffic[1][kind].payload - traffic[0][kind].payload
+        assert more == 8 * passes * 16 * 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
+    small, large = (estimate(run, find_topology('cpu:2')).estimate for run in runs)
     assert large.activations == small.activations
     assert large.layer - small.layer == pytest.approx(16 * ROWS * LENGTH * 32 * 2 / 2)
 
