@@ -155,14 +155,14 @@ def test_all_stages_run_an_encoder_again(remat, forward):
 
 def test_an_encoder_does_not_wait():
     """What it adds to a step is its work, shared by rows; and all of it on every stage where there is one row."""
-    runs = [_run_of(_t5(layers), 'full', 4, rows=rows) for rows, layers in ((4, 16), (4, 32), (1, 16), (1, 32))]
+    runs = [_run_of(_t5(layers), 'full', 4, rows=rows) for rows, layers in ((4, 1), (4, 3), (1, 1), (1, 3))]
     steps = []
     for run in runs:
         idle = idle_share(run, Placement.of(sizes_of(run), run.rules))
         steps.append(step_flops(run, sizes_of(run), 'cpu').hardware / (1 - idle))
     work = [step_flops(run, sizes_of(run), 'cpu').hardware for run in runs]
-    assert steps[1] - steps[0] == pytest.approx(work[1] - work[0], rel=0.02)
-    assert steps[3] - steps[2] == pytest.approx(4 * (work[3] - work[2]), rel=0.02)
+    assert steps[1] - steps[0] == pytest.approx(work[1] - work[0], rel=0.005)
+    assert steps[3] - steps[2] == pytest.approx(4 * (work[3] - work[2]), rel=0.005)
 
 
 def test_plans_of_an_encoder_and_of_both_sides():
