@@ -172,8 +172,9 @@ class Pretrain:
                 sample=sample,
                 flops_per_token=flops.training(causal=False),
                 causal_flops_per_token=flops.training(causal=True),
-                # FLOPs are per token of text, and objectives count other ones.
-                peak_flops=peak_flops(list(trainer.mesh.devices.flat)) if not any(self.data.objectives()) else 0.0,
+                peak_flops=peak_flops(list(trainer.mesh.devices.flat)),
+                # FLOPs are per token of text, and objectives have losses of other ones.
+                tokens_per_step=length * rows if any(self.data.objectives()) else None,
             )
             # Under on_full_disk = 'continue' the last checkpoint may be missing: then the next start tries again.
             ran = loop.run(state)

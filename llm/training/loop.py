@@ -122,7 +122,8 @@ class TrainingLoop:
     Attributes:
         sample: given (parameters, step), draws samples and stores them; passed in by the job.
         flops_per_token, causal_flops_per_token: of forward and backward in both conventions for causal attention, and
-            peak_flops: of all devices together, for MFU.
+            peak_flops: of all devices together, for MFU. tokens_per_step: how many tokens of a step these FLOPs are of;
+            None for those with a loss.
         metadata: JSON stored with every checkpoint.
         last_step: after which the run ended, once it has: the last of all, or that at which patience did.
     """
@@ -139,6 +140,7 @@ class TrainingLoop:
     flops_per_token: float = 0.0
     causal_flops_per_token: float = 0.0
     peak_flops: float = 0.0
+    tokens_per_step: int | None = None
     last_step: int | None = dataclasses.field(default=None, init=False)
     _tracing: bool = dataclasses.field(default=False, init=False)
 
@@ -232,8 +234,8 @@ class TrainingLoop:
         rate = values['tokens'] / seconds
         timing = {'seconds': seconds, 'tokens_per_second': rate}
         if self.peak_flops:
-            timing['mfu'] = rate * self.flops_per_token / self.peak_flops
-            timing['mfu_causal'] = rate * self.causal_flops_per_token / self.peak_flops
+            share = (self.tokens_per_step or values['tokens']) / seconds / self.peak_flops
+            timing |= {'mfu': share * self.flops_per_token, 'mfu_causal': share * self.causal_flops_per_token}
         if step % self.config.log_every == 0 or step == self.config.total_steps:
             self.writer.write(step, 'train', values, timing=timing)
         self._progress.update(step, values | timing)

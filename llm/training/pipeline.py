@@ -130,21 +130,27 @@ def make_pipeline(
 
 
 def repeat_costs_of(
-    config: ModelConfig, specs: Any, rows: int, length: int, count: Callable[..., Costs] = repeat_costs
+    config: ModelConfig,
+    specs: Any,
+    rows: int,
+    length: int,
+    count: Callable[..., Costs] = repeat_costs,
+    encoder_length: int | None = None,
 ) -> Costs:
     """What the parts of a repeat of the layers cost for a microbatch [rows, length], on one device.
 
     Args:
-        length: of the rows of both sides, if there are two.
         count: repeat_costs or compiled_costs of llm.parallel.pipeline.costs.
+        encoder_length: of the rows of the encoder of an encoder-decoder, where they have another.
     """
     model, dtype = staged(config, 0.0), jnp.dtype(config.compute_dtype)
     parts = model.parts(specs)
     parameters = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape[1:], dtype), parts['layers'])
     ends = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), parts['ends'])
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    encoder_tokens = jax.ShapeDtypeStruct((rows, encoder_length or length), jnp.int32)
     arrays = ('inputs', 'segment_ids', 'positions')
-    batch = dict.fromkeys((*arrays, *(f'encoder_{name}' for name in arrays)), tokens)
+    batch = dict.fromkeys(arrays, tokens) | {f'encoder_{name}': encoder_tokens for name in arrays}
     key = jax.eval_shape(lambda: jax.random.key(0))
     context = [jax.eval_shape(model.stages.context, batch, key)]
     if isinstance(config, DecoderConfig) and config.memory_length:

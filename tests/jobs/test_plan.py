@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(topology, bindings, message, capsys):
     ('run', 'more', 'said'),
     [
         ('gpt2_124m_text', (), '512 rows of 1024 tokens a step in 4 microbatches'),
-        ('pretrain_sentence_pairs', (), '32 rows of 128 tokens a step in 1 microbatches'),
+        ('pretrain_sentence_pairs', (), '32 rows of 128 tokens a step in 1 microbatch,'),
         ('pretrain_span_corruption', ('SEARCH = @search.SearchConfig()',), 'the best that was found'),
         ('pretrain_transformer_xl', (), 'remembered'),
     ],

@@ -86,6 +86,12 @@ def test_the_loss_falls_and_a_resumed_run_is_the_same(tiny_run, name, more):  # 
     lines, saved = recorded(tiny_run), arrays(tiny_run)
     losses = [line['loss'] for line in lines if line['kind'] == 'train']
     assert len(losses) == STEPS and np.mean(losses[-5:]) < 0.75 * np.mean(losses[:2])
+    # Under an objective the work is that of all tokens of text, however many have a loss.
+    train = [line for line in read_json_lines(tiny_run.directory / 'metrics.jsonl') if line['kind'] == 'train']
+    work = np.array([line['timing']['mfu'] * line['timing']['seconds'] for line in train])
+    tokens = np.array([line['tokens'] for line in train])
+    work = work / tokens if name == 'pretrain_transformer_xl' else work
+    assert tokens.min() < tokens.max() and np.ptp(work) < 1e-6 * work[0]
     evaluations = [line['loss'] for line in lines if line['kind'] == 'evaluation']
     assert evaluations[1] < evaluations[0] < losses[0]
 

@@ -134,9 +134,14 @@ class LayerCosts:
         """Bytes per token of every activation, as they are worked on."""
         return sum(max(each.elements, each.whole) * (each.working or each.bytes) for each in self.activations)
 
-    def product_operands(self) -> float:
-        """Bytes per token of what goes into the products with weights, and of the gradients of what comes out."""
-        return sum(each.size for each in self.activations if each.name != 'scores')
+    def product_operands(self, *, bias: bool) -> float:
+        """Bytes per token of what goes into the products with weights, and of the gradients of what comes out.
+
+        Args:
+            bias: whether scores have one that is learned, whose gradient adds up theirs.
+        """
+        scores = [each.elements for each in self.activations if each.name == 'scores'][:1] if bias else []
+        return sum(each.size for each in self.activations if each.name != 'scores') + 4 * sum(scores)
 
     def forward_flops(self) -> float:
         """Per token of one device."""

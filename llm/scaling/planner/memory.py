@@ -16,7 +16,7 @@ from llm.models.parameters import Role, named_specs
 from llm.parallel.sharding import names
 from llm.scaling.planner.abstract import Placement, model_specs, remembered_bytes, state_bytes
 from llm.scaling.planner.layer_costs import heads_bytes, layer_costs, surroundings_bytes
-from llm.scaling.planner.pipelines import kept_bytes
+from llm.scaling.planner.pipelines import kept_bytes, ways_of_rows
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.stacks import PlannedStack, outputs_of, stacks_of
 
@@ -45,8 +45,9 @@ class MemoryEstimate:
         parameters, optimizer, batch, remembered: arguments of the step, the last what layers remember of the rows
             before. gradients: in fp32, and their sum over microbatches.
         weights: copies of this device's part in the compute type, and weights gathered for the layers at work.
-        activations: kept for the backward pass. layer: of the layer at work. logits: of a chunk of the loss, and the
-            gradient of the head. code: the program.
+        activations: kept for the backward pass. layer: of the layer at work, or of those that all stages of a
+            pipeline run between two ticks. logits: of a chunk of the loss, and the gradient of the head. code: the
+            program.
         peak: the most that is there at once; less than the sum of the others.
         host: activations that wait in the memory of the host, beside all this.
     """
@@ -98,14 +99,20 @@ def estimate_memory(run: RunConfig, sizes: dict[str, int], platform: str, on_chi
         }
         costs, layers = [made[layer] for layer in stack.config.pattern], [made[layer] for layer in stack.layers]
         tokens = stack.tokens * share
+        staged = layers
         if stages > 1:
-            saved += kept_bytes(run, costs, stages) * tokens
+            before, staged = layers[: stack.before], layers[stack.before :]
+            if before:  # what they keep for their backward pass is there in between two ticks alone
+                needed = sum(cost.saved(stack.config) for cost in before)
+                needed += LAYER_AT_ONCE * max(cost.all() for cost in before)
+                at_work = max(at_work, needed * tokens / ways_of_rows(run, placement))
+            saved += kept_bytes(run, stack, costs, stages) * tokens if staged else 0.0
         else:
             waits = sum(cost.offloaded(stack.config) for cost in layers) * tokens
             saved += sum(cost.saved(stack.config) for cost in layers) * tokens
             saved += OFFLOADED_LAYERS * waits / len(layers)  # what is on its way to the host and back is here
             host += waits
-        at_work = max(at_work, LAYER_AT_ONCE * max(cost.all() for cost in layers) * tokens)
+        at_work = max(at_work, LAYER_AT_ONCE * max((cost.all() for cost in staged), default=0.0) * tokens)
     columns = outputs_of(model) / placement.ways('vocab')
     depths = len(model.further_layers) if isinstance(model, DecoderConfig) else 0
     saved += heads_bytes(model, placement) * row.text * share

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from llm.evaluation.reports.document import bars, cards, details, document, grid
 from llm.evaluation.reports.escaping import escape
-from llm.scaling.planner.quantities import byte_size, duration
+from llm.scaling.planner.quantities import byte_size, duration, microbatches
 from llm.scaling.planner.records import Record
 from llm.scaling.planner.text import mesh_words
 from llm.training.progress import short_number
@@ -55,7 +55,7 @@ def _header(title: str, record: Record) -> str:
     mark = ' complete' if fits else ''
     return (
         f'<header><h1>{escape(title)}</h1><span class="status{mark}">{escape(words)}</span>'
-        f'<span class="soft">{escape(mesh_words(record))}, {record["run"]["microbatches"]} microbatches, '
+        f'<span class="soft">{escape(mesh_words(record))}, {microbatches(record["run"]["microbatches"])}, '
         f'remat {escape(record["run"]["remat"])}</span></header>'
     )
 

@@ -1,4 +1,4 @@
-"""Bytes and seconds in words, with the unit that suits their size."""
+"""Figures of a plan in words: bytes and seconds with the unit that suits their size, and counts."""
 
 
 def byte_size(size: float) -> str:
@@ -13,3 +13,8 @@ def duration(seconds: float) -> str:
     if seconds >= 1:
         return f'{seconds:.2f} s'
     return f'{1e3 * seconds:.1f} ms' if seconds >= 1e-3 else f'{1e6 * seconds:.1f} us'
+
+
+def microbatches(count: int) -> str:
+    """'1 microbatch', '8 microbatches'."""
+    return f'{count} microbatch{"es" if count > 1 else ""}'

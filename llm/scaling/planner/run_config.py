@@ -9,6 +9,7 @@ from llm.parallel.mesh import MESH_AXES, MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.parallel.sharding import AxisRules
 from llm.scaling.accounting import RowTokens, row_tokens
+from llm.scaling.planner.quantities import microbatches
 from llm.scaling.planner.stacks import remat_of
 from llm.scaling.planner.topology import Topology
 from llm.training.optimizers import OptimizerConfig
@@ -86,7 +87,6 @@ class RunConfig:
         """'fsdp=16 tensor=2, 4 microbatches, remat full'."""
         sizes = {axis: getattr(self.mesh, axis) for axis in MESH_AXES}
         mesh = ' '.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1) or 'one device'
-        count = self.step.gradient_accumulation
         remat = ' and '.join(
             dict.fromkeys(f'{kind} ({", ".join(names)})' if names else kind for kind, names in remat_of(self.model))
         )
@@ -94,4 +94,4 @@ class RunConfig:
             chunks = f', {self.pipeline.chunks} chunks' if self.pipeline.chunks > 1 else ''
             deferred = '' if self.pipeline.deferred is None else f', {self.pipeline.deferred} deferred'
             mesh = f'{mesh} ({self.pipeline.schedule}{chunks}{deferred})'
-        return f'{mesh}, {count} microbatch{"es" if count > 1 else ""}, remat {remat}'
+        return f'{mesh}, {microbatches(self.step.gradient_accumulation)}, remat {remat}'

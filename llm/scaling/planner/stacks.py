@@ -22,7 +22,10 @@ class PlannedStack:
         group: where its parameters are in those of the model; None for all of them.
         config: what says how its layers run: pattern, remat, remat_names, scan_layers.
         layers: in the order in which they run.
-        tokens: that it reads of a row. memory: of an encoder's output that its layers attend to.
+        tokens: that it reads of a row. memory: of an encoder's output that its layers attend to, and that goes from
+            stage to stage of a pipeline beside its own tokens.
+        before: how many of the layers, the first ones, come before a pipeline's stages. All of these run them together,
+            each some of the rows, and once more for the backward pass.
         prefix: whether the beginning of each document is read in both directions.
     """
 
@@ -31,20 +34,24 @@ class PlannedStack:
     layers: tuple[LayerConfig, ...]
     tokens: int
     memory: int = 0
+    before: int = 0
     prefix: bool = False
 
 
 def stacks_of(model: ModelConfig, row: RowTokens) -> tuple[PlannedStack, ...]:
-    """The stacks in the order in which they run."""
+    """The stacks in the order in which they run; the stages of a pipeline have layers of the last."""
     if isinstance(model, DecoderConfig):
-        return (PlannedStack(None, model, model.layers + model.further_layers, row.text, prefix=row.prefix),)
+        layers, before = model.layers + model.further_layers, len(model.leading)
+        return (PlannedStack(None, model, layers, row.text, before=before, prefix=row.prefix),)
     if isinstance(model, EncoderConfig):
         return (_stack('encoder', model.layers, row.text),)
-    return _stack('encoder', model.encoder, row.text), _stack('decoder', model.decoder, row.read, row.text)
+    encoder = _stack('encoder', model.encoder, row.text, before=model.encoder.num_layers)
+    return encoder, _stack('decoder', model.decoder, row.read, memory=row.text)
 
 
-def _stack(group: str, config: StackConfig, tokens: int, memory: int = 0) -> PlannedStack:
-    return PlannedStack(group, config, tuple(map(config.layer, range(config.num_layers))), tokens, memory)
+def _stack(group: str, config: StackConfig, tokens: int, memory: int = 0, before: int = 0) -> PlannedStack:
+    layers = tuple(map(config.layer, range(config.num_layers)))
+    return PlannedStack(group, config, layers, tokens, memory, before)
 
 
 def _configs(model: ModelConfig) -> Iterator[tuple[str, DecoderConfig | StackConfig]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llm.scaling.planner.quantities import byte_size, duration
+from llm.scaling.planner.quantities import byte_size, duration, microbatches
 from llm.scaling.planner.records import Record
 from llm.training.progress import short_number
 
@@ -47,7 +47,7 @@ def _headline(record: Record) -> str:
     lines = [
         f'{short_number(run["parameters"])} parameters on {topology["name"]} ({topology["chips"]} chips, '
         f'{topology["devices"]} devices): {mesh_words(record)}',
-        f'{run["batch_size"]} rows of {run["sequence_length"]} tokens a step in {run["microbatches"]} microbatches, '
+        f'{run["batch_size"]} rows of {run["sequence_length"]} tokens a step in {microbatches(run["microbatches"])}, '
         f'{run["tokens_per_device"]:,.0f} tokens a device, remat {run["remat"]}',
         verdict,
     ]

@@ -19,6 +19,7 @@ from llm.scaling.accounting import TokenFlops, flops_per_token
 from llm.scaling.planner.abstract import Placement, model_specs, state_bytes
 from llm.scaling.planner.layer_costs import LayerCosts, layer_costs
 from llm.scaling.planner.memory import estimate_memory
+from llm.scaling.planner.pipelines import ways_of_rows
 from llm.scaling.planner.run_config import RunConfig
 from llm.scaling.planner.stacks import PlannedStack, outputs_of, remat_of, stacks_of
 from llm.scaling.program import Traffic
@@ -53,6 +54,8 @@ def step_flops(run: RunConfig, sizes: dict[str, int], platform: str) -> StepFlop
         tokens = rows * stack.tokens
         layers += tokens * sum(cost.forward_flops() + cost.backward_flops() for cost in costs)
         recomputed += tokens * sum(cost.recomputed_flops(stack.config) for cost in costs)
+        if sizes['pipeline'] > 1:
+            recomputed += tokens * sum(cost.forward_flops() for cost in costs[: stack.before])
     return StepFlops(
         model=run.tokens_per_step * per_token.training(causal=False),
         model_causal=run.tokens_per_step * per_token.training(causal=True),
@@ -77,7 +80,8 @@ def _head_flops(run: RunConfig, placement: Placement) -> float:
         depths = model.multi_token.depths
         head *= 1 + depths
         if model.multi_token.kind == 'sequential':
-            head += row.text * 2 * depths * 2 * model.d_model**2
+            # In a pipeline all stages do them, each some of the rows.
+            head += row.text * 2 * depths * 2 * model.d_model**2 / ways_of_rows(run, placement)
     return head
 
 
@@ -147,9 +151,14 @@ def _traffic(kind: str, axes: tuple[str, ...], ways: int, payload: float, execut
 
 
 def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered."""
+    """Weights over the axes that split them and no activation: gathered forward and backward, gradients scattered.
+
+    Those of layers before a pipeline's stages are gathered for each of their forward passes, of which there are two.
+    """
     by_axes: dict[tuple[str, ...], float] = {}
-    for _, spec in named_specs(model_specs(run.model)):
+    again: dict[tuple[str, ...], float] = {}
+    before = {stack.group or 'leading' for stack in stacks_of(run.model, run.row) if stack.before}
+    for name, spec in named_specs(model_specs(run.model)):
         stored = placement.rules.place(spec.axes, spec.shape, placement.mesh)
         used = placement.rules.partition(spec.axes, placement.mesh, parameters=False)
         moved = tuple(
@@ -160,12 +169,15 @@ def _gathered_weights(run: RunConfig, placement: Placement, platform: str) -> li
         )
         if moved and (spec.role is not Role.EMBEDDING or getattr(run.model, 'tied_embeddings', True)):
             by_axes[moved] = by_axes.get(moved, 0.0) + _whole(run, placement, spec)
+            if placement.mesh.shape['pipeline'] > 1 and name.split('/')[0] in before:
+                again[moved] = again.get(moved, 0.0) + _whole(run, placement, spec)
     times = run.step.gradient_accumulation
     rows = []
     for axes, size in by_axes.items():
         ways = math.prod(placement.mesh.shape[name] for name in axes)
         layers = len(layers_of(run.model)) * times
-        rows.append(_traffic('all-gather', axes, ways, 2 * size * times, 2 * layers, True))
+        gathered = 2 * size + again.get(axes, 0.0)
+        rows.append(_traffic('all-gather', axes, ways, gathered * times, 2 * layers, True))
         rows.append(_traffic('reduce-scatter', axes, ways, size * times, layers, False))
     return rows
 
@@ -273,11 +285,13 @@ def _tokens_to_experts(run: RunConfig, placement: Placement, platform: str) -> l
 
 
 def _stages(run: RunConfig, placement: Placement, platform: str) -> list[Traffic]:
-    """Activations from stage to stage, and their gradients back."""
+    """Activations from stage to stage, an encoder's output beside them, and their gradients back."""
     stages = placement.mesh.shape['pipeline']
     if stages == 1:
         return []
-    payload = 2 * rows_per_device(run, placement) * run.row.text * run.model.d_model * _compute_bytes(run)
+    last = stacks_of(run.model, run.row)[-1]
+    tokens = rows_per_device(run, placement) * (last.tokens + last.memory)
+    payload = 2 * tokens * run.model.d_model * _compute_bytes(run)
     return [_traffic('collective-permute', ('pipeline',), stages, payload, 2 * run.step.gradient_accumulation, True)]
 
 
