@@ -89,9 +89,14 @@ def open_binary(path: str) -> IO[bytes]:
     return cast(IO[bytes], fsspec.open(path, 'rb').open())
 
 
-def unreadable(path: str, error: OSError) -> UserError:
+class UnreadableFile(UserError):
+    """A file that the system or a store does not let us read, now or ever; what is wrong with its content is none."""
+
+
+def unreadable(path: str, error: OSError) -> UnreadableFile:
     """The error for a file that the system does not let us read."""
-    return UserError(f'cannot be read ({error.strerror or error})', where=path, fix='Check that it exists and its mode')
+    what = f'cannot be read ({error.strerror or error or type(error).__name__})'
+    return UnreadableFile(what, where=path, fix='Check that it exists and its mode')
 
 
 def file_identity(path: str) -> str:
@@ -154,6 +159,10 @@ class _Decompressor(Protocol):
 _Zlib = type(zlib.decompressobj())
 
 
+class _CorruptBzip2(Exception):
+    pass
+
+
 def _new_decompressor(path: str) -> _Decompressor | None:
     if path.endswith('.gz'):
         return zlib.decompressobj(wbits=31)
@@ -168,7 +177,10 @@ def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
     """What a decompressor makes of `data`, in bounded pieces that are not empty."""
     while True:
         if isinstance(member, bz2.BZ2Decompressor):
-            output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            try:
+                output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            except OSError as error:  # bz2 has no error of its own; all others are of the file
+                raise _CorruptBzip2(error) from error
             ended = member.eof or member.needs_input
         elif isinstance(member, _Zlib):
             output = member.decompress(data, _OUTPUT_BYTES)
@@ -211,9 +223,9 @@ def _stream_compressed(path: str) -> Iterator[bytes]:
                     where=path,
                     fix='Fetch or write the file again',
                 )
-    except (zlib.error, zstandard.ZstdError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # bz2 has no errors of its own
-            raise unreadable(path, error) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (zlib.error, zstandard.ZstdError, _CorruptBzip2) as error:
         raise UserError(
             f'compressed data is corrupt after byte {read} ({written} bytes of content before it): {error}',
             where=path,

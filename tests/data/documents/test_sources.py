@@ -1,11 +1,14 @@
 """Sources of documents, whole and damaged: every record is a document, or counted with its reason."""
 
 import bz2
+import dataclasses
+import errno
 import gzip
 import json
 import re
 import tracemalloc
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,6 +16,7 @@ import zstandard
 
 from llm.data.documents.document import Document, Ignored, Quarantined
 from llm.data.documents.sources import Code, HtmlFiles, JsonLines, Parquet, PlainTexts, Synthetic, Warc, Wikipedia
+from llm.data.sources.files import unreadable
 from llm.errors import UserError
 
 
@@ -245,10 +249,28 @@ def test_generated_documents_depend_on_their_index_alone(kind):
             assert f'{name} has {count} {thing}.' in document.text
 
 
-def test_a_file_that_cannot_be_opened_stops_the_run(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "x"}')
-    (shard,) = JsonLines(files=str(tmp_path / 'a.jsonl'), name='s').shards()
-    (tmp_path / 'a.jsonl').unlink()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failing(JsonLines):
+    """Its disk fails after the first record."""
+
+    def read(self, path):
+        yield next(super().read(path))
+        raise unreadable(path, OSError(errno.EIO, 'Input/output error'))
+
+
+def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
+    """And is not taken for one with damaged content, which would be done for good."""
+    for source, suffix in ((JsonLines, 'jsonl'), (Warc, 'warc'), (Parquet, 'parquet'), (Wikipedia, 'xml.bz2')):
+        for path in (f'{tmp_path}/a.{suffix}', f'memory://{tmp_path}/a.{suffix}'):  # where errors have no number
+            with fsspec.open(path, 'wb') as file:
+                file.write(b'{"text": "x"}')
+            (shard,) = source(files=path, name='s').shards()
+            files, inner = fsspec.core.url_to_fs(path)
+            files.rm(inner)
+            with pytest.raises(UserError, match='cannot be read'):
+                list(shard.read())
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n{"text": "y"}')
+    (shard,) = Failing(files=str(tmp_path / 'a.jsonl'), name='s').shards()
     with pytest.raises(UserError, match='cannot be read'):
         list(shard.read())
     with pytest.raises(UserError, match='a kind that is not read'):

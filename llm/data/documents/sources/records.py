@@ -93,7 +93,8 @@ class Parquet(_Records):
                         number += 1
                         yield self.from_fields(path, number, _as_json(record))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            # pyarrow says of content that is damaged that it is an OSError, of no kind and without a number.
+            if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
                 raise unreadable(path, error) from error
             raise UserError(f'Parquet data is corrupt or cut short after row {number} ({error})', where=path) from error
 

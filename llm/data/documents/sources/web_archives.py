@@ -8,7 +8,7 @@ from llm.data.documents.document import Document, Ignored, Quarantined
 from llm.data.documents.sources.files import FileSource, Item
 from llm.data.documents.sources.texts import decoded
 from llm.data.documents.streams import ChunkFile
-from llm.data.sources.files import stream_bytes
+from llm.data.sources.files import UnreadableFile, stream_bytes
 from llm.errors import UserError
 
 _PAGES = ('text/html', 'application/xhtml+xml')
@@ -47,6 +47,8 @@ class Warc(FileSource):
                 identity = held[0].id if held and isinstance(held[0], (Document, Quarantined)) else None
                 reason = f'a record of false length, or none at all, near byte {start:,} ({error})'
                 yield Quarantined(f'{path}:{identity or start}', reason, identity)
+            except UnreadableFile:
+                raise
             except UserError as error:
                 yield from held
                 yield Quarantined(f'{path}:{start}', f'{error.what}; nothing behind it was read')
