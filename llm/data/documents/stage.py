@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from llm.data.documents.document import Document, Quarantined
+from llm.data.documents.document import Document, Quarantined, not_installed
 from llm.errors import UserError
 
 
@@ -62,6 +62,8 @@ class Chain:
                 outputs: list[Document | Quarantined] = list(stage(inputs))
             except UserError:
                 raise
+            except ImportError as error:
+                raise not_installed(error) from error
             except Exception:
                 outputs = [_alone(stage, document, wheres[i]) for i, document in zip(alive, inputs, strict=True)]
             for i, output in zip(alive, outputs, strict=True):

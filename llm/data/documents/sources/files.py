@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from llm.data.documents.document import Document, Ignored, Quarantined, domain_of, valid_text
+from llm.data.documents.document import Document, Ignored, Quarantined, domain_of, not_installed, valid_text
 from llm.data.sources.files import UnreadableFile, file_identity, find_files
 from llm.errors import UserError
 
@@ -134,6 +134,8 @@ class FileShard:
             raise
         except UserError as error:  # damaged data: what was read before it counts
             yield Quarantined(f'{self.path}:{number + 1}', f'{error.what}; nothing behind it was read')
+        except ImportError as error:
+            raise not_installed(error) from error
         except Exception as error:  # whatever a parser raises is the fault of what it was given
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
             yield Quarantined(f'{self.path}:{number + 1}', f'{reason}; nothing behind it was read')
