@@ -101,7 +101,9 @@ def _here(tasks: Sequence[Task], chain: Chain, directory: Path) -> Iterator[tupl
 
 
 def _digest(shard: InputShard, settings: str) -> str:
-    return hashlib.sha256(f'{shard.name}\0{shard.fingerprint()}\0{settings}'.encode()).hexdigest()
+    # Names of files need not be valid Unicode.
+    text = f'{shard.name}\0{shard.fingerprint()}\0{settings}'
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
 
 
 def _remove_others(directory: Path, count: int) -> None:

@@ -118,6 +118,13 @@ def test_what_was_done_is_done_again_only_where_it_changed(tmp_path):
     assert ids(out) == ['0-0', '0-2', 'new']
 
 
+def test_names_of_files_need_not_be_unicode(tmp_path):
+    with open(os.fsencode(tmp_path) + b'/\xff.jsonl', 'wb') as file:
+        file.write(b'{"text": "even"}\n{')
+    counts = run([JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='').counts
+    assert (counts.kept, counts.quarantined) == (1, 1)
+
+
 def test_a_full_disk_stops_it_in_one_line_and_loses_nothing(tmp_path):
     source = write_shards(tmp_path, 2, 4)
     program = (

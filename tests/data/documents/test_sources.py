@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import gzip
 import json
+import os
 import re
 import tracemalloc
 
@@ -219,12 +220,21 @@ def test_code_has_its_language_and_the_nearest_licence(tmp_path, request):
         path.write_text(content)
     (tmp_path / 'repo' / 'run').chmod(0o755)
     (tmp_path / 'repo' / 'link.py').symlink_to('a.py')
+    os.mkfifo(tmp_path / 'repo' / 'pipe.py')  # which no one writes to
     items = read(Code(files=str(tmp_path / '*'), name='c', languages=('python', 'rust', 'bash')))
     documents = [item for item in items if isinstance(item, Document)]
     assert {(d.metadata['path'], d.metadata['programming_language'], d.licence) for d in documents} == {
         ('a.py', 'python', 'Apache-2.0'), ('run', 'bash', 'Apache-2.0'), ('deep/er/a.rs', 'rust', 'Apache-2.0'),
         ('mit/b.py', 'python', 'MIT'),
     }  # fmt: skip
+    other = tmp_path / 'other' / 'repo'
+    other.mkdir(parents=True)
+    (other / 'a.py').write_text('x = 2\n')
+    both = read(Code(files=(f'{tmp_path}/repo', f'{tmp_path}/other/*'), name='c', languages=('python',)))
+    ids = [item.id for item in both if isinstance(item, Document)]
+    assert len(set(ids)) == len(ids) == 3  # a repository's name is not unique
+    with pytest.raises(UserError, match='lies within .* read twice'):
+        Code(files=f'{tmp_path}/**', name='c').shards()
     with pytest.raises(UserError, match='no directory matches'):
         Code(files=str(tmp_path / 'none*'), name='c').shards()
 
