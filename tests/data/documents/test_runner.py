@@ -114,14 +114,33 @@ def test_what_was_done_is_done_again_only_where_it_changed(tmp_path):
     assert outputs(out)['documents/000002.parquet'] == before['documents/000002.parquet']
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 0
     (tmp_path / '2.jsonl').unlink()
+    (out / 'shards' / '000002.json').unlink()  # killed before it was committed
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 2
     assert ids(out) == ['0-0', '0-2', 'new']
+
+
+def test_one_shard_alone_is_as_safe(tmp_path):
+    source = write_shards(tmp_path, 1, 4, {(0, 1): 'kill'})
+    assert run([source], CHAIN, tmp_path / 'out', settings='', processes=2).counts.quarantined == 1
+    # A script that starts itself again in every worker.
+    program = (
+        'from pathlib import Path\nfrom llm.data.documents.runner import run\n'
+        'from llm.data.documents.sources import JsonLines\nfrom llm.data.documents.stage import Chain\n'
+        f'run([JsonLines(files={source.files!r}, name="made")], Chain(()), Path({str(tmp_path / "other")!r}),\n'
+        '    settings="", processes=2)\n'
+    )
+    (tmp_path / 'program.py').write_text(program)
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, tmp_path / 'program.py']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert 'twice before it had begun' in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob('other/shards/*'))
 
 
 def test_names_of_files_need_not_be_unicode(tmp_path):
     with open(os.fsencode(tmp_path) + b'/\xff.jsonl', 'wb') as file:
         file.write(b'{"text": "even"}\n{')
-    counts = run([JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='').counts
+    counts = run([JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1).counts
     assert (counts.kept, counts.quarantined) == (1, 1)
 
 
