@@ -111,7 +111,7 @@ class _Scan:
         owners = np.repeat(nodes[some], self._bands.bands)
         self._writers['near_duplicate'].add(records(BANDED, key=keys.ravel(), node=owners))
         sets = as_sets(shingles)
-        sets.values.tofile(self._values)
+        self._values.write(sets.values.data)  # not tofile, which may not tell of a full disk
         self._offsets.append(sets.offsets[1:] + self._offsets[-1][-1])
 
     def close(self) -> None:
