@@ -11,6 +11,7 @@ import time
 import pyarrow.parquet
 import pytest
 
+from llm.data.documents import shard_processing
 from llm.data.documents.runner import run
 from llm.data.documents.sources import JsonLines
 from llm.data.documents.stage import Chain
@@ -142,6 +143,14 @@ def test_names_of_files_need_not_be_unicode(tmp_path):
         file.write(b'{"text": "even"}\n{')
     counts = run([JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1).counts
     assert (counts.kept, counts.quarantined) == (1, 1)
+
+
+def test_what_waits_to_be_written_is_bounded_with_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_processing, '_GROUP_CHARACTERS', 1000)
+    records = [json.dumps({'text': 'even', 'html': 'x' * 500}) for _ in range(8)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(records))
+    run([JsonLines(files=str(tmp_path / 'a.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1)
+    assert pyarrow.parquet.ParquetFile(tmp_path / 'documents' / '000000.parquet').num_row_groups == 4
 
 
 def test_a_full_disk_stops_it_in_one_line_and_loses_nothing(tmp_path):
