@@ -74,7 +74,8 @@ def _match_url(pattern: str) -> list[str]:
             return [pattern]
         matches = [files.unstrip_protocol(path) for path in sorted(files.glob(pattern)) if not files.isdir(path)]
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f'cannot be listed ({error})', where=pattern, fix='Check the URL and your access') from error
+        fix = 'Install the driver' if isinstance(error, ImportError) else 'Check the URL and your access'
+        raise UserError(f'cannot be listed ({error})', where=pattern, fix=fix) from error
     if not matches:
         raise UserError(f'no file matches {pattern!r}', fix='Check the URL')
     return matches

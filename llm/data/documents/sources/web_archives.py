@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.data.documents.document import Document, Ignored, Quarantined
-from llm.data.documents.sources.files import FileSource, Item
+from llm.data.documents.sources.files import PACKINGS, FileSource, Item
 from llm.data.documents.sources.texts import decoded
 from llm.data.documents.streams import ChunkFile
 from llm.data.sources.files import UnreadableFile, stream_bytes
@@ -27,7 +27,7 @@ class Warc(FileSource):
     A record whose length is false is quarantined together with what it hides, and reading goes on at the next record.
     """
 
-    suffixes = tuple(f'{kind}{packing}' for kind in ('.warc', '.wet') for packing in ('', '.gz', '.zst'))
+    suffixes = tuple(f'{kind}{packing}' for kind in ('.warc', '.wet') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
         start = 0
