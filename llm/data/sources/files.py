@@ -195,17 +195,26 @@ def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
             return
 
 
+def _read(file: IO[bytes], size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError:
+        raise
+    except Exception as error:  # drivers of stores have errors of their own, as aiohttp for a connection that is lost
+        raise OSError(f'{type(error).__name__}: {error}') from error
+
+
 def _stream_compressed(path: str) -> Iterator[bytes]:
     read = written = 0
     try:
         with open_binary(path) as file:
             if _new_decompressor(path) is None:
-                while chunk := file.read(1 << 18):
+                while chunk := _read(file, 1 << 18):
                     yield chunk
                 return
             member: _Decompressor | None = None
             empty = True
-            while data := file.read(_INPUT_BYTES[os.path.splitext(path)[1]]):
+            while data := _read(file, _INPUT_BYTES[os.path.splitext(path)[1]]):
                 empty = False
                 while data:
                     member = member or _new_decompressor(path)
