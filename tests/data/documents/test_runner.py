@@ -141,7 +141,9 @@ def test_one_shard_alone_is_as_safe(tmp_path):
 def test_names_of_files_need_not_be_unicode(tmp_path):
     with open(os.fsencode(tmp_path) + b'/\xff.jsonl', 'wb') as file:
         file.write(b'{"text": "even"}\n{')
-    counts = run([JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1).counts
+    counts = run(
+        [JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1
+    ).counts
     assert (counts.kept, counts.quarantined) == (1, 1)
 
 
