@@ -8,12 +8,12 @@ import random
 import fsspec
 import pytest
 import zstandard
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.data.sources.files import UnreadableFile, cut_stream, find_files, split_stream, stream_bytes
 from llm.errors import UserError
+from tests.data import failing_store
 
 
 def chunked(data: bytes, cuts: list[int]):
@@ -157,21 +157,8 @@ def test_a_file_that_is_gone_is_named(tmp_path):
         list(stream_bytes(str(tmp_path / 'gone.txt')))
 
 
-class FailingStore(MemoryFileSystem):
-    """Its driver loses the connection, and has an error of its own for that."""
-
-    protocol = 'failing'
-
-    def _open(self, path, mode='rb', **settings):
-        file = super()._open(path, mode, **settings)
-        if mode == 'rb':
-            read = file.read
-            file.read = lambda size=-1: read(size) if file.tell() == 0 else {}['connection']
-        return file
-
-
 def test_a_store_that_fails_on_the_way_is_no_damaged_file():
-    fsspec.register_implementation('failing', FailingStore, clobber=True)
+    failing_store.register()
     for suffix, data in (('', bytes(1 << 19)), ('.gz', gzip.compress(os.urandom(1 << 16)))):
         with fsspec.open(f'failing://a.txt{suffix}', 'wb') as file:
             file.write(data)

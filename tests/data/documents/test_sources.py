@@ -19,6 +19,8 @@ from llm.data.documents.document import Document, Ignored, Quarantined
 from llm.data.documents.sources import Code, HtmlFiles, JsonLines, Parquet, PlainTexts, Synthetic, Warc, Wikipedia
 from llm.data.sources.files import unreadable
 from llm.errors import UserError
+from tests.data import failing_store
+from tests.data.failing_store import FailingStore
 
 
 def read(source):
@@ -282,6 +284,11 @@ def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n{"text": "y"}')
     (shard,) = Failing(files=str(tmp_path / 'a.jsonl'), name='s').shards()
     with pytest.raises(UserError, match='cannot be read'):
+        list(shard.read())
+    failing_store.register()
+    pyarrow.parquet.write_table(pyarrow.table({'text': ['x'] * 9}), 'failing://a.parquet', filesystem=FailingStore())
+    (shard,) = Parquet(files='failing://a.parquet', name='s').shards()
+    with pytest.raises(UserError, match="cannot be read .KeyError: 'connection'"):
         list(shard.read())
     with pytest.raises(UserError, match='a kind that is not read'):
         JsonLines(files=__file__, name='s').shards()
