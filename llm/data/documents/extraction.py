@@ -24,7 +24,7 @@ class Extraction:
     """Text of a document's `markup`; documents without markup pass as they are.
 
     Args:
-        method: 'resiliparse' (Bevendorff et al. 2018; fast), or 'trafilatura' (Barbaresi 2021; fifty times slower,
+        method: 'resiliparse' (Bevendorff et al. 2018; fast), or 'trafilatura' (Barbaresi 2021; ten times slower,
             fewer wrong sentences).
         keep_comments: whether what readers wrote below a page is part of it.
         bullets: whether items of lists keep their bullets and numbers.
