@@ -12,6 +12,8 @@ from llm.errors import UserError
 class Stage(Protocol):
     """A pure function of documents: a frozen dataclass that gin configures and that pickles.
 
+    One that reads files, as lists or models, also has `identities()`: texts that change where their content does.
+
     Attributes:
         name: for the ledger and for messages.
         rules: the rules of which it gives every document a verdict, in order; none where it only rewrites.
@@ -47,6 +49,10 @@ class Chain:
     def rules(self) -> tuple[str, ...]:
         """Of all stages, in order."""
         return tuple(rule for stage in self.stages for rule in stage.rules)
+
+    def identities(self) -> list[str]:
+        """Change where the content of the files does that stages read."""
+        return [text for stage in self.stages for text in getattr(stage, 'identities', list)()]
 
     def __call__(self, documents: Sequence[Document], wheres: Sequence[str]) -> list[Document | Quarantined]:
         """What becomes of each document; one on which a stage fails is quarantined, and the others are not.

@@ -33,7 +33,7 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     """
     found: dict[str, str] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        for path in _match(pattern):
+        for path in _match(pattern, suffixes[0]):
             if not path.endswith(suffixes):
                 raise UserError(
                     f'{pattern!r} matches a file of a kind that is not read',
@@ -46,12 +46,12 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     return tuple(sorted(found.values()))
 
 
-def _match(pattern: str) -> list[str]:
+def _match(pattern: str, suffix: str) -> list[str]:
     if is_url(pattern):
         return _match_url(pattern)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
-        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, "*.txt")!r}')
+        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, f"*{suffix}")!r}')
     if os.path.exists(expanded):  # also for names that contain *, ? or [
         return [expanded]
     matches = sorted(path for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path))

@@ -290,5 +290,7 @@ def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
     (shard,) = Parquet(files='failing://a.parquet', name='s').shards()
     with pytest.raises(UserError, match="cannot be read .KeyError: 'connection'"):
         list(shard.read())
+    with pytest.raises(UserError, match=r'is a directory\. Give a glob: .*/\*\.jsonl'):
+        JsonLines(files=str(tmp_path), name='s').shards()
     with pytest.raises(UserError, match='a kind that is not read'):
         JsonLines(files=__file__, name='s').shards()
