@@ -80,7 +80,7 @@ class PrepareData:
                 self.sources,
                 chain,
                 directory,
-                settings=json.dumps(flatten_config(chain), sort_keys=True),
+                settings=json.dumps([flatten_config(chain), chain.identities()], sort_keys=True),
                 processes=self.processes,
                 seconds_per_batch=self.seconds_per_batch,
             )

@@ -5,13 +5,15 @@ import itertools
 import os
 import random
 
+import fsspec
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.sources.files import cut_stream, find_files, split_stream, stream_bytes
+from llm.data.sources.files import UnreadableFile, cut_stream, find_files, split_stream, stream_bytes
 from llm.errors import UserError
+from tests.data import failing_store
 
 
 def chunked(data: bytes, cuts: list[int]):
@@ -153,3 +155,14 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path_factory):
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(UserError, match=r'gone\.txt: cannot be read \(No such file'):
         list(stream_bytes(str(tmp_path / 'gone.txt')))
+
+
+def test_a_store_that_fails_on_the_way_is_no_damaged_file():
+    failing_store.register()
+    for suffix, data in (('', bytes(1 << 19)), ('.gz', gzip.compress(os.urandom(1 << 16)))):
+        with fsspec.open(f'failing://a.txt{suffix}', 'wb') as file:
+            file.write(data)
+        stream = stream_bytes(f'failing://a.txt{suffix}')
+        assert next(stream)
+        with pytest.raises(UnreadableFile, match=r"cannot be read \(KeyError: 'connection'\)"):
+            list(stream)

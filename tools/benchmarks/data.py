@@ -8,7 +8,8 @@ turns on one core; MB of UTF-8 a second of the process's own time, medians, and 
 `cold` begins with an empty table of words each round, as no long run does; `warm` has seen the documents before. Both
 judge every document by every rule; datatrove stops at the first rule that removes a document, as its pipelines do.
 
-minhash: signatures of 112 hash functions (14 bands of 8) over word 5-grams; of rensa over single words of `split()`.
+minhash: signatures of 112 hash functions (14 bands of 8) over word 5-grams; of rensa (`pip install rensa`) over single
+words of `split()`.
 """
 
 import argparse

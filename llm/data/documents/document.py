@@ -5,6 +5,8 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
+from llm.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
@@ -83,6 +85,13 @@ class Ignored:
     """A record that holds no document by its nature, as a request or an image in a web archive; counted by reason."""
 
     reason: str
+
+
+def not_installed(error: ImportError) -> UserError:
+    """The error for a package that is missing, which is the fault of no document."""
+    return UserError(
+        f'the package {error.name or error} is not installed', fix="pip install 'llm-jax[documents]' brings it."
+    )
 
 
 def domain_of(url: str | None) -> str | None:

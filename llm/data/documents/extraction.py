@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from llm.data.documents.document import Document, Verdict, valid_text
-from llm.errors import UserError
 
 # Consent banners by the class and id names of the usual managers; resiliparse knows general boilerplate.
 _CONSENT = (
@@ -25,7 +24,7 @@ class Extraction:
     """Text of a document's `markup`; documents without markup pass as they are.
 
     Args:
-        method: 'resiliparse' (Bevendorff et al. 2018; fast), or 'trafilatura' (Barbaresi 2021; fifty times slower,
+        method: 'resiliparse' (Bevendorff et al. 2018; fast), or 'trafilatura' (Barbaresi 2021; ten times slower,
             fewer wrong sentences).
         keep_comments: whether what readers wrote below a page is part of it.
         bullets: whether items of lists keep their bullets and numbers.
@@ -63,12 +62,6 @@ class Extraction:
         )
 
     def _by_trafilatura(self, markup: str) -> str:
-        try:
-            import trafilatura
-        except ImportError as error:
-            raise UserError(
-                'trafilatura is not installed',
-                where='Extraction.method',
-                fix="Install the extra [documents], or use 'resiliparse'.",
-            ) from error
+        import trafilatura
+
         return trafilatura.extract(markup, include_comments=self.keep_comments, favor_precision=True) or ''

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm.data.documents.document import Document, Verdict
+from llm.data.sources.files import file_identity
 from llm.errors import UserError
 
 RULE = 'language'
@@ -41,6 +42,10 @@ class Language:
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         thresholds = dict(self.thresholds)
         return [self._judge(document, thresholds) for document in documents]
+
+    def identities(self) -> list[str]:
+        """Change where the content of a model of one's own does."""
+        return [] if self.model == 'py3langid' else [file_identity(self.model)]
 
     def _judge(self, document: Document, thresholds: Mapping[str, float]) -> Document:
         language, confidence = _identifier(self.model)(document.text[:_JUDGED])

@@ -31,7 +31,9 @@ _MOJIBAKE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Rewrites every document's text in the same way; what it gives is left as it is by a second time.
+    """Rewrites every document's text in the same way. What it gives is left as it is by a second time.
+
+    References of HTML that were escaped twice ('&amp;lt;') are the exception: each time undoes one.
 
     Args:
         repair: text that was decoded wrongly ('schÃ¶n') is mended by ftfy (Speer 2019) where it shows signs of that.

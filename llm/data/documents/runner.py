@@ -52,7 +52,7 @@ def run(
 
     Args:
         settings: of the chain, as a text; shards that were done with others are done again.
-        processes: 0 takes one for each processor; 1 works in this process.
+        processes: 0 takes one for each processor; 1 works in this process, which a document can then crash or hang.
         seconds_per_batch: see in_processes.
 
     Raises:
@@ -66,13 +66,13 @@ def run(
     done = {task.index: counts for task in tasks if (counts := committed(directory, task)) is not None}
     resumed = len(done)
     missing = [task for task in tasks if task.index not in done]
-    wanted = min(processes or processors(), len(missing))
+    workers = min(processes or processors(), len(missing))
     total = ShardCounts()
     for counts in done.values():
         total.add(counts)
     with tqdm(total=len(tasks), initial=resumed, desc='shards', disable=None if progress else True, leave=False) as bar:
-        each = _here(missing, chain, directory) if wanted <= 1 else in_processes(
-            missing, chain, directory, wanted, seconds_per_batch
+        each = _here(missing, chain, directory) if processes == 1 else in_processes(
+            missing, chain, directory, workers, seconds_per_batch
         )  # fmt: skip
         try:
             for task, counts in each:
@@ -101,16 +101,17 @@ def _here(tasks: Sequence[Task], chain: Chain, directory: Path) -> Iterator[tupl
 
 
 def _digest(shard: InputShard, settings: str) -> str:
-    return hashlib.sha256(f'{shard.name}\0{shard.fingerprint()}\0{settings}'.encode()).hexdigest()
+    # Names of files need not be valid Unicode.
+    text = f'{shard.name}\0{shard.fingerprint()}\0{settings}'
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
 
 
 def _remove_others(directory: Path, count: int) -> None:
-    """Files of shards that an earlier run had and this one has not."""
-    for path in (directory / 'shards').glob('*.json'):
-        if path.stem.isdigit() and int(path.stem) >= count:
-            path.unlink()
-            for kind in PARTS:
-                (directory / part(int(path.stem), kind)).unlink(missing_ok=True)
+    """Files of shards that an earlier run had and this one has not, also of those that it had not committed."""
+    for kind in ('shards', *PARTS):
+        for path in (directory / kind).glob('*'):
+            if path.stem.isdigit() and int(path.stem) >= count:
+                path.unlink()
 
 
 def _check(directory: Path, summary: Summary) -> None:

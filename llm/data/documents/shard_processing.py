@@ -21,7 +21,7 @@ from llm.data.token_cache_building import write_json
 
 # What the stages are given at once: enough to be vectorised, little enough to bound memory.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 128, 4_000_000
-# What is collected before it is written, in characters of text or in rows.
+# What is collected before it is written, in characters or in rows.
 _GROUP_CHARACTERS, _GROUP_ROWS = 32_000_000, 10_000
 EXCERPT = 400
 
@@ -255,7 +255,8 @@ class _Writer:
         if document.removed_by is None:
             metadata = json.dumps(dict(document.metadata), ensure_ascii=True, default=str)
             self._rows['documents'].append({'text': document.text, **common, 'metadata': metadata})
-            self._waiting += len(document.text)
+            self._waiting += len(document.text) + len(metadata)
+        self._waiting += len(document.id) + len(document.url or '')
         if self._waiting >= _GROUP_CHARACTERS or len(self._rows['ledger']) >= _GROUP_ROWS:
             self._flush()
 

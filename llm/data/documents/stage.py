@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from llm.data.documents.document import Document, Quarantined
+from llm.data.documents.document import Document, Quarantined, not_installed
 from llm.errors import UserError
 
 
 @runtime_checkable  # so that a config's field can be annotated with it
 class Stage(Protocol):
     """A pure function of documents: a frozen dataclass that gin configures and that pickles.
+
+    One that reads files, as lists or models, also has `identities()`: texts that change where their content does.
 
     Attributes:
         name: for the ledger and for messages.
@@ -48,6 +50,10 @@ class Chain:
         """Of all stages, in order."""
         return tuple(rule for stage in self.stages for rule in stage.rules)
 
+    def identities(self) -> list[str]:
+        """Change where the content of the files does that stages read."""
+        return [text for stage in self.stages for text in getattr(stage, 'identities', list)()]
+
     def __call__(self, documents: Sequence[Document], wheres: Sequence[str]) -> list[Document | Quarantined]:
         """What becomes of each document; one on which a stage fails is quarantined, and the others are not.
 
@@ -62,6 +68,8 @@ class Chain:
                 outputs: list[Document | Quarantined] = list(stage(inputs))
             except UserError:
                 raise
+            except ImportError as error:
+                raise not_installed(error) from error
             except Exception:
                 outputs = [_alone(stage, document, wheres[i]) for i, document in zip(alive, inputs, strict=True)]
             for i, output in zip(alive, outputs, strict=True):

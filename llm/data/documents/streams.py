@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any
 
 
 def bounded_lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes | int]:
@@ -67,11 +66,6 @@ class ChunkFile(io.RawIOBase):
             self._used += len(data)
         self.position += len(data)
         return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
     def tell(self) -> int:
         return self.position

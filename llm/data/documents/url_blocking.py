@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from llm.data.documents.document import Document, Verdict, domain_of
-from llm.data.sources.files import find_files, stream_bytes
+from llm.data.sources.files import file_identity, find_files, stream_bytes
 from llm.errors import UserError
 
 _LIST, _WORDS = 'url/list', 'url/words'
@@ -44,6 +44,10 @@ class UrlBlocking:
             )
             for document in documents
         ]
+
+    def identities(self) -> list[str]:
+        """Change where the content of the lists does."""
+        return [file_identity(path) for path in find_files(self.lists, _SUFFIXES)] if self.lists else []
 
     def _words_of(self, url: str) -> Verdict:
         parts = re.split(r'[^a-z0-9]+', url.lower())

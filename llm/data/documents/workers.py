@@ -4,6 +4,7 @@ Each worker tells in shared memory which records it is at. When it dies there, i
 by one; the record at which a worker has then died twice is quarantined. A hanging worker is killed.
 """
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -25,6 +26,8 @@ from llm.errors import UserError
 # How often a death while a record was read, or judged alone, is taken for chance.
 _CHANCES = 2
 _POLL_SECONDS = 0.5
+# In place of the first record, before a worker has come to its task.
+_NOT_BEGUN = -1.0
 
 
 @dataclasses.dataclass
@@ -59,14 +62,15 @@ def in_processes(
             for worker in workers:
                 if worker.task is None and waiting:
                     worker.task = waiting.popleft()
-                    worker.position[:] = 0.0, 0.0, math.inf  # the clock starts when the worker does
-                    worker.connection.send(worker.task)
+                    worker.position[:] = _NOT_BEGUN, 0.0, math.inf  # the clock starts when the worker does
+                    with contextlib.suppress(ConnectionError):  # it is dead, as is found below
+                        worker.connection.send(worker.task)
             wait([x for worker in workers for x in (worker.connection, worker.process.sentinel)], _POLL_SECONDS)
             for worker in list(workers):
                 if worker.connection.poll():
                     try:
                         outcome = worker.connection.recv()
-                    except EOFError:
+                    except (EOFError, ConnectionError):  # it is dead, perhaps before it has read its task
                         outcome = None
                     if isinstance(outcome, Exception):
                         raise outcome
@@ -114,6 +118,11 @@ def _again(
     deaths[key] += 1
     if by_chance and deaths[key] < _CHANCES:
         return task
+    if first < 0:
+        raise UserError(
+            f'a worker {reason} twice before it had begun to read',
+            fix='What it said is above. A script of your own needs `if __name__ == "__main__":` around the call.',
+        )
     if count == 1:
         return dataclasses.replace(task, poison={**task.poison, first: reason})
     return dataclasses.replace(task, unreadable=(first, f'reading it {reason}; nothing behind it was read'))
@@ -125,7 +134,7 @@ def _set(position: Any, first: int, count: int) -> None:
 
 def _start(context: Any, chain: Chain, directory: Path) -> _Worker:
     ours, theirs = context.Pipe()
-    position = context.Array('d', [0.0, 0.0, math.inf], lock=False)
+    position = context.Array('d', [_NOT_BEGUN, 0.0, math.inf], lock=False)
     process = context.Process(target=_work, args=(theirs, chain, directory, position), daemon=True)
     process.start()
     theirs.close()

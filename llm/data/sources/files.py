@@ -33,7 +33,7 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     """
     found: dict[str, str] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        for path in _match(pattern):
+        for path in _match(pattern, suffixes[0]):
             if not path.endswith(suffixes):
                 raise UserError(
                     f'{pattern!r} matches a file of a kind that is not read',
@@ -46,12 +46,12 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     return tuple(sorted(found.values()))
 
 
-def _match(pattern: str) -> list[str]:
+def _match(pattern: str, suffix: str) -> list[str]:
     if is_url(pattern):
         return _match_url(pattern)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
-        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, "*.txt")!r}')
+        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, f"*{suffix}")!r}')
     if os.path.exists(expanded):  # also for names that contain *, ? or [
         return [expanded]
     matches = sorted(path for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path))
@@ -74,7 +74,8 @@ def _match_url(pattern: str) -> list[str]:
             return [pattern]
         matches = [files.unstrip_protocol(path) for path in sorted(files.glob(pattern)) if not files.isdir(path)]
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f'cannot be listed ({error})', where=pattern, fix='Check the URL and your access') from error
+        fix = 'Install the driver' if isinstance(error, ImportError) else 'Check the URL and your access'
+        raise UserError(f'cannot be listed ({error})', where=pattern, fix=fix) from error
     if not matches:
         raise UserError(f'no file matches {pattern!r}', fix='Check the URL')
     return matches
@@ -89,9 +90,14 @@ def open_binary(path: str) -> IO[bytes]:
     return cast(IO[bytes], fsspec.open(path, 'rb').open())
 
 
-def unreadable(path: str, error: OSError) -> UserError:
+class UnreadableFile(UserError):
+    """A file that the system or a store does not let us read, now or ever; what is wrong with its content is none."""
+
+
+def unreadable(path: str, error: OSError) -> UnreadableFile:
     """The error for a file that the system does not let us read."""
-    return UserError(f'cannot be read ({error.strerror or error})', where=path, fix='Check that it exists and its mode')
+    what = f'cannot be read ({error.strerror or error or type(error).__name__})'
+    return UnreadableFile(what, where=path, fix='Check that it exists and its mode')
 
 
 def file_identity(path: str) -> str:
@@ -154,6 +160,10 @@ class _Decompressor(Protocol):
 _Zlib = type(zlib.decompressobj())
 
 
+class _CorruptBzip2(Exception):
+    pass
+
+
 def _new_decompressor(path: str) -> _Decompressor | None:
     if path.endswith('.gz'):
         return zlib.decompressobj(wbits=31)
@@ -168,7 +178,10 @@ def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
     """What a decompressor makes of `data`, in bounded pieces that are not empty."""
     while True:
         if isinstance(member, bz2.BZ2Decompressor):
-            output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            try:
+                output, data = member.decompress(data, _OUTPUT_BYTES), b''
+            except OSError as error:  # bz2 has no error of its own; all others are of the file
+                raise _CorruptBzip2(error) from error
             ended = member.eof or member.needs_input
         elif isinstance(member, _Zlib):
             output = member.decompress(data, _OUTPUT_BYTES)
@@ -182,17 +195,26 @@ def _outputs(member: Any, data: bytes) -> Iterator[bytes]:
             return
 
 
+def _read(file: IO[bytes], size: int) -> bytes:
+    try:
+        return file.read(size)
+    except OSError:
+        raise
+    except Exception as error:  # drivers of stores have errors of their own, as aiohttp for a connection that is lost
+        raise OSError(f'{type(error).__name__}: {error}') from error
+
+
 def _stream_compressed(path: str) -> Iterator[bytes]:
     read = written = 0
     try:
         with open_binary(path) as file:
             if _new_decompressor(path) is None:
-                while chunk := file.read(1 << 18):
+                while chunk := _read(file, 1 << 18):
                     yield chunk
                 return
             member: _Decompressor | None = None
             empty = True
-            while data := file.read(_INPUT_BYTES[os.path.splitext(path)[1]]):
+            while data := _read(file, _INPUT_BYTES[os.path.splitext(path)[1]]):
                 empty = False
                 while data:
                     member = member or _new_decompressor(path)
@@ -211,9 +233,9 @@ def _stream_compressed(path: str) -> Iterator[bytes]:
                     where=path,
                     fix='Fetch or write the file again',
                 )
-    except (zlib.error, zstandard.ZstdError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # bz2 has no errors of its own
-            raise unreadable(path, error) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (zlib.error, zstandard.ZstdError, _CorruptBzip2) as error:
         raise UserError(
             f'compressed data is corrupt after byte {read} ({written} bytes of content before it): {error}',
             where=path,

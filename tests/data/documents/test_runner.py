@@ -11,6 +11,7 @@ import time
 import pyarrow.parquet
 import pytest
 
+from llm.data.documents import shard_processing
 from llm.data.documents.runner import run
 from llm.data.documents.sources import JsonLines
 from llm.data.documents.stage import Chain
@@ -114,8 +115,44 @@ def test_what_was_done_is_done_again_only_where_it_changed(tmp_path):
     assert outputs(out)['documents/000002.parquet'] == before['documents/000002.parquet']
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 0
     (tmp_path / '2.jsonl').unlink()
+    (out / 'shards' / '000002.json').unlink()  # killed before it was committed
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 2
     assert ids(out) == ['0-0', '0-2', 'new']
+
+
+def test_one_shard_alone_is_as_safe(tmp_path):
+    source = write_shards(tmp_path, 1, 4, {(0, 1): 'kill'})
+    assert run([source], CHAIN, tmp_path / 'out', settings='', processes=2).counts.quarantined == 1
+    # A script that starts itself again in every worker.
+    program = (
+        'from pathlib import Path\nfrom llm.data.documents.runner import run\n'
+        'from llm.data.documents.sources import JsonLines\nfrom llm.data.documents.stage import Chain\n'
+        f'run([JsonLines(files={source.files!r}, name="made")], Chain(()), Path({str(tmp_path / "other")!r}),\n'
+        '    settings="", processes=2)\n'
+    )
+    (tmp_path / 'program.py').write_text(program)
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, tmp_path / 'program.py']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert 'twice before it had begun' in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob('other/shards/*'))
+
+
+def test_names_of_files_need_not_be_unicode(tmp_path):
+    with open(os.fsencode(tmp_path) + b'/\xff.jsonl', 'wb') as file:
+        file.write(b'{"text": "even"}\n{')
+    counts = run(
+        [JsonLines(files=str(tmp_path / '*.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1
+    ).counts
+    assert (counts.kept, counts.quarantined) == (1, 1)
+
+
+def test_what_waits_to_be_written_is_bounded_with_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_processing, '_GROUP_CHARACTERS', 1000)
+    records = [json.dumps({'text': 'even', 'html': 'x' * 500}) for _ in range(8)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(records))
+    run([JsonLines(files=str(tmp_path / 'a.jsonl'), name='made')], CHAIN, tmp_path, settings='', processes=1)
+    assert pyarrow.parquet.ParquetFile(tmp_path / 'documents' / '000000.parquet').num_row_groups == 4
 
 
 def test_a_full_disk_stops_it_in_one_line_and_loses_nothing(tmp_path):

@@ -1,11 +1,15 @@
 """Sources of documents, whole and damaged: every record is a document, or counted with its reason."""
 
 import bz2
+import dataclasses
+import errno
 import gzip
 import json
+import os
 import re
 import tracemalloc
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,7 +17,10 @@ import zstandard
 
 from llm.data.documents.document import Document, Ignored, Quarantined
 from llm.data.documents.sources import Code, HtmlFiles, JsonLines, Parquet, PlainTexts, Synthetic, Warc, Wikipedia
+from llm.data.sources.files import unreadable
 from llm.errors import UserError
+from tests.data import failing_store
+from tests.data.failing_store import FailingStore
 
 
 def read(source):
@@ -215,12 +222,21 @@ def test_code_has_its_language_and_the_nearest_licence(tmp_path, request):
         path.write_text(content)
     (tmp_path / 'repo' / 'run').chmod(0o755)
     (tmp_path / 'repo' / 'link.py').symlink_to('a.py')
+    os.mkfifo(tmp_path / 'repo' / 'pipe.py')  # which no one writes to
     items = read(Code(files=str(tmp_path / '*'), name='c', languages=('python', 'rust', 'bash')))
     documents = [item for item in items if isinstance(item, Document)]
     assert {(d.metadata['path'], d.metadata['programming_language'], d.licence) for d in documents} == {
         ('a.py', 'python', 'Apache-2.0'), ('run', 'bash', 'Apache-2.0'), ('deep/er/a.rs', 'rust', 'Apache-2.0'),
         ('mit/b.py', 'python', 'MIT'),
     }  # fmt: skip
+    other = tmp_path / 'other' / 'repo'
+    other.mkdir(parents=True)
+    (other / 'a.py').write_text('x = 2\n')
+    both = read(Code(files=(f'{tmp_path}/repo', f'{tmp_path}/other/*'), name='c', languages=('python',)))
+    ids = [item.id for item in both if isinstance(item, Document)]
+    assert len(set(ids)) == len(ids) == 3  # a repository's name is not unique
+    with pytest.raises(UserError, match='lies within .* read twice'):
+        Code(files=f'{tmp_path}/**', name='c').shards()
     with pytest.raises(UserError, match='no directory matches'):
         Code(files=str(tmp_path / 'none*'), name='c').shards()
 
@@ -245,11 +261,36 @@ def test_generated_documents_depend_on_their_index_alone(kind):
             assert f'{name} has {count} {thing}.' in document.text
 
 
-def test_a_file_that_cannot_be_opened_stops_the_run(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "x"}')
-    (shard,) = JsonLines(files=str(tmp_path / 'a.jsonl'), name='s').shards()
-    (tmp_path / 'a.jsonl').unlink()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failing(JsonLines):
+    """Its disk fails after the first record."""
+
+    def read(self, path):
+        yield next(super().read(path))
+        raise unreadable(path, OSError(errno.EIO, 'Input/output error'))
+
+
+def test_a_file_that_cannot_be_read_stops_the_run(tmp_path):
+    """And is not taken for one with damaged content, which would be done for good."""
+    for source, suffix in ((JsonLines, 'jsonl'), (Warc, 'warc'), (Parquet, 'parquet'), (Wikipedia, 'xml.bz2')):
+        for path in (f'{tmp_path}/a.{suffix}', f'memory://{tmp_path}/a.{suffix}'):  # where errors have no number
+            with fsspec.open(path, 'wb') as file:
+                file.write(b'{"text": "x"}')
+            (shard,) = source(files=path, name='s').shards()
+            files, inner = fsspec.core.url_to_fs(path)
+            files.rm(inner)
+            with pytest.raises(UserError, match='cannot be read'):
+                list(shard.read())
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n{"text": "y"}')
+    (shard,) = Failing(files=str(tmp_path / 'a.jsonl'), name='s').shards()
     with pytest.raises(UserError, match='cannot be read'):
         list(shard.read())
+    failing_store.register()
+    pyarrow.parquet.write_table(pyarrow.table({'text': ['x'] * 9}), 'failing://a.parquet', filesystem=FailingStore())
+    (shard,) = Parquet(files='failing://a.parquet', name='s').shards()
+    with pytest.raises(UserError, match="cannot be read .KeyError: 'connection'"):
+        list(shard.read())
+    with pytest.raises(UserError, match=r'is a directory\. Give a glob: .*/\*\.jsonl'):
+        JsonLines(files=str(tmp_path), name='s').shards()
     with pytest.raises(UserError, match='a kind that is not read'):
         JsonLines(files=__file__, name='s').shards()

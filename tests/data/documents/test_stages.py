@@ -4,6 +4,7 @@ import collections
 import gzip
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from llm.data.documents.document import Document, Quarantined, Verdict
 from llm.data.documents.extraction import Extraction
 from llm.data.documents.language import Language
 from llm.data.documents.normalization import Normalization
+from llm.data.documents.sources import Wikipedia
 from llm.data.documents.stage import Chain
 from llm.errors import UserError
 
@@ -119,3 +121,14 @@ def test_one_bad_document_of_a_batch_is_quarantined_alone():
     assert (second.where, second.id, second.stage, second.reason[:14]) == (
         'f:2', 'b', 'normalization', 'AttributeError',
     )  # fmt: skip
+
+
+def test_a_missing_package_stops_the_run_and_is_no_fault_of_documents(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'ftfy', None)
+    with pytest.raises(UserError, match=r'ftfy is not installed.*llm-jax\[documents\]'):
+        Chain((Normalization(),))([Document('a', 'schÃ¶n', 's')], ['a'])
+    monkeypatch.setitem(sys.modules, 'mwparserfromhell', None)
+    (tmp_path / 'a.xml').write_text('<mediawiki><page><title>T</title><text>t</text></page></mediawiki>')
+    (shard,) = Wikipedia(files=str(tmp_path / 'a.xml'), name='w').shards()
+    with pytest.raises(UserError, match='mwparserfromhell is not installed'):
+        list(shard.read())

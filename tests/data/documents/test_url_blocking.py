@@ -5,7 +5,10 @@ import gzip
 import pytest
 
 from llm.data.documents.document import Document
+from llm.data.documents.language import Language
+from llm.data.documents.stage import Chain
 from llm.data.documents.url_blocking import UrlBlocking
+from llm.errors import UserError
 
 
 def removed(stage, *urls):
@@ -19,6 +22,16 @@ def lists(tmp_path):
         '# bad ones\nspam.example\n0.0.0.0 www.ads.example # hosts\nsite.example/bad\n'
     )
     return (str(tmp_path / 'domains.txt'),)
+
+
+def test_another_list_is_another_stage(lists):
+    chain = Chain((UrlBlocking(lists), Language()))
+    before = chain.identities()
+    with open(lists[0], 'a') as file:
+        file.write('more.example\n')
+    assert len(before) == 1 and chain.identities() != before
+    with pytest.raises(UserError, match='nowhere.bin: cannot be read'):
+        Language(model='nowhere.bin').identities()
 
 
 @pytest.mark.parametrize(

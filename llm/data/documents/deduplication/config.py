@@ -19,7 +19,7 @@ class Deduplication:
         sources: preferred ones first; of equal documents, the one from the first of these stays.
         prefer: then which stays: 'longest', 'shortest', 'oldest' or 'newest', in turn; the smallest id breaks ties.
         ids: whether an id may come up once only.
-        urls: whether a URL may, normalised.
+        urls: whether a URL may, normalised; what names no host is none.
         documents: 'words' lets each sequence of normalised words come up once, 'text' each text; None any.
         near: near duplicates; None leaves them.
         repeats: lines, paragraphs and passages.

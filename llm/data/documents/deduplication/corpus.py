@@ -103,7 +103,7 @@ def merge_shards(paths: Sequence[Path], directory: Path, count: int, base: int, 
         groups = [paths[i : i + _FAN_IN] for i in range(0, len(paths), _FAN_IN)]
         paths = []
         for i, group in enumerate(groups):
-            paths.append(directory / f'order/merged-{level}-{i}.arrow')
+            paths.append(directory / f'work/order/merged-{level}-{i}.arrow')
             _write_sorted(paths[-1], heapq.merge(*map(_read_sorted, group)), rules + 1)
     schema = pyarrow.schema([('id', pyarrow.large_string())])
     position_of = np.zeros(count, np.int64)

@@ -184,7 +184,12 @@ class Items:
     """All items of all sets, ready to be found in documents."""
 
     def __init__(self, config: Decontamination):
-        items = [item for some in config.sets for item in some.items()]
+        items: list[tuple[str, str]] = []
+        for some in config.sets:
+            before = len(items)
+            items += some.items()
+            if len(items) == before:
+                raise UserError('an evaluation set has no items', where=str(some.files))
         self.names = [name for name, _ in items]
         self._words = words_of([text for _, text in items])
         self._rules = config.rules

@@ -18,7 +18,7 @@ _UNRESERVED = frozenset('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 
 
 def normalized_url(url: str) -> str:
-    """One URL for those that show the same page almost surely.
+    """One URL for those that show the same page almost surely; empty for what names no host, as 'n/a' and '#top'.
 
     Scheme, `www.`, default port, user, fragment, parameters of tracking and a slash at the end are left out; the host
     is in lower case, escapes are unified, and parameters are sorted.
@@ -30,6 +30,8 @@ def normalized_url(url: str) -> str:
         query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:  # as of an unclosed IPv6 address
         return url.strip()
+    if not host:
+        return ''
     if port == _DEFAULT_PORTS.get(parts.scheme):
         port = ''
     path = _ESCAPE.sub(_unified, urllib.parse.quote(parts.path, safe="/%!$&'()*+,;=:@")).rstrip('/')

@@ -76,8 +76,9 @@ class _Scan:
         if self._config.ids:
             self._digests('id', [identity.encode() for identity in ids], nodes)
         if self._config.urls:
-            known = [i for i, url in enumerate(urls) if url]
-            self._digests('url', [normalized_url(urls[i] or '').encode() for i in known], nodes[known])
+            normalized = [normalized_url(url or '') for url in urls]
+            known = [i for i, url in enumerate(normalized) if url]
+            self._digests('url', [normalized[i].encode() for i in known], nodes[known])
 
     def texts(self, texts: Sequence[str], nodes: np.ndarray) -> None:
         """All that is made of texts."""
@@ -111,7 +112,7 @@ class _Scan:
         owners = np.repeat(nodes[some], self._bands.bands)
         self._writers['near_duplicate'].add(records(BANDED, key=keys.ravel(), node=owners))
         sets = as_sets(shingles)
-        sets.values.tofile(self._values)
+        self._values.write(sets.values.data)  # not tofile, which may not tell of a full disk
         self._offsets.append(sets.offsets[1:] + self._offsets[-1][-1])
 
     def close(self) -> None:

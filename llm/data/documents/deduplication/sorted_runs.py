@@ -69,7 +69,9 @@ def write_array(path: Path, array: np.ndarray) -> None:
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as file:
-            np.save(file, array)
+            # Not by np.save: its stream of its own ends in silence where the last bytes find no space.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

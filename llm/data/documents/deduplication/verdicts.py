@@ -14,8 +14,6 @@ from llm.data.documents.deduplication.corpus import batch_rows
 from llm.data.documents.deduplication.repeats import Repeats, Span, spans_of, united, without
 from llm.data.documents.deduplication.words import word_spans
 
-CONTAMINATION = 'contamination'
-
 
 @dataclasses.dataclass
 class FinalCounts:

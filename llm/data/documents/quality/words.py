@@ -11,8 +11,8 @@ import numpy as np
 from llm.data.documents.quality.english_words import split_words
 from llm.data.documents.quality.punctuation import PUNCTUATION, SENTENCE_ENDS, is_punctuation
 
-# Pieces that a table holds: about 300 bytes each.
-_MOST_PIECES = 400_000
+# Pieces that a table holds, about 300 bytes each, and characters of them: a piece may be a whole file in base 64.
+_MOST_PIECES, _MOST_CHARACTERS = 400_000, 40_000_000
 # What a word is to the end of a sentence.
 ORDINARY, PUNCTUATED, ENDING = 0, 1, 2
 
@@ -44,12 +44,13 @@ class WordTable(dict[str, int]):
     Attributes:
         words: word -> its number. of_piece: numbers of the words of all pieces, piece after piece.
         first, count: for each piece, where its words begin in `of_piece`, and how many they are.
-        characters: of each piece.
+        characters: of each piece; size: their sum.
         word_characters, has_letter, has_symbols_only, kind: of each word; `kind` is ORDINARY, PUNCTUATED or ENDING.
     """
 
     def __init__(self) -> None:
         self.words: dict[str, int] = {}
+        self.size = 0
         self._of_piece, self._first, self._count, self._characters = (_Column(np.int32) for _ in range(4))
         self._word_characters, self._has_letter = _Column(np.int32), _Column(np.bool_)
         self._symbols_only, self._kind = _Column(np.bool_), _Column(np.int8)
@@ -82,7 +83,9 @@ class WordTable(dict[str, int]):
         counts = np.fromiter(map(len, split), np.int32, len(split))
         self._first.extend((np.cumsum(counts) - counts + len(self._of_piece.array)).tolist())
         self._count.extend(counts.tolist())
-        self._characters.extend(list(map(len, pieces)))
+        lengths = list(map(len, pieces))
+        self._characters.extend(lengths)
+        self.size += sum(lengths)
         self._of_piece.extend(list(map(self.words.__getitem__, flat)))
         self.update(zip(pieces, range(len(self), len(self) + len(pieces)), strict=True))
 
@@ -101,7 +104,7 @@ _table = WordTable()
 
 def word_table() -> WordTable:
     """The table of this process; a new one when it has become too large."""
-    if len(_table) > _MOST_PIECES:
+    if len(_table) > _MOST_PIECES or _table.size > _MOST_CHARACTERS:
         empty_table()
     return _table
 

@@ -3,14 +3,16 @@
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 
 from llm.data.documents.document import Ignored, Quarantined, valid_text
-from llm.data.documents.sources.files import FileSource, InputShard, Item
+from llm.data.documents.sources.files import FileShard, FileSource, InputShard, Item
 from llm.data.documents.sources.texts import decoded
+from llm.data.sources.files import unreadable
 from llm.errors import UserError
 
 _SKIPPED = ('.git', '.hg', '.svn', 'node_modules', '__pycache__', '.venv', 'vendor', 'third_party', 'site-packages')
@@ -44,13 +46,23 @@ class Code(FileSource):
         directories = [path.rstrip('/') for path in found if os.path.isdir(path)]
         if not directories:
             raise UserError(f'no directory matches {self.files!r}', where=self.name, fix='Give a glob of directories.')
-        return [CodeShard(path, self) for path in directories]
+        real = {os.path.realpath(path): path for path in directories}
+        for outer, inner in itertools.pairwise(sorted(real, key=lambda path: path.split('/'))):
+            if inner.startswith(f'{outer}/'):
+                what = f'lies within {real[outer]!r}, which is given, too: its files would be read twice'
+                raise UserError(what, where=real[inner], fix='Narrow the glob.')
+        return [CodeShard(path, self) for path in sorted(real.values())]
 
     def paths(self, directory: str) -> Iterator[str]:
-        """Files below a directory in a fixed order, without links."""
-        for folder, names, files in os.walk(directory):
+        """Regular files below a directory in a fixed order: no links, and no pipes, at which reading would wait.
+
+        Raises UserError for a directory that cannot be listed: what is in it would be left out in silence.
+        """
+        for folder, names, files in os.walk(directory, onerror=_refuse):
             names[:] = sorted(name for name in names if name not in self.skipped)
-            yield from (path for name in sorted(files) if not os.path.islink(path := os.path.join(folder, name)))
+            for path in (os.path.join(folder, name) for name in sorted(files)):
+                if os.path.isfile(path) and not os.path.islink(path):
+                    yield path
 
     def read(self, path: str) -> Iterator[Item]:
         from identify import identify
@@ -72,14 +84,13 @@ class Code(FileSource):
                     continue
                 with open(file, 'rb') as opened:
                     data = opened.read()
+                marked = _SPDX.search(data[:4096])
+                licence = marked[1].decode() if marked else _licence_above(os.path.dirname(file), path, licences)
             except (OSError, ValueError) as error:
                 yield Quarantined(file, f'cannot be read ({error})')
                 continue
-            marked = _SPDX.search(data[:4096])
-            licence = marked[1].decode() if marked else _licence_above(os.path.dirname(file), path, licences)
             name = os.path.relpath(file, path)
             fields = {
-                'id': f'{self.name}:{os.path.basename(path)}/{name}',
                 'text': decoded(data),
                 'licence': licence,
                 'metadata': {'path': valid_text(name)[0], 'programming_language': languages[0] if languages else None},
@@ -88,25 +99,25 @@ class Code(FileSource):
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeShard:
+class CodeShard(FileShard):
     """One source tree."""
 
-    path: str
     source: Code
-
-    @property
-    def name(self) -> str:
-        return f'{self.source.name}:{self.path}'
 
     def fingerprint(self) -> str:
         """Of names, sizes and times of all files, and of the settings."""
-        listing = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in self.source.paths(self.path)]
+        try:
+            listing = [
+                (path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in self.source.paths(self.path)
+            ]
+        except OSError as error:  # gone since it was listed
+            raise unreadable(self.path, error) from error
         settings = {field.name: getattr(self.source, field.name) for field in dataclasses.fields(self.source)}
-        return hashlib.sha256(json.dumps([listing, settings], sort_keys=True).encode('utf-8', 'replace')).hexdigest()
+        return hashlib.sha256(json.dumps([listing, settings], sort_keys=True).encode()).hexdigest()
 
-    def read(self) -> Iterator[Item]:
-        """The files of the tree."""
-        return self.source.read(self.path)
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(str(error.filename), error) from error
 
 
 def _licence_above(directory: str, root: str, known: dict[str, str | None]) -> str | None:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from llm.data.documents.document import Document, Ignored, Quarantined, domain_of, valid_text
-from llm.data.sources.files import file_identity, find_files
+from llm.data.documents.document import Document, Ignored, Quarantined, domain_of, not_installed, valid_text
+from llm.data.sources.files import UnreadableFile, file_identity, find_files
 from llm.errors import UserError
 
 # Suffixes of what is decompressed while it is read.
@@ -35,7 +35,7 @@ class InputShard(Protocol):
         """Its records in a fixed order, the same ones every time. Damaged data gives `Quarantined` and never raises.
 
         Raises:
-            UserError: the file cannot be opened.
+            UserError: the file cannot be opened or read to its end.
         """
         ...
 
@@ -130,10 +130,12 @@ class FileShard:
                         continue
                     seen.add(key)
                 yield item
+        except UnreadableFile:  # a disk or a net that fails says nothing of the data
+            raise
         except UserError as error:  # damaged data: what was read before it counts
-            if number == 0 and isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                raise
             yield Quarantined(f'{self.path}:{number + 1}', f'{error.what}; nothing behind it was read')
+        except ImportError as error:
+            raise not_installed(error) from error
         except Exception as error:  # whatever a parser raises is the fault of what it was given
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
             yield Quarantined(f'{self.path}:{number + 1}', f'{reason}; nothing behind it was read')

@@ -8,7 +8,7 @@ from typing import Any
 from llm.data.documents.document import Quarantined
 from llm.data.documents.sources.files import PACKINGS, FileSource, Item
 from llm.data.documents.streams import bounded_lines
-from llm.data.sources.files import stream_bytes, unreadable
+from llm.data.sources.files import is_url, stream_bytes, unreadable
 from llm.errors import UserError
 
 _FIELDS = ('id', 'url', 'date', 'licence')
@@ -93,9 +93,15 @@ class Parquet(_Records):
                         number += 1
                         yield self.from_fields(path, number, _as_json(record))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            # pyarrow says of content that is damaged that it is an OSError, of no kind and without a number.
+            if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
                 raise unreadable(path, error) from error
             raise UserError(f'Parquet data is corrupt or cut short after row {number} ({error})', where=path) from error
+        except Exception as error:
+            if not is_url(path):
+                raise
+            # Of the store's driver, which has errors of its own.
+            raise unreadable(path, OSError(f'{type(error).__name__}: {error}')) from error
 
 
 def _as_json(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm.data.documents.document import Document, Ignored, Quarantined
-from llm.data.documents.sources.files import FileSource, Item
+from llm.data.documents.sources.files import PACKINGS, FileSource, Item
 from llm.data.documents.sources.texts import decoded
 from llm.data.documents.streams import ChunkFile
-from llm.data.sources.files import stream_bytes
+from llm.data.sources.files import UnreadableFile, stream_bytes
 from llm.errors import UserError
 
 _PAGES = ('text/html', 'application/xhtml+xml')
@@ -27,7 +27,7 @@ class Warc(FileSource):
     A record whose length is false is quarantined together with what it hides, and reading goes on at the next record.
     """
 
-    suffixes = tuple(f'{kind}{packing}' for kind in ('.warc', '.wet') for packing in ('', '.gz', '.zst'))
+    suffixes = tuple(f'{kind}{packing}' for kind in ('.warc', '.wet') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
         start = 0
@@ -47,6 +47,8 @@ class Warc(FileSource):
                 identity = held[0].id if held and isinstance(held[0], (Document, Quarantined)) else None
                 reason = f'a record of false length, or none at all, near byte {start:,} ({error})'
                 yield Quarantined(f'{path}:{identity or start}', reason, identity)
+            except UnreadableFile:
+                raise
             except UserError as error:
                 yield from held
                 yield Quarantined(f'{path}:{start}', f'{error.what}; nothing behind it was read')

@@ -68,6 +68,8 @@ class Wikipedia(FileSource):
             return Quarantined(where, f'{size:,} bytes, more than max_document_bytes')
         try:
             text = plain_text(wikitext, self.skipped_sections)
+        except ImportError:
+            raise
         except Exception as error:  # of the parser, on what it was not made for
             return Quarantined(where, f'wikitext cannot be parsed ({type(error).__name__}: {error})')
         url = f'{base}/{urllib.parse.quote(title.replace(" ", "_"))}' if base else None

@@ -40,6 +40,7 @@ def test_documents_are_numbered_in_order_of_preference_and_id_however_many_shard
     for path, first, file in zip(paths, firsts, files, strict=False):
         sort_shard(path, first, file, ('longest',), ())
     merge_shards(files, tmp_path, len(documents), base=100, rules=1)
+    assert not (tmp_path / 'order').exists()  # what is merged on the way lies in work/, which goes at the end
     (tmp_path / 'index.json').write_text('{"rows": %s, "base": 100, "earlier": []}' % [len(shard) for shard in shards])
     index = corpus.Index(tmp_path, 100)
     expected = sorted(documents, key=lambda document: (-len(document['text']), document['id']))

@@ -40,6 +40,9 @@ def test_items_are_strings_of_fields(sets, tmp_path):
     (tmp_path / 'bad.jsonl').write_text('[1]\n')
     with pytest.raises(UserError, match='bad.jsonl:1'):
         list(EvaluationSet(str(tmp_path / 'bad.jsonl')).items())
+    (tmp_path / 'bad.jsonl').write_text('')
+    with pytest.raises(UserError, match=r'bad.jsonl: an evaluation set has no items'):
+        Items(Decontamination((*sets, EvaluationSet(str(tmp_path / 'bad.jsonl')))))
 
 
 def test_common_ngrams_of_13_words_as_gpt3_takes_them_out(sets):

@@ -18,6 +18,9 @@ from llm.data.documents.deduplication.words import words_of
         ('https://example.com/?empty=', 'example.com?empty='),
         ('http://[broken', 'http://[broken'),
         ('https://example.com:port/', 'https://example.com:port/'),
+        ('n/a', ''),
+        ('#top', ''),
+        ('/', ''),
     ],
 )
 def test_urls_of_one_page(url, same):

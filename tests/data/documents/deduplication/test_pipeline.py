@@ -46,7 +46,10 @@ def corpus():
         {'id': 'h', 'text': edited(pages[5], 3, 57) + ' and more'},
         {'id': 'i', 'text': f'{pages[6]}\n{passage}'},
         {'id': 'j', 'text': f'{passage}\n{pages[7]}', 'source': 'good'},
-        *({'id': f'k{i}', 'text': f'Home | About\n{" ".join(generator.sample(word, 40))}'} for i in range(4)),
+        *(
+            {'id': f'k{i}', 'text': f'Home | About\n{" ".join(generator.sample(word, 40))}', 'url': 'n/a'}
+            for i in range(4)
+        ),
         {'id': 'l', 'text': '', 'source': 'good'},
         {'id': 'm', 'text': ' . '},
         {'id': 'n', 'text': pages[8] + ' longer', 'url': 'https://x.org/n'},

@@ -266,3 +266,7 @@ def test_a_full_table_is_emptied(monkeypatch):
     monkeypatch.setattr(words, '_MOST_PIECES', 10)
     assert [d for text in documents(texts) for d in Rules(SETS)([text])] == expected
     assert len(words.word_table()) < len({piece for text in texts for piece in text.split()})
+    words.empty_table()
+    monkeypatch.setattr(words, '_MOST_CHARACTERS', 1000)
+    words.word_table().numbers(['x' * 2000])
+    assert len(words.word_table()) == 0
