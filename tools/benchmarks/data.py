@@ -3,8 +3,8 @@
     python -m tools.benchmarks.data filters [--megabytes=3] [--rounds=3] [--files=GLOB]
     python -m tools.benchmarks.data minhash
 
-filters: the rules of FineWeb (gin_configs/documents/fineweb_rules.gin) against datatrove's filters, on the same documents in
-turns on one core; MB of UTF-8 a second of the process's own time, medians, and on how many documents both decide alike.
+filters: the rules of FineWeb (gin_configs/documents/fineweb_rules.gin) against datatrove's filters, on the same
+documents in turns on one core; MB of UTF-8 a second of the process's own time, medians; and how often both agree.
 `cold` begins with an empty table of words each round, as no long run does; `warm` has seen the documents before. Both
 judge every document by every rule; datatrove stops at the first rule that removes a document, as its pipelines do.
 
