@@ -1,11 +1,12 @@
 """A training step of a small mixture of experts beside our dense model of the same FLOPs a token, on this CPU.
 
-    python tools/benchmarks/experts.py [--rounds=7] [--steps=4]
+    python tools/benchmarks/experts.py [--rounds=7] [--steps=4] [--no_torch]
 
 Both have 6 layers, 384 wide, 6 heads, vocabulary 256 and 16 rows of 256 tokens; the dense one's feed-forward layers are
 SwiGLU, 1024 wide, the other's are 8 experts, 512 wide, of which a token sees 2. One step is forward, backward, clipping
-and AdamW. The two take turns; in each round the fastest step of each counts, and the figure is the median of the
-rounds' ratios, so that a noisy neighbour disturbs both sides. The router adds 0.3% to the FLOPs.
+and AdamW. They take turns, and with them transformers' Mixtral of the same sizes, eager, in fp32. A step's time is the
+processor's, of all threads; in each round the least of each counts, and the figure is the median of the rounds' ratios,
+so that a noisy neighbour disturbs all sides. The router adds 0.3% to the FLOPs.
 """
 
 import argparse
@@ -52,10 +53,52 @@ class Contender:
 
     def step(self) -> float:
         """Seconds of one."""
-        start = time.perf_counter()
+        start = time.process_time()
         self.state, metrics = self.trainer.train_step(self.state, self.batch)
         self.metrics = {name: float(value) for name, value in metrics.items()}
-        return time.perf_counter() - start
+        return time.process_time() - start
+
+    def __str__(self) -> str:
+        counted = f'{self.parameters.total:,} parameters, {self.parameters.active:,} active'
+        return f'{counted}, {self.flops / 1e6:.1f} MFLOPs a token'
+
+
+class Mixtral:
+    """The same mixture by transformers."""
+
+    def __init__(self) -> None:
+        import torch
+        import transformers
+
+        config = transformers.MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=384,
+            intermediate_size=D_FF // 2,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            tie_word_embeddings=True,
+        )
+        self.clip = torch.nn.utils.clip_grad_norm_
+        self.model: Any = transformers.MixtralForCausalLM(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
+        self.tokens = torch.tensor(np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH)))
+        self.step()
+
+    def step(self) -> float:
+        """Seconds of one."""
+        start = time.process_time()
+        self.optimizer.zero_grad()
+        self.model(self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        self.clip(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return time.process_time() - start
+
+    def __str__(self) -> str:
+        return f'{sum(p.numel() for p in self.model.parameters()):,} parameters'
 
 
 def main() -> None:
@@ -63,12 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--steps', type=int, default=4)
+    parser.add_argument('--no_torch', action='store_true')
     arguments = parser.parse_args()
     experts = MoeConfig(num_experts=8, experts_per_token=2, expert=FeedForwardConfig(D_FF // 2))
-    contenders = {
+    dropless = Contender(experts)
+    contenders: dict[str, Contender | Mixtral] = {
         'dense': Contender(FeedForwardConfig(D_FF)),
-        'experts, dropless': Contender(experts),
+        'experts, dropless': dropless,
     }
+    if not arguments.no_torch:
+        contenders['transformers'] = Mixtral()
     rounds = [
         {name: min(each.step() for _ in range(arguments.steps)) for name, each in contenders.items()}
         for _ in range(arguments.rounds)
@@ -77,11 +124,10 @@ def main() -> None:
         seconds = statistics.median(one[name] for one in rounds)
         share = statistics.median(one['dense'] / one[name] for one in rounds)
         print(
-            f'{name:18} {each.parameters.total:,} parameters, {each.parameters.active:,} active, '
-            f'{each.flops / 1e6:.1f} MFLOPs a token: {seconds:.3f} s a step, {ROWS * LENGTH / seconds:,.0f} tokens/s, '
+            f'{name:18} {each}: {seconds:.3f} s a step, {ROWS * LENGTH / seconds:,.0f} tokens/s, '
             f'{100 * share:.0f}% of dense'
         )
-    print(f'busiest expert over the mean: {contenders["experts, dropless"].metrics["expert_load"]:.2f}')
+    print(f'busiest expert over the mean: {dropless.metrics["expert_load"]:.2f}')
 
 
 if __name__ == '__main__':
