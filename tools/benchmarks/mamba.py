@@ -5,9 +5,8 @@
 The dense model is Llama's layer, as wide as the Mamba, with d_ff chosen so that both do the same FLOPs per token
 (`llm.scaling.accounting`, the causal half of attention and the recurrence counted). A step is forward, backward and
 AdamW in fp32, 8 rows of 512 tokens. transformers runs eagerly, token by token where it has no kernel, so it gets one
-row once, after the others. Those take turns in one process, and each ratio is the median of the rounds' own ratios. Times
-are the processor's, of all threads.
-Decoding is one token of one row after a context of 64 and of 8,192 tokens.
+row once, after the others. Those take turns in one process, and each ratio is the median of the rounds' own ratios.
+Times are the processor's, of all threads. Decoding is one token of one row after a context of 64 and of 8,192 tokens.
 """
 
 import argparse
