@@ -182,7 +182,7 @@ def encoder_decoder_case():
 
 
 def recurrent_case():
-    """Positions, which have no gradient, are multiplied once for both rows."""
+    """Positions, which have no gradient, are multiplied once for both rows; what is remembered has none either."""
     heads = HEADS | {'num_kv_heads': 4}
     layer = LayerConfig(RecurrentAttentionConfig(**heads, memory_length=64), FeedForwardConfig(1024, 'relu'))
     config = DecoderConfig(V, WIDTH, pattern=(layer,), position='none', **UNROLLED)
@@ -194,7 +194,8 @@ def recurrent_case():
         return jnp.sum(jnp.square(module.projection()(hidden)))
 
     kernel = WIDTH * 4 * 64
-    return config, RowTokens(128), loss, 2 * 2 * 192 * 2 * kernel
+    of_positions, of_remembered = 2 * 2 * 192 * 2 * kernel, 2 * 2 * BATCH * 64 * 2 * kernel
+    return config, RowTokens(128), loss, of_positions - of_remembered
 
 
 @pytest.mark.parametrize(
