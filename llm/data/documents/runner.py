@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from llm.data.documents.shard_processing import PARTS, ShardCounts, Task, commit
 from llm.data.documents.sources import InputShard, Source
 from llm.data.documents.stage import Chain
 from llm.data.documents.workers import in_processes
+from llm.data.sources.files import unwritable
 from llm.data.token_cache_building import processors, write_json
-from llm.errors import UserError
 
 SUMMARY = 'summary.json'
 
@@ -81,11 +80,7 @@ def run(
                 bar.update()
                 bar.set_postfix_str(f'{total.documents:,} documents, {total.kept:,} kept')
         except OSError as error:
-            raise UserError(
-                f'cannot be written ({os.strerror(error.errno) if error.errno else error})',
-                where=str(directory),
-                fix='Free some space or check permissions, and start again: finished shards are kept.',
-            ) from error
+            raise unwritable(directory, error, 'shards') from error
     by_source: dict[str, ShardCounts] = {}
     for index, (name, _) in enumerate(shards):
         by_source.setdefault(name, ShardCounts()).add(done[index])

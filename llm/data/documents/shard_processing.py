@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm.data.documents.counts import Counts
 from llm.data.documents.document import Document, Ignored, Quarantined
 from llm.data.documents.sources.files import InputShard, Item
 from llm.data.documents.stage import Chain
@@ -46,7 +47,7 @@ class Task:
 
 
 @dataclasses.dataclass
-class ShardCounts:
+class ShardCounts(Counts):
     """What became of the records of a shard; those of several shards add up.
 
     Attributes:
@@ -63,25 +64,10 @@ class ShardCounts:
     removed: Counter[str] = dataclasses.field(default_factory=Counter)
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def add(self, other: 'ShardCounts') -> None:
-        """Count another shard's, too."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
     @property
     def balanced(self) -> bool:
         """Whether nothing was lost."""
         return self.documents == self.kept + self.removed.total() + self.quarantined
-
-    def as_json(self) -> dict[str, Any]:
-        """The counts as JSON takes them; `from_json` is the inverse."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in fields.items()}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> 'ShardCounts':
-        """From `as_json`."""
-        return cls(**{**fields, 'removed': Counter(fields['removed']), 'ignored': Counter(fields['ignored'])})
 
 
 def part(index: int, kind: str) -> str:

@@ -94,6 +94,15 @@ class UnreadableFile(UserError):
     """A file that the system or a store does not let us read, now or ever; what is wrong with its content is none."""
 
 
+def unwritable(directory: str | os.PathLike[str], error: OSError, kept: str) -> UserError:
+    """The error for a directory that cannot be written; `kept` is what is not lost."""
+    return UserError(
+        f'cannot be written ({os.strerror(error.errno) if error.errno else error})',
+        where=str(directory),
+        fix=f'Free some space or check permissions, and start again: finished {kept} are kept.',
+    )
+
+
 def unreadable(path: str, error: OSError) -> UnreadableFile:
     """The error for a file that the system does not let us read."""
     what = f'cannot be read ({error.strerror or error or type(error).__name__})'

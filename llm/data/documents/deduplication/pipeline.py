@@ -48,6 +48,7 @@ from llm.data.documents.deduplication.sorted_runs import (
 )
 from llm.data.documents.deduplication.verdicts import FinalCounts
 from llm.data.documents.deduplication.words import mixed
+from llm.data.sources.files import unwritable
 from llm.data.token_cache_building import processors, write_json
 from llm.errors import UserError
 
@@ -77,11 +78,7 @@ def finish(
             fix='Set processes or Deduplication.memory_bytes lower, and start again: finished phases are kept.',
         ) from error
     except OSError as error:
-        raise UserError(
-            f'cannot be written ({error.strerror or error})',
-            where=str(output),
-            fix='Free some space or check permissions, and start again: finished phases are kept.',
-        ) from error
+        raise unwritable(output, error, 'phases') from error
 
 
 class _Pipeline:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from llm.data.documents.counts import Counts
 from llm.data.documents.deduplication.corpus import batch_rows
 from llm.data.documents.deduplication.repeats import Repeats, Span, spans_of, united, without
 from llm.data.documents.deduplication.words import word_spans
 
 
 @dataclasses.dataclass
-class FinalCounts:
+class FinalCounts(Counts):
     """What became of documents; those of several shards add up.
 
     Attributes:
@@ -30,20 +31,6 @@ class FinalCounts:
     characters: int = 0
     kept_characters: int = 0
     removed: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    def add(self, other: 'FinalCounts') -> None:
-        """Count another shard's, too."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-    def as_json(self) -> dict[str, Any]:
-        """The counts as JSON takes them; `from_json` is the inverse."""
-        return {**dataclasses.asdict(self), 'removed': dict(self.removed)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> 'FinalCounts':
-        """From `as_json`."""
-        return cls(**{**fields, 'removed': Counter(fields['removed'])})
 
 
 @dataclasses.dataclass(frozen=True)
