@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llm.data.documents.deduplication.verdicts import FinalCounts
 from llm.data.documents.runner import Summary, run
 from llm.data.documents.sources import Source
 from llm.data.documents.stage import Chain, Stage
+from llm.data.sources import check_names
 from llm.errors import UserError
 from llm.parallel.processes import require_one
 from llm.training.run_directory import claim, flatten_config
@@ -53,9 +53,7 @@ class PrepareData:
         names = [source.name for source in self.sources]
         if not names:
             raise UserError('there are no sources', fix='Set PrepareData.sources.')
-        for name in names:
-            if not re.fullmatch(r'[\w.-]+', name) or names.count(name) > 1:
-                raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
+        check_names(names)
         if self.processes < 0 or self.seconds_per_batch <= 0:
             raise UserError('processes must not be negative, and seconds_per_batch positive', where='PrepareData')
         Chain(self.stages)

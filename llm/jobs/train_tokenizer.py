@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm.configuration import Invocation
-from llm.data.sources import ReadCounts, Source, read_documents
+from llm.data.sources import ReadCounts, Source, check_names, read_documents
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, write_vocabulary
 from llm.data.vocabularies.measuring import measure_fit
 from llm.data.vocabularies.training import sample_documents, train_on_sample
@@ -56,9 +55,7 @@ class TrainTokenizer:
         names = [named.name for named in self.sources]
         if not names:
             raise UserError('there are no sources to learn from', fix='Set TrainTokenizer.sources')
-        for name in names:
-            if not re.fullmatch(r'[\w.-]+', name) or names.count(name) > 1:
-                raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
+        check_names(names)
         if self.vocabulary.kind != 'bytes':
             self.vocabulary.required_size()
         if self.held_out_bytes <= 0:

@@ -1,6 +1,15 @@
 """Sources of documents. `documents` says what a source is; `text_files` and `standard_library` are sources."""
 
-from llm.data.sources.documents import BadRecord, ReadCounts, Shard, Source, Split, empty_split_error, read_documents
+from llm.data.sources.documents import (
+    BadRecord,
+    ReadCounts,
+    Shard,
+    Source,
+    Split,
+    check_names,
+    empty_split_error,
+    read_documents,
+)
 from llm.data.sources.standard_library import StandardLibrary
 from llm.data.sources.text_files import TextFiles
 
@@ -12,6 +21,7 @@ __all__ = [
     'Split',
     'StandardLibrary',
     'TextFiles',
+    'check_names',
     'empty_split_error',
     'read_documents',
 ]

@@ -1,6 +1,7 @@
 """What a source of documents is: a `Source` gives `Shard`s; a shard reads documents and counts what it met."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -139,6 +140,13 @@ def read_documents(source: Source, split: Split, counts: ReadCounts | None = Non
         yield from shard.documents(counts)
     if counts.documents == before:
         raise empty_split_error(split, counts)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UserError for names of sources that are given twice, or are not of letters, digits and _.-"""
+    for name in names:
+        if not re.fullmatch(r'[\w.-]+', name) or names.count(name) > 1:
+            raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
 
 
 def empty_split_error(split: Split, counts: ReadCounts) -> UserError:
