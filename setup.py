@@ -83,9 +83,11 @@ DOCUMENTS = [
     'phonenumbers',
     'python-stdnum',
     'adblock',
+    # Clusters in the report on what was prepared.
+    'scikit-learn',
 ]
 
-# Runs a pipeline of TFDS or SeqIO (C4, Wikipedia) with Apache Beam.
+# Prepares documents on a cluster, and runs pipelines of TFDS or SeqIO (C4, Wikipedia), with Apache Beam.
 BEAM = ['apache-beam>=2.77']
 
 # Writes models as ONNX. Later releases want an orbax-checkpoint older than the one that we need. SavedModels and
@@ -104,6 +106,8 @@ TEST = [
     'ruff',
     'import-linter',
     'mypy',
+    # Looks at report.html with Debian's chromium and chromium-driver, which .ci/run installs.
+    'selenium',
     'nbclient',
     'ipykernel',
     'matplotlib',
@@ -111,6 +115,7 @@ TEST = [
     *ORACLE,
     *EVAL,
     *DOCUMENTS,
+    *BEAM,
     *EXPORT,
 ]
 

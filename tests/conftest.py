@@ -7,8 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.compiling import QUICKLY
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile many small programs and run each once: the compiler's optimisation of machine code does not pay.
@@ -47,3 +50,26 @@ def _forget_compiled_programs() -> Iterator[None]:
     yield
     if 'jax' in sys.modules:
         sys.modules['jax'].clear_caches()
+
+
+@pytest.fixture(scope='module')
+def compiled_quickly() -> Iterator[None]:
+    """Programs of a file that `llm` compiles itself, compiled for the CPU as tests/compiling.py says.
+
+    For files that compare numbers within a tolerance: not for those that hold equal bits on every mesh.
+    """
+    if 'xla_cpu_use_fusion_emitters' not in QUICKLY:  # this version has no choice
+        yield
+        return
+    from jax._src import compiler
+
+    as_usual = compiler.get_compile_options  # where every program's options are made; JAX has no setting for them
+
+    def get_compile_options(*args: Any, env_options_overrides: Any = None, backend: Any = None, **others: Any) -> Any:
+        if backend is not None and backend.platform == 'cpu':
+            env_options_overrides = {**QUICKLY, **(env_options_overrides or {})}
+        return as_usual(*args, env_options_overrides=env_options_overrides, backend=backend, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, 'get_compile_options', get_compile_options)
+        yield

@@ -194,4 +194,12 @@ def mentions(annotation: Any, cls: type) -> bool:
     arguments = typing.get_args(annotation)
     if arguments and typing.get_origin(annotation) is not Literal:
         return any(mentions(argument, cls) for argument in arguments)
-    return isinstance(annotation, type) and annotation is not object and issubclass(cls, annotation)
+    return isinstance(annotation, type) and annotation is not object and _is_base(cls, annotation)
+
+
+def _is_base(cls: type, annotation: type) -> bool:
+    try:
+        return issubclass(cls, annotation)
+    except TypeError:  # a protocol that has attributes
+        has = {*dir(cls), *getattr(cls, '__dataclass_fields__', ())}
+        return all(name in has for name in vars(annotation) if not name.startswith('_'))

@@ -3,18 +3,19 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from llm.data import tasks
+from llm.data.curricula import Curriculum, CurriculumSchedule
 from llm.data.examples import FixedExamples, MixedExamples, ShuffledExamples, StreamedExamples
 from llm.data.index_maps import MixtureSchedule, temperature_rates
 from llm.data.objectives import BatchKind, IndexArray, Objective
 from llm.data.packing import PackedRows, PackingMode, evaluation_plan, training_plan
-from llm.data.sources import ReadCounts, Source, Split
+from llm.data.sources import Source, Split
 from llm.data.token_cache import TokenCache, Tokenizer
 from llm.data.token_cache_building import open_token_cache
 from llm.errors import UserError
@@ -67,6 +68,30 @@ class SeqioMixture:
             for name, rate in tasks.mixture_rates(self.mixture, self.modules)
         )
 
+    def evaluation(self) -> tuple[Component, ...]:
+        """Every task."""
+        return self.components()
+
+    def curriculum(self) -> None:
+        """SeqIO's rates do not change."""
+
+
+@runtime_checkable  # so that a config's field can be annotated with it
+class Mixture(Protocol):
+    """Components that are listed elsewhere, with their rates: a frozen dataclass that gin configures."""
+
+    def components(self) -> tuple[Component, ...]:
+        """For training."""
+        ...
+
+    def evaluation(self) -> tuple[Component, ...]:
+        """Those that have a validation split."""
+        ...
+
+    def curriculum(self) -> Curriculum | None:
+        """How rates change over training; None where they do not."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
@@ -96,7 +121,7 @@ class DataConfig:
     """The data of a run.
 
     Args:
-        components: the sources of the training mixture, or a SeqIO mixture.
+        components: the sources of the training mixture; or a `SeqioMixture`, or a `PreparedMixture` of make_mixture.
         temperature: where components have no rates, they get min(rows, maximum_rows) ** (1 / temperature), as
             `seqio.mixing_rate_num_examples` has it with examples for rows. 1 is in proportion to size.
         maximum_rows: see temperature.
@@ -115,7 +140,7 @@ class DataConfig:
         workers: processes that tokenise; 0 takes one a processor.
     """
 
-    components: tuple[Component, ...] | SeqioMixture
+    components: tuple[Component, ...] | Mixture
     temperature: float = 1.0
     maximum_rows: int | None = None
     packing: PackingMode = 'best_fit'
@@ -149,17 +174,27 @@ class DataConfig:
         self._check_order()
 
     def open_training(
-        self, vocabulary: Tokenizer, sequence_length: int, *, batch_size: int | None = None, progress: bool = True
+        self,
+        vocabulary: Tokenizer,
+        sequence_length: int,
+        *,
+        batch_size: int | None = None,
+        total_steps: int | None = None,
+        progress: bool = True,
     ) -> MixedExamples:
-        """The training examples, endless unless every component has max_epochs; caches and plans are made first.
+        """The training examples; caches and plans are made first.
+
+        They are endless unless every component has max_epochs, or the mixture a curriculum.
 
         Args:
             sequence_length: S, tokens in a row.
-            batch_size: rows of a batch, for order 'contiguous'.
+            batch_size: rows of a batch, for order 'contiguous' and for a curriculum.
+            total_steps: of the run, for a curriculum; with batch_size, for a look at whether the data suffice.
             progress: show bars while tokenising.
 
         Raises:
-            UserError: as `open_token_cache`; or a component has so few rows beside the others that its share is lost.
+            UserError: as `open_token_cache`; or a component has so few rows beside the others that its share is lost;
+                or every one has had its max_epochs before the run ends.
         """
         components = self.training_components()
         examples: list[ShuffledExamples | StreamedExamples] = []
@@ -181,7 +216,14 @@ class DataConfig:
             for component, size in zip(components, sizes, strict=True)
         ]
         names = [component.name for component in components]
-        return MixedExamples(examples, MixtureSchedule(self._rates(components, sizes), limits, names), names)
+        curriculum = None if isinstance(self.components, tuple) else self.components.curriculum()
+        schedule = (
+            MixtureSchedule(self._rates(components, sizes), limits, names)
+            if curriculum is None
+            else CurriculumSchedule(curriculum, names, limits, _given(total_steps), _given(batch_size))
+        )
+        _check_long_enough(schedule.length, batch_size, total_steps)
+        return MixedExamples(examples, schedule, names)
 
     def open_evaluation(
         self, vocabulary: Tokenizer, sequence_length: int, *, batch_size: int | None = None, progress: bool = True
@@ -217,7 +259,7 @@ class DataConfig:
 
     def objectives(self) -> list[Objective | None]:
         """Those of all components; None is causal language modelling."""
-        components = () if isinstance(self.components, SeqioMixture) else self.components
+        components = self.components if isinstance(self.components, tuple) else ()
         found = [self._objective(each) for each in (*components, *(self.evaluation or ()))]
         return found or [self.objective]
 
@@ -261,7 +303,9 @@ class DataConfig:
 
     def evaluation_components(self) -> tuple[Component, ...]:
         """The sources whose validation split is evaluated."""
-        return self.training_components() if self.evaluation is None else self.evaluation
+        if self.evaluation is not None:
+            return self.evaluation
+        return self.components if isinstance(self.components, tuple) else self.components.evaluation()
 
     def _cache(self, component: Component, split: Split, vocabulary: Tokenizer, progress: bool) -> TokenCache:
         directory = self.cache_directory or default_cache_directory()
@@ -311,10 +355,20 @@ class DataConfig:
             )
 
 
-def _given(batch_size: int | None) -> int:
-    if batch_size is None:
-        raise ValueError("order 'contiguous' needs the batch_size")
-    return batch_size
+def _check_long_enough(length: int | None, batch_size: int | None, total_steps: int | None) -> None:
+    """Raises UserError where a mixture ends before the run, which would find out after hours."""
+    if length is not None and batch_size is not None and total_steps is not None and length < total_steps * batch_size:
+        raise UserError(
+            f'every component has had its max_epochs after {length // batch_size:,} steps, and the run has '
+            f'{total_steps:,}',
+            fix='Train for fewer steps, raise max_epochs, or remove it from one component.',
+        )
+
+
+def _given(value: int | None) -> int:
+    if value is None:
+        raise ValueError("order 'contiguous' needs the batch_size, and a curriculum total_steps, too")
+    return value
 
 
 def _row(
@@ -347,39 +401,3 @@ def _check_same(examples: Sequence[ShuffledExamples | StreamedExamples], names: 
                 where='DataConfig.components',
                 fix='Give their objectives the same target_length, or the same rate.',
             )
-
-
-def facts(examples: MixedExamples) -> dict[str, int | float | str]:
-    """What the training data is, in figures by label, for logs and the run's report."""
-    total = sum(examples.schedule.weights)
-    result: dict[str, int | float | str] = {}
-    for name, source, weight in zip(examples.names, examples.sources, examples.schedule.weights, strict=True):
-        records = source.records
-        assert isinstance(records, PackedRows)
-        cache = records.cache
-        result |= {
-            f'{name}: documents': cache.num_documents,
-            f'{name}: bytes': cache.num_bytes,
-            f'{name}: tokens': cache.num_tokens,
-            f'{name}: bytes per token': cache.num_bytes / max(1, cache.num_tokens - cache.num_documents),
-            f'{name}: rows': records.num_rows,
-            f'{name}: part of a row that is not padding': cache.num_tokens
-            / (records.num_rows * records.sequence_length),
-            f'{name}: share of training rows': weight / total,
-            f'{name}: token cache': str(cache.directory),
-        }
-    return result
-
-
-def bad_records(caches: Iterable[TokenCache]) -> dict[str, Any]:
-    """What reading met that was left out or mended: `bad_records` and `bad_examples` of the run's report."""
-    counts = ReadCounts()
-    for cache in caches:
-        counts.merge(cache.counts)
-    reasons = {'empty': counts.empty, 'invalid UTF-8': counts.invalid_utf8, 'left out': counts.skipped}
-    return {
-        'bad_records': {reason: number for reason, number in reasons.items() if number},
-        'bad_examples': [
-            {'where': f'{sample.file}:{sample.record}', 'reason': sample.reason} for sample in counts.samples
-        ],
-    }

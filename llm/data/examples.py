@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llm.data.curricula import CurriculumSchedule
 from llm.data.index_maps import EpochShuffle, MixtureSchedule, derive_key
 from llm.data.objectives import Example, PostCache, apply_post_cache, record_generator
 from llm.errors import UserError
@@ -131,17 +132,17 @@ class FixedExamples(Examples):
 
 
 class MixedExamples(Examples):
-    """Several examples interleaved at fixed rates; each source goes on through its own epochs."""
+    """Several examples interleaved at rates; each source goes on through its own epochs."""
 
     def __init__(
         self,
         sources: Sequence[ShuffledExamples | StreamedExamples],
-        schedule: MixtureSchedule,
+        schedule: MixtureSchedule | CurriculumSchedule,
         names: Sequence[str] = (),
     ):
         self.sources, self.schedule, self.names = tuple(sources), schedule, tuple(names)
         self.num_examples = schedule.length
-        self.digest = _digest([source.digest for source in sources], schedule.weights, schedule.limits)
+        self.digest = _digest([source.digest for source in sources], *schedule.identity)
 
     def rows(self, indices: npt.ArrayLike) -> Example:
         sources, within = self.schedule.locate(indices)

@@ -219,6 +219,7 @@ class MixtureSchedule:
     Attributes:
         weights: the whole numbers in whose proportion sources are mixed.
         length: number of examples in all; None without limits on every source.
+        identity: what tells one schedule from another.
     """
 
     def __init__(
@@ -247,6 +248,11 @@ class MixtureSchedule:
             length += end
         self.length: int | None = None if endless else length
         self._starts = np.asarray([phase.first for phase in self._phases], np.int64)
+        self.identity = (self.weights, self.limits)
+
+    def shares(self) -> list[float]:
+        """The part of the rows that each source has, as long as none has reached its limit."""
+        return [weight / sum(self.weights) for weight in self.weights]
 
     def locate(self, indices: npt.ArrayLike) -> tuple[IndexArray, IndexArray]:
         """(source, index within that source) of each index, both of the shape of `indices`.

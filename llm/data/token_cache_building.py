@@ -82,7 +82,7 @@ def open_token_cache(
     counts = ReadCounts(max_bad_records=getattr(source, 'max_bad_records', None))
     counts.merge(cache.counts)  # raises where the limit is passed
     if cache.num_documents == 0:
-        raise empty_split_error(split, cache.counts)
+        raise empty_split_error(split, cache.counts, shards)
     return cache
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from llm.errors import UserError
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """A module of an optional package; raises UserError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -32,7 +33,7 @@ def classification(predictions: Sequence[Any], labels: Sequence[Any]) -> dict[st
     Classes are those that occur in either; a class without a true positive has an F1 of 0.
     """
     _check_lengths(predictions, labels)
-    f1_score = _library('sklearn.metrics').f1_score
+    f1_score = library('sklearn.metrics').f1_score
     return {
         'accuracy': float(np.mean([a == b for a, b in zip(predictions, labels, strict=True)])),
         'macro_f1': float(f1_score(labels, predictions, average='macro', zero_division=0.0)),
@@ -48,7 +49,7 @@ def regression(predictions: Sequence[float], targets: Sequence[float]) -> dict[s
 
 
 def _correlations(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    ranks = _library('scipy.stats').rankdata
+    ranks = library('scipy.stats').rankdata
 
     def correlation(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
@@ -142,9 +143,9 @@ def generation(predictions: Sequence[str], references: Sequence[str]) -> dict[st
     BLEU as in Post 2018 (tokenizer 13a); ROUGE as in Lin 2004.
     """
     _check_lengths(predictions, references)
-    bleu = _library('sacrebleu').corpus_bleu(list(predictions), [list(references)])
+    bleu = library('sacrebleu').corpus_bleu(list(predictions), [list(references)])
     kinds = ('rouge1', 'rouge2', 'rougeL')
-    scorer = _library('rouge_score.rouge_scorer').RougeScorer(kinds, use_stemmer=True)
+    scorer = library('rouge_score.rouge_scorer').RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(b, a) for a, b in zip(predictions, references, strict=True)]
     return {
         'exact_match': float(np.mean([a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)])),

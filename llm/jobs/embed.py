@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -88,6 +89,15 @@ class Embed:
         for path in (output, names):
             if path.exists():
                 raise UserError('is there already', where=str(path), fix='Choose another name, or delete it.')
+        vectors = self._vectors(model, rows, pooling)
+        if not np.isfinite(vectors).all():
+            print(f'warning: {(~np.isfinite(vectors)).any(axis=1).sum():,} vectors are not finite', file=sys.stderr)
+        if jax.process_index() == 0:
+            _write(output, names, vectors, [name for _, name in texts])
+            print(f'{output}: {what}')
+
+    def _vectors(self, model: TrainedModel, rows: Sequence[Sequence[int]], pooling: PoolingConfig) -> np.ndarray:
+        """float32 [rows, D]."""
         enable_compilation_cache()
         mesh = make_mesh(self.mesh)
         parameters = model.restore(mesh, self.rules, self.checkpoint_step).state
@@ -98,11 +108,7 @@ class Embed:
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             vectors[batch] = embedder(parameters, [rows[i] for i in batch])
-        if not np.isfinite(vectors).all():
-            print(f'warning: {(~np.isfinite(vectors)).any(axis=1).sum():,} vectors are not finite', file=sys.stderr)
-        if jax.process_index() == 0:
-            _write(output, names, vectors, [name for _, name in texts])
-            print(f'{output}: {what}')
+        return vectors
 
     def _pooling(self, model: TrainedModel) -> PoolingConfig:
         said = model.pooling or PoolingConfig('last' if isinstance(model.config, DecoderConfig) else 'mean')
@@ -123,6 +129,18 @@ class Embed:
         if isinstance(model.config, DecoderConfig):
             return prompt_tokens(model.vocabulary, text)[:most]
         return encoder_tokens(model.vocabulary, text, most)
+
+
+def embed_with(run_directory: str, texts: Sequence[str]) -> np.ndarray:
+    """float32 [texts, D]: vectors as the run says that they are pooled; what is too long for its model is cut off.
+
+    Raises:
+        UserError: whatever is wrong with the run.
+    """
+    job = Embed(run_directory, text_file='', output_file='')
+    model = open_trained_model(run_directory)
+    most = job._most(model)
+    return job._vectors(model, [job._tokens(model, text, most) for text in texts], job._pooling(model))
 
 
 def _write(output: Path, names: Path, vectors: np.ndarray, ids: list[str]) -> None:

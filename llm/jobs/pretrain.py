@@ -2,20 +2,18 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
 from llm.configuration import Invocation
-from llm.data.datasets import DataConfig, EvaluationSet, bad_records, facts
+from llm.data.datasets import DataConfig, EvaluationSet
 from llm.data.examples import FixedExamples, MixedExamples, StreamedExamples
+from llm.data.facts import bad_records, facts
 from llm.data.loader import Loader
 from llm.data.objectives.sentence_pairs import SentencePairs
 from llm.data.packing import PackedRows
-from llm.data.sources import ReadCounts, read_documents
 from llm.data.sources.standard_library import StandardLibrary
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, load_vocabulary
-from llm.data.vocabularies.training import sample_documents, train_on_sample
 from llm.errors import TRY_AGAIN, UserError
 from llm.evaluation.reports import update_summary, write_report
 from llm.jobs.baselines import Baselines, result_lines
@@ -25,11 +23,13 @@ from llm.jobs.sampling import SamplesConfig, format_samples, sample_to_file
 from llm.jobs.training_run import (
     COMPLETE,
     VOCABULARY,
+    check_size,
     claim_run,
     keep_vocabulary,
     mark_complete,
     restored_state,
     say,
+    train_on_groups,
 )
 from llm.models.decoder import DecoderConfig
 from llm.models.encoder import EncoderConfig
@@ -129,7 +129,8 @@ class Pretrain:
             vocabulary = processes.first_then_others('the vocabulary', lambda: self._open_vocabulary(directory))
             length, rows = self.step.sequence_length, self.step.batch_size
             examples = processes.first_then_others(
-                'tokenising the training text', lambda: self.data.open_training(vocabulary, length, batch_size=rows)
+                'tokenising the training text',
+                lambda: self.data.open_training(vocabulary, length, batch_size=rows, total_steps=self.loop.total_steps),
             )
             batches = stack.enter_context(Loader(examples, self.step.batch_size, trainer.batch_sharding))
             # The digest of the data covers the vocabulary: that comes first, to be named if it is what differs.
@@ -237,14 +238,7 @@ class Pretrain:
         """The run's own copy, or the one given, or a new one; kept with the run before anything uses it."""
         kept = directory / VOCABULARY
         vocabulary = load_vocabulary(kept) if kept.exists() else self._new_vocabulary()
-        extra = self.data.extra_ids(vocabulary)
-        if vocabulary.size + extra > self.model.vocab_size:
-            own = f', the objective {extra} of its own,' if extra else ''
-            raise UserError(
-                f'the vocabulary has {vocabulary.size} tokens{own} and the model {self.model.vocab_size}',
-                where=f'{type(self.model).__name__}.vocab_size',
-                fix=f'Set it to {vocabulary.size + extra} or more, or use a smaller vocabulary.',
-            )
+        check_size(vocabulary, self.model, self.data.extra_ids(vocabulary))
         keep_vocabulary(directory, vocabulary)
         return vocabulary
 
@@ -257,21 +251,8 @@ class Pretrain:
             component.source.shards('validation')
         if isinstance(self.vocabulary, str):
             return load_vocabulary(Path(self.vocabulary))
-        config = self.vocabulary
-        if config.size is None and config.kind != 'bytes':
-            # What the objectives add does not depend on the size.
-            extra = self.data.extra_ids(
-                train_on_sample(VocabularyConfig('bytes', special_tokens=config.special_tokens), [])
-            )
-            config = dataclasses.replace(config, size=self.model.vocab_size - extra)
-        if config.kind == 'bytes':  # needs no text
-            return train_on_sample(config, [])
-        say(f'training a {config.kind} vocabulary')
-        components = self.data.training_components()
-        share = config.sample_bytes // len(components)
-        documents = (read_documents(component.source, 'train', ReadCounts()) for component in components)
-        samples = (sample_documents(each, share, config.seed) for each in documents)
-        return train_on_sample(config, list(itertools.chain.from_iterable(samples)))
+        groups = [[component.source] for component in self.data.training_components()]
+        return train_on_groups(self.vocabulary, groups, self.model.vocab_size, self.data.extra_ids)
 
     def _state(self, trainer: Trainer, checkpointer: Checkpointer, data: dict[str, str]) -> tuple[State, list[str]]:
         """The train state to go on from, and what was wrong with newer checkpoints."""

@@ -46,17 +46,17 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _source_table(sources: dict[str, dict[str, Any]]) -> str:
-    best = max(source['held_out_bytes_per_token'] for source in sources.values())
+    best = max(source['held_out_bytes_per_token'] or 0 for source in sources.values())
     rows = []
     for name, source in sources.items():
         held_out = source['held_out_bytes_per_token']
-        bar = f'<span class="bar" style="width:{100 * held_out / best:.0f}px"></span>' if best else ''
+        bar = f'<span class="bar" style="width:{100 * held_out / best:.0f}px"></span>' if held_out else ''
         rows.append(
             [
                 escape(name),
-                f'{bar}{held_out:.3f}',
+                'none' if held_out is None else f'{bar}{held_out:.3f}',
                 f'{source["sampled_bytes_per_token"]:.3f}',
-                f'{source["held_out_tokens_per_word"]:.3f}',
+                'none' if held_out is None else f'{source["held_out_tokens_per_word"]:.3f}',
                 f'{source["held_out_bytes"]:,}',
                 f'{source["sampled_bytes"]:,}',
                 f'{source["train"]["documents"]:,}',

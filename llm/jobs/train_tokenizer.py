@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm.configuration import Invocation
+from llm.data.datasets import Component, Mixture
 from llm.data.sources import ReadCounts, Source, check_names, read_documents
 from llm.data.vocabularies import Vocabulary, VocabularyConfig, write_vocabulary
 from llm.data.vocabularies.measuring import measure_fit
@@ -42,32 +44,42 @@ class TrainTokenizer:
             other programs; the .model file, too, of SentencePiece), report.json and report.html. Run again with the
             same config, the job says that it is complete; a directory of another config is refused.
         vocabulary: what to train; its `sample_bytes` are shared equally among the sources.
-        sources: where the text comes from; the train split is learnt from, the validation split is measured on.
+        sources: where the text comes from, also a `PreparedMixture` for all its components alike; the train split is
+            learnt from, the validation split is measured on. Components of a mixture without one are not measured.
         held_out_bytes: bytes of each source's validation split, chosen like the sample, that are measured on.
     """
 
     output_directory: str
     vocabulary: VocabularyConfig
-    sources: tuple[NamedSource, ...]
+    sources: tuple[NamedSource, ...] | Mixture
     held_out_bytes: int = 1_000_000
 
     def __post_init__(self) -> None:
-        names = [named.name for named in self.sources]
-        if not names:
-            raise UserError('there are no sources to learn from', fix='Set TrainTokenizer.sources')
-        check_names(names)
+        if isinstance(self.sources, tuple):
+            if not self.sources:
+                raise UserError('there are no sources to learn from', fix='Set TrainTokenizer.sources')
+            check_names([named.name for named in self.sources])
         if self.vocabulary.kind != 'bytes':
             self.vocabulary.required_size()
         if self.held_out_bytes <= 0:
             raise UserError(f'held_out_bytes = {self.held_out_bytes} is not positive')
-        if self.vocabulary.sample_bytes < len(names):
-            raise UserError(f'{self.vocabulary.sample_bytes} sample bytes cannot be shared by {len(names)} sources')
+        if isinstance(self.sources, tuple):
+            self._share(self.sources)
+
+    def _share(self, sources: Sequence[NamedSource | Component]) -> int:
+        """Bytes of each source."""
+        if self.vocabulary.sample_bytes < len(sources):
+            raise UserError(f'{self.vocabulary.sample_bytes} sample bytes cannot be shared by {len(sources)} sources')
+        return self.vocabulary.sample_bytes // len(sources)
 
     def __call__(self, invocation: Invocation) -> None:
         """Train, measure and write; or say what would be done."""
-        share = self.vocabulary.sample_bytes // len(self.sources)
+        sources = self.sources if isinstance(self.sources, tuple) else self.sources.components()
+        share = self._share(sources)
+        evaluated = self.sources if isinstance(self.sources, tuple) else self.sources.evaluation()
+        measured = {named.name for named in evaluated}
         if invocation.dry_run:
-            print(self._plan(share))
+            print(self._plan(sources, share))
             return
         require_one('train_tokenizer')
         directory = Path(self.output_directory)
@@ -77,7 +89,10 @@ class TrainTokenizer:
                 print(f'{directory}: complete; see {directory / PAGE}')
                 return
             start = time.perf_counter()
-            readings = [_Reading.of(named, share, self.held_out_bytes, self.vocabulary.seed) for named in self.sources]
+            readings = [
+                _Reading.of(named, share, self.held_out_bytes if named.name in measured else None, self.vocabulary.seed)
+                for named in sources
+            ]
             sample = [text for reading in readings for text in reading.sample]
             print(f'learning from {sum(len(text.encode()) for text in sample):,} bytes', flush=True)
             vocabulary = train_on_sample(self.vocabulary, sample)
@@ -89,10 +104,10 @@ class TrainTokenizer:
             write_atomically(directory / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + '\n')
         print(f'{_summary(report)}\n{directory}: done in {time.perf_counter() - start:.1f} s; see {directory / PAGE}')
 
-    def _plan(self, share: int) -> str:
+    def _plan(self, sources: Sequence[NamedSource | Component], share: int) -> str:
         size = '' if self.vocabulary.size is None else f' of {self.vocabulary.size:,} tokens'
         lines = [f'would train a {self.vocabulary.kind} vocabulary{size} into {self.output_directory}, from']
-        for named in self.sources:
+        for named in sources:
             counted = {split: len(named.source.shards(split)) for split in ('train', 'validation')}
             shards = f'{counted["train"]} shards to learn from, {counted["validation"]} to measure on'
             lines.append(f'  {named.name}: up to {share:,} bytes; {shards}')
@@ -101,19 +116,21 @@ class TrainTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What was read of a source: samples of both splits, and what reading them met."""
+    """What was read of a source: samples of both splits (None held out: not measured), and what reading them met."""
 
     name: str
     sample: list[str]
-    held_out: list[str]
+    held_out: list[str] | None
     train_counts: ReadCounts
     validation_counts: ReadCounts
 
     @classmethod
-    def of(cls, named: NamedSource, share: int, held_out_bytes: int, seed: int) -> '_Reading':
+    def of(cls, named: NamedSource | Component, share: int, held_out_bytes: int | None, seed: int) -> '_Reading':
         train, validation = ReadCounts(), ReadCounts()
         sample = sample_documents(read_documents(named.source, 'train', train), share, seed)
-        held_out = sample_documents(read_documents(named.source, 'validation', validation), held_out_bytes, seed)
+        held_out = None
+        if held_out_bytes is not None:
+            held_out = sample_documents(read_documents(named.source, 'validation', validation), held_out_bytes, seed)
         print(f'read {named.name}: {train.documents:,} documents, {train.bytes:,} bytes to learn from', flush=True)
         return cls(named.name, sample, held_out, train, validation)
 
@@ -123,19 +140,21 @@ def _report(config: VocabularyConfig, vocabulary: Vocabulary, readings: list[_Re
     sources, warnings = {}, []
     uses = np.zeros(vocabulary.size, np.int64)
     for reading in readings:
-        learnt, held_out = measure_fit(vocabulary, reading.sample), measure_fit(vocabulary, reading.held_out)
+        learnt, held_out = measure_fit(vocabulary, reading.sample), measure_fit(vocabulary, reading.held_out or ())
         uses += learnt.uses + held_out.uses
         sources[reading.name] = {
             'sampled_bytes': learnt.bytes,
             'sampled_bytes_per_token': learnt.bytes_per_token,
             'held_out_bytes': held_out.bytes,
-            'held_out_bytes_per_token': held_out.bytes_per_token,
-            'held_out_tokens_per_word': held_out.fertility,
+            'held_out_bytes_per_token': None if reading.held_out is None else held_out.bytes_per_token,
+            'held_out_tokens_per_word': None if reading.held_out is None else held_out.fertility,
             'train': reading.train_counts.as_dict(),
             'validation': reading.validation_counts.as_dict(),
         }
         if learnt.bytes < share - 3 and config.kind != 'bytes':  # a sample may end before a character that does not fit
             warnings.append(f'{reading.name} has only {learnt.bytes:,} bytes of its share of {share:,}: uneven sample')
+        if reading.held_out is None:
+            warnings.append(f'{reading.name} has no documents of the validation split, and is not measured')
         for split, counts in (('train', reading.train_counts), ('validation', reading.validation_counts)):
             if counts.invalid_utf8 or counts.skipped:
                 bad = f'{counts.invalid_utf8} documents with invalid UTF-8, {counts.skipped} bad records left out'
@@ -166,6 +185,8 @@ def _summary(report: dict[str, Any]) -> str:
     """The figures of the report as a table for the terminal."""
     lines = [f'{"source":24}{"bytes per token":>18}{"tokens per word":>18}   (held-out text)']
     for name, source in report['sources'].items():
+        if source['held_out_bytes_per_token'] is None:
+            continue
         figures = f'{source["held_out_bytes_per_token"]:>18.3f}{source["held_out_tokens_per_word"]:>18.3f}'
         lines.append(f'{name:24}{figures}')
     lines += [f'warning: {warning}' for warning in report['warnings']]

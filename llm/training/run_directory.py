@@ -62,7 +62,8 @@ def claim(directory: Path, config: Any, operative_config: str, *, changeable: tu
     in its data for example, gives way to another config.
 
     Raises:
-        UserError: the directory holds a run of another config, naming the fields that differ, or is not a run.
+        UserError: the directory holds a run of another config, naming the fields that differ, or of another job, or
+            is not a run.
     """
     record, gin = directory / _RECORD, directory / _GIN
     wanted = {
@@ -78,7 +79,7 @@ def claim(directory: Path, config: Any, operative_config: str, *, changeable: tu
             raise UserError(
                 f'cannot be read as JSON ({error})', where=str(record), fix='Use another run directory.'
             ) from error
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or 'type' not in found:
             raise UserError('is not the record of a run', where=str(record), fix='Use another run directory.')
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if not differing:
@@ -86,7 +87,13 @@ def claim(directory: Path, config: Any, operative_config: str, *, changeable: tu
                 write_atomically(gin, operative_config)
             return True
         empty = _holds_only(directory, _RECORD, _GIN, f'{_RECORD}.partial', f'{_GIN}.partial')
-        if found.get('type') != wanted.get('type') or not empty:
+        if found['type'] != wanted['type']:
+            raise UserError(
+                f'is of {found["type"]}, not of {wanted["type"]}',
+                where=str(directory),
+                fix='Use a new or an empty directory.',
+            )
+        if not empty:
             shown = ', '.join(f'{key} {found.get(key)!r} there, {wanted.get(key)!r} here' for key in differing[:3])
             more = f' and {len(differing) - 3} more' if len(differing) > 3 else ''
             raise UserError(

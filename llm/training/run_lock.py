@@ -32,10 +32,14 @@ class RunLock:
         """Take the lock, making the directory if need be.
 
         Raises:
-            UserError: another process holds it, naming pid and host; or the file cannot be written or locked.
+            UserError: another process holds it, naming pid and host; the directory is a file; or the lock's file cannot
+                be written or locked.
         """
         if self._descriptor is not None:
             raise RuntimeError(f'{self.path} is already locked by this object')
+        file = next((path for path in (self.path.parent, *self.path.parent.parents) if path.exists()), None)
+        if file is not None and not file.is_dir():
+            raise UserError('is a file', where=str(file), fix='Name a directory for what the job writes.')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)

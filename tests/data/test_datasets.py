@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm.configuration import load_job
-from llm.data import datasets
-from llm.data.datasets import Component, DataConfig, SeqioMixture
+from llm.data import facts
+from llm.data.datasets import Component, DataConfig, SeqioMixture, default_cache_directory
 from llm.data.loader import Loader
+from llm.data.mixtures.prepared import PreparedMixture
 from llm.data.sources import TextFiles
 from llm.data.tasks import SeqioTask
 from llm.data.vocabularies import ByteVocabulary
@@ -75,9 +76,13 @@ def test_a_component_with_an_epoch_limit_ends_and_the_rest_goes_on(config):
     limit = 2 * examples.sources[1].records.num_rows
     sources, _ = examples.schedule.locate(np.arange(10 * limit))
     assert (sources == 1).sum() == limit and examples.num_examples is None
-    finite = with_components(config, rate=(1, 1), max_epochs=(1.0, 0.5)).open_training(VOCABULARY, 64)
+    ending = with_components(config, rate=(1, 1), max_epochs=(1.0, 0.5))
+    finite = ending.open_training(VOCABULARY, 64)
     rows = [source.records.num_rows for source in finite.sources]
     assert finite.num_examples == rows[0] + rows[1] // 2
+    ending.open_training(VOCABULARY, 64, batch_size=1, total_steps=finite.num_examples)
+    with pytest.raises(UserError, match='every component has had its max_epochs after'):
+        ending.open_training(VOCABULARY, 64, batch_size=1, total_steps=finite.num_examples + 1)
 
 
 def test_evaluation_sets_score_every_byte_once(config):
@@ -126,17 +131,17 @@ def test_the_cache_is_found_by_environment_variable(config, tmp_path, monkeypatc
     examples = dataclasses.replace(config, cache_directory=None).open_training(VOCABULARY, 64)
     assert examples.sources[0].records.cache.directory.parent == tmp_path / 'elsewhere'
     monkeypatch.delenv('LLM_CACHE')
-    assert datasets.default_cache_directory() == Path.home() / '.cache' / 'llm-jax' / 'tokens'
+    assert default_cache_directory() == Path.home() / '.cache' / 'llm-jax' / 'tokens'
 
 
 def test_facts_and_bad_records_for_the_report(config, tmp_path):
     (tmp_path / 'web' / 'b.jsonl').write_text('{"text": " "}\nnot json\n')
     examples = config.open_training(VOCABULARY, 64)
-    figures = datasets.facts(examples)
+    figures = facts.facts(examples)
     cache = examples.sources[0].records.cache
     assert figures['web: documents'] == cache.num_documents and figures['web: bytes per token'] == 1.0
     assert figures['web: share of training rows'] + figures['books: share of training rows'] == 1.0
-    report = datasets.bad_records(source.records.cache for source in examples.sources)
+    report = facts.bad_records(source.records.cache for source in examples.sources)
     assert report['bad_records'] == {'empty': 1, 'left out': 1}
     assert [Path(example['where']).name for example in report['bad_examples']] == ['b.jsonl:2']
     json.dumps([figures, report])
@@ -218,8 +223,11 @@ def load(files, text, tmp_path):
 
 @pytest.mark.parametrize('piece', PIECES, ids=lambda path: path.stem)
 def test_every_piece_makes_a_config(piece, tmp_path):
-    files = '\nFILES = "x/*.txt"' if piece.stem == 'text_files' else ''
+    files = {'text_files': '\nFILES = "x/*.txt"', 'mixture': '\nMIXTURE = "runs/x"'}.get(piece.stem, '')
     config = load([piece], f'test_datasets.ShowData.data = @datasets.DataConfig(){files}', tmp_path)
+    if piece.stem == 'mixture':
+        assert config.components == PreparedMixture('runs/x')
+        return
     (only,) = config.components
     assert only.name == {'text_files': 'text'}.get(piece.stem, piece.stem)
     assert callable(only.source.shards)

@@ -39,14 +39,20 @@ def test_read_documents_goes_through_all_shards_in_order():
 
 
 @pytest.mark.parametrize(('split', 'fix'), [('train', 'smaller'), ('validation', 'larger')])
-def test_a_split_without_documents_is_an_error(split, fix):
-    with pytest.raises(UserError, match=f'{split} split has no documents .*{fix} validation_fraction'):
-        list(read_documents(ListSource(((), ())), split))
+def test_a_split_without_documents_is_an_error_that_says_where_they_went(split, fix):
+    shards = ListSource(((),) * 5).shards(split)
+    error = str(empty_split_error(split, ReadCounts(other_split=7, empty=2, skipped=1), shards))
+    assert error.startswith(f'{split}/0, {split}/1, {split}/2 and 2 more: the {split} split has no documents ')
+    assert '7 belong to the other split, 2 are empty, 1 are bad). Give ' in error
+    assert f'{fix} validation_fraction' in error
 
 
-def test_empty_split_error_says_where_the_documents_went():
-    error = empty_split_error('validation', ReadCounts(other_split=7, empty=2, skipped=1))
-    assert '7 belong to the other split, 2 are empty, 1 are bad' in str(error)
+def test_a_source_without_documents_is_an_error_that_asks_for_other_files():
+    with pytest.raises(
+        UserError, match=r'^validation/0, validation/1: there are no documents at all.*Give files'
+    ) as it:
+        list(read_documents(ListSource(((), ())), 'validation'))
+    assert 'validation_fraction' not in str(it.value)
 
 
 def test_merged_counts_are_the_sums_and_survive_json():

@@ -130,7 +130,9 @@ def test_empty_documents_are_counted_and_left_out(tmp_path):
     )
     assert (documents, counts.empty) == (['a', 'b'], 2)
     (tmp_path / 'empty.txt').touch()
-    with pytest.raises(UserError, match=r'the train split has no documents .* 1 are empty'):
+    with pytest.raises(
+        UserError, match=r'empty\.txt: the train split has no documents .* 1 are empty, .*Give files with text'
+    ):
         read(TextFiles(str(tmp_path / 'empty.txt')))
 
 

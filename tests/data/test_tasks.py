@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm.configuration import Invocation
 from llm.data import tasks
+from llm.data.mixtures.parts import Part
+from llm.data.mixtures.prepared import PreparedMixture, register_mixture
 from llm.data.objectives import LanguageModelling
 from llm.data.packing import PackedRows, training_plan
 from llm.data.sources import ReadCounts, StandardLibrary, TextFiles, read_documents
 from llm.data.token_cache_building import open_token_cache
 from llm.data.vocabularies import ByteVocabulary
 from llm.errors import UserError
+from llm.jobs.make_mixture import MakeMixture
 
 
 @pytest.fixture(scope='module')
@@ -284,3 +288,17 @@ def test_tensorflow_is_imported_only_when_a_task_is_read():
         'assert not {"tensorflow", "seqio", "tensorflow_datasets"} & set(sys.modules)\n'
     )
     subprocess.run([sys.executable, '-c', program], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_mixture_directory_in_the_registry(seqio, tmp_path):
+    (tmp_path / 'a.jsonl').write_text('\n'.join(f'{{"text": "text {i}"}}' for i in range(50)))
+    parts = tuple(Part(name, source=TextFiles(str(tmp_path / 'a.jsonl'), validation_fraction=0.2)) for name in 'ab')
+    made = MakeMixture(str(tmp_path / 'mixture'), parts, 'of_a_directory')
+    made(Invocation(dry_run=False, operative_config='', command=(), config_files=()))
+    names = register_mixture(made.output_directory)
+    assert names == ('of_a_directory', ['of_a_directory:a', 'of_a_directory:b'])
+    assert tasks.mixture_rates(names[0]) == [(name, 0.5) for name in names[1]]
+    (ours, _) = PreparedMixture(made.output_directory).components()
+    assert documents(tasks.SeqioTask(names[1][0]), 'train') == documents(ours.source, 'train')
+    with pytest.raises(UserError, match='has a mixture of the name of_a_directory already'):
+        register_mixture(made.output_directory)

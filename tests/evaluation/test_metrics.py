@@ -92,7 +92,7 @@ def test_lengths_must_agree():
 
 def test_a_missing_library_is_named():
     with pytest.raises(UserError, match=r'no_such_library is not installed.*\[eval\]'):
-        metrics._library('no_such_library')
+        metrics.library('no_such_library')
 
 
 def test_similarity_is_the_correlation_of_cosines():

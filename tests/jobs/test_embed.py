@@ -14,7 +14,7 @@ from llm.errors import UserError
 from llm.inference.sampling import SamplingConfig
 from llm.interop.safetensors import open_checkpoint
 from llm.jobs.convert import Convert
-from llm.jobs.embed import Embed
+from llm.jobs.embed import Embed, embed_with
 from llm.jobs.generate import Generate
 from llm.jobs.trained_model import open_trained_model
 from llm.models.pooling import PoolingConfig
@@ -109,6 +109,7 @@ def test_sentences_of_a_real_encoder_have_the_vectors_of_its_own_library(dev_dat
         expected = theirs.encode(texts)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    np.testing.assert_allclose(embed_with(str(run), texts[:10]), expected[:10], atol=1e-5)  # as reports on data do
 
     # Back again: the same bits, and files that the library makes the same model of.
     back = tmp_path / 'back'

@@ -4,8 +4,10 @@ import gzip
 import json
 
 import pyarrow.parquet
+import pytest
 
 from llm.configuration import Invocation, load_job
+from llm.errors import UserError
 
 
 def test_articles_lose_their_near_duplicates_and_what_an_evaluation_set_holds(dev_data, tmp_path, capsys):
@@ -23,11 +25,26 @@ def test_articles_lose_their_near_duplicates_and_what_an_evaluation_set_holds(de
     bindings['OUTPUT_DIRECTORY'] = str(tmp_path / 'out')
     job, text = load_job(
         ['gin_configs/runs/prepare_corpus.gin'],
-        [f'{name} = {value!r}' for name, value in bindings.items()] + ['prepare_data.PrepareData.processes = 1'],
+        [f'{name} = {value!r}' for name, value in bindings.items()]
+        + ['prepare_data.PrepareData.processes = 1', 'prepare_data.PrepareData.report = None'],
     )
     job(Invocation(dry_run=True, operative_config=text, command=(), config_files=()))
-    assert 'near_duplicate' in capsys.readouterr().out and not (tmp_path / 'out').exists()
-    for _ in range(2):  # the second time all is there
+    said = capsys.readouterr().out
+    assert 'near_duplicate' in said and 'against 50 items' in said and not (tmp_path / 'out').exists()
+    # Found before hours of work, also without --dry_run.
+    (tmp_path / 'arc.jsonl').rename(tmp_path / 'not_here.jsonl')
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match='no file matches'):
+            job(Invocation(dry_run=dry_run, operative_config=text, command=(), config_files=()))
+    (tmp_path / 'arc.jsonl').write_text('')
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r'arc.jsonl: an evaluation set has no items. +Name files'):
+            job(Invocation(dry_run=dry_run, operative_config=text, command=(), config_files=()))
+    assert not (tmp_path / 'out').exists()
+    (tmp_path / 'not_here.jsonl').rename(tmp_path / 'arc.jsonl')
+    for attempt in range(3):  # the second time all is there
+        if attempt == 2:
+            (tmp_path / 'out/ledger/000000.parquet').write_bytes(b'damaged')
         job(Invocation(dry_run=False, operative_config=text, command=(), config_files=()))
         said = capsys.readouterr().out
         assert 'of 101 documents 95 are final' in said

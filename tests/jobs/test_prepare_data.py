@@ -31,7 +31,8 @@ def test_a_crawl_becomes_documents_that_training_reads(dev_data, tmp_path, reque
     texts = list(read_documents(TextFiles(str(out / 'documents' / '*.parquet'), validation_fraction=0), 'train'))
     assert len(texts) == counts['kept']
 
-    again = start(root, *bindings, 'LANGUAGES=("en", "de")')
+    assert 'report.html' in dry.stdout and (out / 'report.html').stat().st_size > 50_000
+    again = start(root, *bindings, 'LANGUAGES=("en", "de")', 'prepare_data.PrepareData.report=None')
     assert '2 of 2 shards had been done before' in again.stdout
     other = start(root, *bindings, 'LANGUAGES=("fr",)')
     assert other.returncode == 2

@@ -17,6 +17,7 @@ from llm.models.feed_forward import FeedForwardConfig
 from llm.models.moe import MoeConfig
 from llm.models.parameters import parameter_specs
 from llm.models.routing import Capacity, RouterConfig, _within_capacity, balanced_table, hashed
+from tests.models.small_decoders import compiled
 from tests.models.small_moe import MOE, dense, moe
 
 X = np.random.default_rng(1).standard_normal((3, 8, 16))
@@ -70,7 +71,8 @@ def test_layer_and_gradient_equal_every_expert_on_every_token(config):
         x, context = jnp.asarray(X), Context()
 
         def ours(params, x):
-            return jnp.sum(jnp.sin(nnx.merge(graph, params)(x, context)[0]))
+            y = nnx.merge(graph, params)(x, context)[0]
+            return jnp.sum(jnp.sin(y)), y
 
         def plain(params, x):
             layer = nnx.merge(graph, params)
@@ -79,7 +81,7 @@ def test_layer_and_gradient_equal_every_expert_on_every_token(config):
             if config.router.normalize:
                 weights = weights / weights.sum(-1, keepdims=True)
             y = dense_of(layer, x, weights * config.router.scaling)
-            return jnp.sum(jnp.sin(y))
+            return jnp.sum(jnp.sin(y)), dense_of(layer, x, jnp.asarray(expected))
 
         def dense_of(layer, x, weights):
             if layer.experts.gate is None:
@@ -94,10 +96,9 @@ def test_layer_and_gradient_equal_every_expert_on_every_token(config):
             return y
 
         expected = weights_of(config, params['router'], X)
-        layer = nnx.merge(graph, params)
-        np.testing.assert_allclose(layer(x, context)[0], dense_of(layer, x, jnp.asarray(expected)), atol=1e-9)
-        ours_value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(params, x)
-        value, plain_gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(params, x)
+        (ours_value, y), gradients = compiled(jax.value_and_grad(ours, (0, 1), has_aux=True))(params, x)
+        (value, dense_y), plain_gradients = compiled(jax.value_and_grad(plain, (0, 1), has_aux=True))(params, x)
+        np.testing.assert_allclose(y, dense_y, atol=1e-9)
         np.testing.assert_allclose(ours_value, value, rtol=1e-12)
         for path, gradient in jax.tree_util.tree_leaves_with_path(plain_gradients):
             mine = dict(jax.tree_util.tree_leaves_with_path(gradients))[path]
@@ -173,12 +174,8 @@ def test_drops(seed, groups, size, experts, factor, zigzag):
     most = capacity.tokens(length, columns, experts)
     assert most == min(size, max(1, int(np.ceil(factor * size * columns / experts))))
     order = generator.permutation(length) if zigzag else np.arange(length)
-    kept = _within_capacity(
-        jnp.asarray(expert[:, order]),
-        jnp.asarray(np.broadcast_to(chosen, expert.shape)[:, order]),
-        capacity,
-        experts,
-        jnp.asarray(order) if zigzag else None,
+    kept = compiled(_within_capacity, static_argnums=(2, 3))(
+        expert[:, order], np.broadcast_to(chosen, expert.shape)[:, order], capacity, experts, order if zigzag else None
     )
     for row in range(2):
         for group in range(groups):

@@ -31,6 +31,7 @@ from llm.training.optimizers import OptimizerConfig
 from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert', 'pipeline')
 BATCH, LENGTH, DEVICES = 16, 16, 8
@@ -198,7 +199,7 @@ def _run(trainer: Trainer, initial: Any, packings: tuple[bool, ...]) -> tuple[li
         for packed in packings:
             state = jax.device_put(initial, trainer.state_shardings)
             rows = jax.device_put(batch(packed), trainer.batch_sharding)
-            compiled = compiled or trainer.train_step.lower(state, rows).compile()
+            compiled = compiled or trainer.train_step.lower(state, rows).compile(QUICKLY)
             state, metrics = compiled(state, rows)
             pairs = initial['parameters'], jax.device_get(state['parameters'])
             gradients = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), *pairs)

@@ -21,6 +21,8 @@ from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from tests.models.small_encoders import bert, t5
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 WIDTHS = (64, 128, 256, 512, 1024)
 LAYER = LayerConfig(
     mixer=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16),

@@ -20,6 +20,7 @@ from llm.parallel.mesh import MeshConfig
 from llm.training.optimizers import OptimizerConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 from tests.training.parity_cases import BATCH, GRADIENT, LENGTH, batch
 
 LAYER = LayerConfig(
@@ -65,7 +66,7 @@ def _run(mesh: MeshConfig, accumulation: int, scan: bool, packed: bool, model: D
         state = jax.device_put(_initial_state(model), trainer.state_shardings)
         rows = jax.device_put(batch(packed), trainer.batch_sharding)
         before = jax.device_get(state['parameters'])
-        compiled = trainer.train_step.lower(state, rows).compile()
+        compiled = trainer.train_step.lower(state, rows).compile(QUICKLY)
         state, metrics = compiled(state, rows)
         gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, jax.device_get(state['parameters']))
         return float(metrics['loss']), gradients, compiled.as_text()

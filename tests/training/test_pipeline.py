@@ -18,6 +18,7 @@ from llm.parallel.mesh import MeshConfig
 from llm.parallel.pipeline.schedules import PipelineConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
+from tests.compiling import QUICKLY
 from tests.training.parity_cases import BATCH, GRADIENT, LENGTH, batch
 
 LAYER = LayerConfig(
@@ -76,7 +77,7 @@ def _run(trainer, model, packed):
     with jax.enable_x64():
         state = jax.device_put(_initial_state(model), trainer.state_shardings)
         rows = jax.device_put(batch(packed), trainer.batch_sharding)
-        compiled = trainer.train_step.lower(state, rows).compile()
+        compiled = trainer.train_step.lower(state, rows).compile(QUICKLY)
         state, metrics = compiled(state, rows)
         before, after = _initial_state(model)['parameters'], jax.device_get(state['parameters'])
         return float(metrics['loss']), jax.tree.map(lambda old, new: old - new, before, after), compiled.as_text()

@@ -1,6 +1,7 @@
 """Routers in training: their sums do not depend on how a batch is cut up, and a bias moves by the sign of its load."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from llm.training.schedules import ScheduleConfig
 from llm.training.step import StepConfig
 from llm.training.trainer import Trainer
 from tests.models.small_moe import moe, moe_decoder
+
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 SGD = OptimizerConfig(
     kind='sgd', learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=ScheduleConfig('constant')
@@ -47,21 +50,31 @@ class One:
         return self.arrays
 
 
+@functools.cache
+def initial(config: DecoderConfig, optimizer: OptimizerConfig):
+    """The state before the first step, drawn on one device, with float64 for float32."""
+    shape = StepConfig(4, 8)
+    trainer = Trainer(config, optimizer, shape, 10, mesh=MeshConfig(data=1), devices=jax.devices()[:1])
+    state = jax.device_get(trainer.fresh_state())
+    return jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, state)
+
+
 def step(config: DecoderConfig, optimizer=SGD, accumulation=1, rows=None, mesh=MeshConfig(data=1), evaluated=False):
     """(parameters before, parameters after, metrics) of a step in float64; and figures of evaluation before it."""
     with jax.enable_x64():
         arrays = batch() if rows is None else rows
         shape = arrays['inputs'].shape
+        config = dataclasses.replace(config, compute_dtype='float64')
         trainer = Trainer(
-            dataclasses.replace(config, compute_dtype='float64'),
+            config,
             optimizer,
             StepConfig(*shape, gradient_accumulation=accumulation),
             10,
             mesh=mesh,
             devices=jax.devices()[: np.prod(mesh.sizes(8))],
         )
-        state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, trainer.fresh_state())
-        before = jax.device_get(state['parameters'])
+        before = initial(config, optimizer)['parameters']
+        state = jax.device_put(initial(config, optimizer), trainer.state_shardings)
         arrays = jax.device_put(arrays, trainer.batch_sharding)
         figures = evaluate(trainer, state['parameters'], Evaluation(One(arrays), 1)) if evaluated else None
         state, metrics = trainer.train_step(state, arrays)

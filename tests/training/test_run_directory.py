@@ -55,6 +55,9 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match='not a run directory'):
         claim(tmp_path, Whole(), '', changeable=())
     assert (tmp_path / 'thesis.tex').read_text() == 'precious'
+    claim(tmp_path / 'run', Whole(), '', changeable=())
+    with pytest.raises(UserError, match='run: is of Whole, not of Part'):
+        claim(tmp_path / 'run', Part(1), '', changeable=())
 
 
 def test_a_run_that_has_computed_nothing_gives_way(tmp_path):
@@ -86,7 +89,7 @@ def test_killed_while_claiming_it_is_claimed_by_the_next(tmp_path, left):
 @pytest.mark.parametrize('name', ['config.gin', 'config.json'])
 def test_a_file_that_only_has_our_name_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match='not a run directory|another config'):
+    with pytest.raises(UserError, match='not a run directory|not the record of a run'):
         claim(tmp_path, Whole(), 'text', changeable=())
     assert (tmp_path / name).read_text() == '{"model_type": "llama"}'
 

@@ -115,7 +115,7 @@ def test_a_file_left_behind_means_nothing_and_an_unreadable_one_still_refuses(tm
 
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot lock'):
+    with pytest.raises(UserError, match='file: is a file'):
         RunLock(tmp_path / 'file' / 'run').acquire()
     (tmp_path / 'run.lock').mkdir()
     with pytest.raises(UserError, match='cannot lock: Is a directory'):

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm.data.documents import fasttext_models
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict
 from llm.data.sources.files import file_identity
 from llm.errors import UserError
@@ -39,6 +41,14 @@ class Language:
             if not 0 <= value <= 1:
                 raise UserError(f'{language} = {value} is not from 0 to 1', where='Language')
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """Of the confidence; a document in a language that is not wanted goes whatever its confidence."""
+        return (
+            Bounds(RULE, self.threshold, of=', '.join(self.languages)),
+            *(Bounds(RULE, value, of=language) for language, value in self.thresholds),
+        )
+
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         thresholds = dict(self.thresholds)
         return [self._judge(document, thresholds) for document in documents]
@@ -62,31 +72,8 @@ def _identifier(model: str) -> Any:
 
         identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         return lambda text: _as_floats(identifier.classify(text))
-    return _fasttext(model)
+    return functools.partial(fasttext_models.best, model)
 
 
 def _as_floats(found: tuple[str, Any]) -> tuple[str, float]:
     return found[0], float(found[1])
-
-
-def _fasttext(path: str) -> Any:
-    try:
-        import fasttext
-    except ImportError as error:
-        raise UserError(
-            'a fastText model needs the package fasttext-predict', where='Language.model', fix='Install it.'
-        ) from error
-    try:
-        model = fasttext.load_model(path)
-    except ValueError as error:
-        raise UserError(
-            f'is no fastText model ({error})', where=path, fix='Give the path of lid.176.bin or alike.'
-        ) from error
-
-    def identify(text: str) -> tuple[str, float]:
-        labels, probabilities = model.predict(text.replace('\n', ' '))
-        if not labels:
-            return 'und', 0.0
-        return labels[0].removeprefix('__label__'), min(1.0, float(probabilities[0]))
-
-    return identify

@@ -5,6 +5,7 @@ by ISO 7064 and their country's length, telephone numbers by libphonenumber's nu
 their range and by what stands around them, as versions of programs look the same.
 """
 
+import bisect
 import dataclasses
 import ipaddress
 import math
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict
 from llm.errors import UserError
 
@@ -22,7 +24,7 @@ KINDS: tuple[Kind, ...] = ('secret', 'email', 'iban', 'card', 'ip', 'phone')
 
 _EMAIL = re.compile(
     r"(?<![\w.+%/@-])[a-z0-9](?:[a-z0-9._%+'-]{0,62}[a-z0-9_%+-])?"
-    r'@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24}(?![\w@-])',
+    r'@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+(?!(?:png|jpe?g|gif|webp|svg|avif)\b)[a-z]{2,24}(?![\w@-])',
     re.I,
 )
 _IPV4 = re.compile(r'(?<![\w.:/-])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)')
@@ -48,6 +50,7 @@ _PHONE = re.compile(r'(?<![\w.,+/=#$€£%-])(?:\+|00)?\(?\d[\d ()./\u2011-]{5,2
 # Addresses of hosts, versions and numbers of sections; French numbers have five groups of two digits.
 _DOTTED = re.compile(r'\d{1,3}(?:\.\d{1,3}){3,}')
 _FRENCH = re.compile(r'0\d(?:\.\d\d){4}')
+_SINGLE_DIGITS = re.compile(r'(?<!\d)\d(?!\d)')
 _DATE = re.compile(r'\b(?:\d{4}[-./]\d{1,2}[-./]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})\b')
 _SECRETS = re.compile(
     r'(?<![\w-])(?:'
@@ -57,7 +60,7 @@ _SECRETS = re.compile(
     r'|glpat-[\w-]{20,}'  # GitLab
     r'|xox[abposr]-(?:\d+-)*[A-Za-z0-9-]{10,}'  # Slack
     r'|(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}'  # Stripe
-    r'|sk-(?:proj-|ant-)?[\w-]{32,}'  # OpenAI, Anthropic
+    r'|sk-(?=[\w-]*\d)(?:proj-|ant-)?[\w-]{32,}'  # OpenAI, Anthropic
     r'|hf_[A-Za-z]{34}'  # Hugging Face
     r'|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}|SG\.[\w-]{22}\.[\w-]{43}'  # npm, PyPI, SendGrid
     r'|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}'  # JSON web tokens
@@ -109,12 +112,17 @@ class PersonalData:
             except (KeyError, IndexError, ValueError) as error:
                 raise UserError(f'{self.mask!r} is no mask ({error})', where='PersonalData.mask') from error
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """Of the number of spans."""
+        return (Bounds('personal_data', most=self.most),)
+
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         return [self._judge(document) for document in documents]
 
     def _judge(self, document: Document) -> Document:
         found = self.find(document.text)
-        verdict = Verdict('personal_data', self.most is None or len(found) <= self.most, len(found))
+        verdict = Verdict('personal_data', self.bounds[0].keeps(len(found)), len(found))
         if not found:
             return document.judged(verdict)
         counts = dict(Counter(kind for _, _, kind in found))
@@ -140,10 +148,14 @@ class PersonalData:
         taken: list[tuple[int, int, Kind]] = []
         for kind in KINDS:
             if kind in self.kinds:
-                for start, stop in finders[kind](text):
-                    if all(stop <= other[0] or start >= other[1] for other in taken):
-                        taken.append((start, stop, kind))
-        return sorted(taken)
+                found = [
+                    (start, stop, kind)
+                    for start, stop in finders[kind](text)
+                    # Of those in order and without overlaps, the last that begins before it ends.
+                    if not (i := bisect.bisect_left(taken, (stop,))) or taken[i - 1][1] <= start
+                ]
+                taken = sorted([*taken, *found]) if found else taken
+        return taken
 
     def _hosts(self, text: str) -> Iterator[Span]:
         for match in _IPV4.finditer(text):
@@ -169,6 +181,8 @@ class PersonalData:
             digits = sum(character.isdigit() for character in written)
             international = written.startswith(('+', '00'))
             if not 7 <= digits <= 15 or (not international and digits == len(written)) or _DATE.search(written):
+                continue
+            if len(_SINGLE_DIGITS.findall(written)) > 2:  # a list of numbers
                 continue
             if (dotted := _DOTTED.search(written)) and not _FRENCH.fullmatch(dotted[0]):
                 continue

@@ -1,14 +1,16 @@
 """All shards of all sources through one chain, in processes; a run that was stopped goes on with the shards left."""
 
+import concurrent.futures
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from llm.data.documents.shard_processing import PARTS, ShardCounts, Task, committed, part, process
+from llm.data.documents.deduplication.verdicts import withdraw
+from llm.data.documents.shard_processing import PARTS, ShardCounts, Task, committed, part, process, shard_digest
 from llm.data.documents.sources import InputShard, Source
 from llm.data.documents.stage import Chain
 from llm.data.documents.workers import in_processes
@@ -58,12 +60,18 @@ def run(
         UserError: there is nothing to read, a file cannot be opened, or the disk is full.
     """
     shards = [(source.name, shard) for source in sources for shard in source.shards()]
-    tasks = [Task(shard, index, _digest(shard, settings)) for index, (_, shard) in enumerate(shards)]
+    numbers = numbers_of([shard for _, shard in shards], _known(directory))
+    tasks = [Task(shard, number, settings=settings) for (_, shard), number in zip(shards, numbers, strict=True)]
     for left_over in directory.glob('*/*.tmp'):
         left_over.unlink(missing_ok=True)
-    _remove_others(directory, len(tasks))
-    done = {task.index: counts for task in tasks if (counts := committed(directory, task)) is not None}
+    done = _done(directory, tasks)
     resumed = len(done)
+    others = _others(directory, set(numbers))
+    if others or resumed < len(tasks):
+        withdraw(directory)
+        (directory / SUMMARY).unlink(missing_ok=True)
+    for path in others:
+        path.unlink()
     missing = [task for task in tasks if task.index not in done]
     workers = min(processes or processors(), len(missing))
     total = ShardCounts()
@@ -82,10 +90,10 @@ def run(
         except OSError as error:
             raise unwritable(directory, error, 'shards') from error
     by_source: dict[str, ShardCounts] = {}
-    for index, (name, _) in enumerate(shards):
-        by_source.setdefault(name, ShardCounts()).add(done[index])
+    for (name, _), number in zip(shards, numbers, strict=True):
+        by_source.setdefault(name, ShardCounts()).add(done[number])
     summary = Summary(total, by_source, len(tasks), resumed)
-    _check(directory, summary)
+    _check(directory, total, numbers)
     write_json(directory / SUMMARY, summary.as_json())
     return summary
 
@@ -95,29 +103,64 @@ def _here(tasks: Sequence[Task], chain: Chain, directory: Path) -> Iterator[tupl
         yield task, process(task, chain, directory, lambda first, count: None)
 
 
-def _digest(shard: InputShard, settings: str) -> str:
-    # Names of files need not be valid Unicode.
-    text = f'{shard.name}\0{shard.fingerprint()}\0{settings}'
-    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
+def _known(directory: Path) -> dict[str, int]:
+    """Name of a shard -> number of its files in an earlier run."""
+    known: dict[str, int] = {}
+    for path in (directory / 'shards').glob('*.json'):
+        try:
+            known[json.loads(path.read_text())['shard']] = int(path.stem)
+        except (OSError, KeyError, TypeError, ValueError):  # damaged: as if it were not there
+            continue
+    return known
 
 
-def _remove_others(directory: Path, count: int) -> None:
+def numbers_of(shards: Sequence[InputShard], known: Mapping[str, int]) -> list[int]:
+    """The number of each shard's files: what it had in an earlier run, else its place, or the next that is free.
+
+    So shards that are done keep their files when a file is added or taken away that sorts before them.
+
+    Args:
+        known: name of a shard -> number that it had.
+    """
+    taken = {known[shard.name] for shard in shards if shard.name in known}
+    numbers: list[int] = []
+    for place, shard in enumerate(shards):
+        number = known.get(shard.name, place)
+        if shard.name not in known:
+            while number in taken:
+                number += 1
+            taken.add(number)
+        numbers.append(number)
+    return numbers
+
+
+def _done(directory: Path, tasks: Sequence[Task]) -> dict[int, ShardCounts]:
+    """The counts of shards that were done before. Their inputs are read for it, several at a time."""
+
+    def counts(task: Task) -> ShardCounts | None:
+        if not (directory / part(task.index, 'shards')).exists():
+            return None
+        return committed(directory, dataclasses.replace(task, digest=shard_digest(task.shard, task.settings)))
+
+    with concurrent.futures.ThreadPoolExecutor(processors()) as pool:
+        found = list(pool.map(counts, tasks))
+    return {task.index: some for task, some in zip(tasks, found, strict=True) if some is not None}
+
+
+def _others(directory: Path, numbers: set[int]) -> list[Path]:
     """Files of shards that an earlier run had and this one has not, also of those that it had not committed."""
-    for kind in ('shards', *PARTS):
-        for path in (directory / kind).glob('*'):
-            if path.stem.isdigit() and int(path.stem) >= count:
-                path.unlink()
+    paths = [path for kind in ('shards', *PARTS) for path in (directory / kind).glob('*')]
+    return [path for path in paths if path.stem.isdigit() and int(path.stem) not in numbers]
 
 
-def _check(directory: Path, summary: Summary) -> None:
+def _check(directory: Path, counts: ShardCounts, numbers: Sequence[int]) -> None:
     """Nothing was lost: the counts balance, and the files have as many rows as were counted."""
     import pyarrow.parquet
 
     def rows(kind: str) -> int:
-        paths = [directory / part(index, kind) for index in range(summary.shards)]
+        paths = [directory / part(number, kind) for number in numbers]
         return sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
 
-    counts = summary.counts
     found = {'kept': rows('documents'), 'judged': rows('ledger')}
     if not counts.balanced or found != {'kept': counts.kept, 'judged': counts.documents - counts.quarantined}:
         raise RuntimeError(f'documents were lost: {counts.as_json()}, in files {found}')

@@ -7,12 +7,13 @@ commits them: it has the counts, and the sizes of the other files.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llm.data.documents.counts import Counts
 from llm.data.documents.document import Document, Ignored, Quarantined
@@ -32,16 +33,20 @@ class Task:
     """What a worker does: one shard, and what is known of it from attempts that died.
 
     Attributes:
-        index: of the shard among all. digest: of the shard and of the chain.
-        alone: records [first, last) that are judged one by one, to find the one that is deadly.
+        index: number of the shard's files.
+        digest: of the shard and of the chain's settings; empty is for `process` to find, and so is its cost.
+        settings: of the chain, as a text.
+        alone: first records of batches that are judged one by one: to find the one that is deadly, or because they are
+            too much together.
         poison: record -> reason: not judged again, but quarantined.
         unreadable: record -> reason: reading stops before it.
     """
 
     shard: InputShard
     index: int
-    digest: str
-    alone: tuple[int, int] = (0, 0)
+    digest: str = ''
+    settings: str = ''
+    alone: frozenset[int] = frozenset()
     poison: dict[int, str] = dataclasses.field(default_factory=dict)
     unreadable: tuple[int, str] | None = None
 
@@ -70,10 +75,17 @@ class ShardCounts(Counts):
         return self.documents == self.kept + self.removed.total() + self.quarantined
 
 
-def part(index: int, kind: str) -> str:
-    """The path of one of a shard's files within the output directory."""
+def shard_digest(shard: InputShard, settings: str) -> str:
+    """Changes when what is made of a shard could change: its content, how it is read, or the settings of the chain."""
+    # Names of files need not be valid Unicode.
+    text = f'{shard.name}\0{shard.fingerprint()}\0{settings}'
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
+
+
+def part(index: int | str, kind: str) -> str:
+    """The path of one of a shard's files within the output directory; of a piece of a shard by the piece's name."""
     suffix = {'documents': 'parquet', 'ledger': 'parquet', 'quarantine': 'jsonl', 'shards': 'json'}[kind]
-    return f'{kind}/{index:06d}.{suffix}'
+    return f'{kind}/{index if isinstance(index, str) else f"{index:06d}"}.{suffix}'
 
 
 PARTS = ('documents', 'ledger', 'quarantine')
@@ -101,19 +113,19 @@ def process(task: Task, chain: Chain, directory: Path, at: Callable[[int, int], 
         OSError: the disk is full or cannot be written.
         UserError: the shard cannot be opened, or a stage is configured wrongly.
     """
+    digest = task.digest or shard_digest(task.shard, task.settings)
     counts = ShardCounts()
     with contextlib.ExitStack() as stack:
-        writer = _Writer(directory, task.index, chain.rules, stack)
-        for first, items in _batches(task, at):
-            alone = any(task.alone[0] <= first + i < task.alone[1] for i in range(len(items)))
-            for start, some in _runs(first, items, alone=alone):
+        writer = Writer(directory, task.index, chain.rules, stack)
+        for first, items in batches(task, at):
+            for start, some in _runs(first, items, alone=first in task.alone):
                 at(start, len(some))
-                _judge(some, start, task, chain, counts, writer)
+                judge(some, start, task, chain, counts, writer)
         sizes = writer.commit()
     assert counts.balanced, counts
     record = {
         'shard': task.shard.name,
-        'digest': task.digest,
+        'digest': digest,
         'counts': counts.as_json(),
         'sizes': sizes,
     }
@@ -129,7 +141,7 @@ def _runs(first: int, items: list[Item], *, alone: bool) -> Iterator[tuple[int, 
         yield first + i, [item]
 
 
-def _batches(task: Task, at: Callable[[int, int], None]) -> Iterator[tuple[int, list[Item]]]:
+def batches(task: Task, at: Callable[[int, int], None]) -> Iterator[tuple[int, list[Item]]]:
     """(number of the first record, records) of each batch."""
     batch: list[Item] = []
     characters = number = 0
@@ -155,7 +167,17 @@ def _batches(task: Task, at: Callable[[int, int], None]) -> Iterator[tuple[int, 
         yield number - len(batch), batch
 
 
-def _judge(items: Sequence[Item], first: int, task: Task, chain: Chain, counts: ShardCounts, writer: '_Writer') -> None:
+class Rows(Protocol):
+    """Where outcomes go, in the order of the records."""
+
+    def document(self, document: Document) -> None:
+        """One that was judged."""
+
+    def quarantine(self, item: Quarantined) -> None:
+        """One that could not be."""
+
+
+def judge(items: Sequence[Item], first: int, task: Task, chain: Chain, counts: ShardCounts, writer: Rows) -> None:
     """Records through the chain, and into counts and files, in their order."""
     results: list[Item] = list(items)
     for i, item in enumerate(items):
@@ -185,10 +207,30 @@ def _judge(items: Sequence[Item], first: int, task: Task, chain: Chain, counts: 
         writer.document(item)
 
 
-class _Writer:
+def rows_of(document: Document) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The row of the ledger, and the document's own if it stays."""
+    common = {
+        name: getattr(document, name)
+        for name in ('id', 'source', 'url', 'domain', 'date', 'licence', 'language', 'language_confidence')
+    }
+    row = {
+        **common,
+        'characters': len(document.text),
+        'removed_by': document.removed_by,
+        'excerpt': document.text[:EXCERPT],
+    }
+    for verdict in document.verdicts:
+        row[f'{verdict.rule}.keep'], row[f'{verdict.rule}.value'] = verdict.keep, verdict.value
+    if document.removed_by is not None:
+        return row, None
+    metadata = json.dumps(dict(document.metadata), ensure_ascii=True, default=str)
+    return row, {'text': document.text, **common, 'metadata': metadata}
+
+
+class Writer:
     """The files of one shard, under temporary names until they are committed."""
 
-    def __init__(self, directory: Path, index: int, rules: Sequence[str], stack: contextlib.ExitStack):
+    def __init__(self, directory: Path, index: int | str, rules: Sequence[str], stack: contextlib.ExitStack):
         import pyarrow
         import pyarrow.parquet
 
@@ -225,24 +267,15 @@ class _Writer:
 
     def document(self, document: Document) -> None:
         """A row of the ledger, and the document itself if it stays."""
-        common = {
-            name: getattr(document, name)
-            for name in ('id', 'source', 'url', 'domain', 'date', 'licence', 'language', 'language_confidence')
-        }
-        row = {
-            **common,
-            'characters': len(document.text),
-            'removed_by': document.removed_by,
-            'excerpt': document.text[:EXCERPT],
-        }
-        for verdict in document.verdicts:
-            row[f'{verdict.rule}.keep'], row[f'{verdict.rule}.value'] = verdict.keep, verdict.value
+        self.add(*rows_of(document))
+
+    def add(self, row: dict[str, Any], document: dict[str, Any] | None) -> None:
+        """What `rows_of` says of a document."""
         self._rows['ledger'].append(row)
-        if document.removed_by is None:
-            metadata = json.dumps(dict(document.metadata), ensure_ascii=True, default=str)
-            self._rows['documents'].append({'text': document.text, **common, 'metadata': metadata})
-            self._waiting += len(document.text) + len(metadata)
-        self._waiting += len(document.id) + len(document.url or '')
+        if document is not None:
+            self._rows['documents'].append(document)
+            self._waiting += len(document['text']) + len(document['metadata'])
+        self._waiting += len(row['id']) + len(row['url'] or '')
         if self._waiting >= _GROUP_CHARACTERS or len(self._rows['ledger']) >= _GROUP_ROWS:
             self._flush()
 

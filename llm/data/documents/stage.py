@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Quarantined, not_installed
 from llm.errors import UserError
 
@@ -12,7 +13,8 @@ from llm.errors import UserError
 class Stage(Protocol):
     """A pure function of documents: a frozen dataclass that gin configures and that pickles.
 
-    One that reads files, as lists or models, also has `identities()`: texts that change where their content does.
+    One that reads files, as lists or models, also has `identities()`: texts that change where their content does. One
+    whose rules judge by figures may have `bounds`, a `Bounds` for each of these rules, which reports draw.
 
     Attributes:
         name: for the ledger and for messages.
@@ -49,6 +51,11 @@ class Chain:
     def rules(self) -> tuple[str, ...]:
         """Of all stages, in order."""
         return tuple(rule for stage in self.stages for rule in stage.rules)
+
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """Of all stages that tell them."""
+        return tuple(limit for stage in self.stages for limit in getattr(stage, 'bounds', ()))
 
     def identities(self) -> list[str]:
         """Change where the content of the files does that stages read."""

@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict, domain_of
 from llm.data.sources.files import file_identity, find_files, stream_bytes
 from llm.errors import UserError
@@ -36,6 +37,15 @@ class UrlBlocking:
         if self.most_words < 0:
             raise UserError(f'most_words = {self.most_words} is negative', where='UrlBlocking')
 
+    @property
+    def _bound(self) -> Bounds:
+        return Bounds(_WORDS, most=self.most_words)
+
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """Of the number of words."""
+        return (self._bound,)
+
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         listed = _matcher(self.lists)
         return [
@@ -52,7 +62,7 @@ class UrlBlocking:
     def _words_of(self, url: str) -> Verdict:
         parts = re.split(r'[^a-z0-9]+', url.lower())
         count = sum(parts.count(word.lower()) for word in self.words)
-        return Verdict(_WORDS, count <= self.most_words, count)
+        return Verdict(_WORDS, self._bound.keeps(count), count)
 
 
 @functools.cache

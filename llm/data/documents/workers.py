@@ -25,6 +25,8 @@ from llm.errors import UserError
 
 # How often a death while a record was read, or judged alone, is taken for chance.
 _CHANCES = 2
+# And before it had begun, which is the fault of no record: three times in a row for a task, all else is a mistake.
+_STARTS = 3
 _POLL_SECONDS = 0.5
 # In place of the first record, before a worker has come to its task.
 _NOT_BEGUN = -1.0
@@ -113,14 +115,14 @@ def _again(
     """
     first, count = int(position[0]), int(position[1])
     if count > 1:
-        return dataclasses.replace(task, alone=(first, first + count))
+        return dataclasses.replace(task, alone=task.alone | {first})
     key = task.index, first, count == 0
     deaths[key] += 1
-    if by_chance and deaths[key] < _CHANCES:
+    if by_chance and deaths[key] < (_STARTS if first < 0 else _CHANCES):
         return task
     if first < 0:
         raise UserError(
-            f'a worker {reason} twice before it had begun to read',
+            f'a worker {reason} {deaths[key]} times before it had begun to read',
             fix='What it said is above. A script of your own needs `if __name__ == "__main__":` around the call.',
         )
     if count == 1:

@@ -10,6 +10,7 @@ from llm.errors import UserError
 Split = Literal['train', 'validation']
 
 MAX_SAMPLES = 20
+_NAMED = 3  # shards in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +137,11 @@ def read_documents(source: Source, split: Split, counts: ReadCounts | None = Non
     """All documents of a split, shard after shard. Raises UserError when there is none."""
     counts = ReadCounts() if counts is None else counts
     before = counts.documents
-    for shard in source.shards(split):
+    shards = source.shards(split)
+    for shard in shards:
         yield from shard.documents(counts)
     if counts.documents == before:
-        raise empty_split_error(split, counts)
+        raise empty_split_error(split, counts, shards)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -149,11 +151,18 @@ def check_names(names: Sequence[str]) -> None:
             raise UserError(f'source name {name!r} is given twice, or is not of letters, digits and _.-')
 
 
-def empty_split_error(split: Split, counts: ReadCounts) -> UserError:
-    """The error for a split in which no document was found, from the counts of having read all of it."""
+def empty_split_error(split: Split, counts: ReadCounts, shards: Sequence[Shard]) -> UserError:
+    """The error for a split in which no document was found, from the counts of having read all of its shards."""
+    where = ', '.join(shard.name for shard in shards[:_NAMED])
+    if len(shards) > _NAMED:
+        where += f' and {len(shards) - _NAMED:,} more'
     seen = f'{counts.other_split} belong to the other split, {counts.empty} are empty, {counts.skipped} are bad'
+    what = f'the {split} split has no documents ({seen})'
+    if not (counts.other_split or counts.empty or counts.skipped):
+        what = f'there are no documents at all, to read for the {split} split'
     fixes = {
         'train': 'Give more data, or a smaller validation_fraction',
         'validation': 'Give a larger validation_fraction, or validation_files',
     }
-    return UserError(f'the {split} split has no documents ({seen})', fix=fixes[split])
+    # Where the other split has none either, another fraction would not help.
+    return UserError(what, where=where, fix=fixes[split] if counts.other_split else 'Give files with text')

@@ -122,8 +122,15 @@ def file_identity(path: str) -> str:
         raise unreadable(path, error) from error
 
 
+def file_state(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """(size, modification time, inode), for caches of what a file holds: another one is read again. Raises OSError."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 @functools.lru_cache(maxsize=4096)
-def _digest(path: str, size: int, modified: int, inode: int) -> bytes:
+def _digest(path: str, state: tuple[int, int, int]) -> bytes:
+    del state
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').digest()
 
@@ -131,8 +138,7 @@ def _digest(path: str, size: int, modified: int, inode: int) -> bytes:
 def content_digest(path: str) -> bytes:
     """SHA-256 of a file's content, read once in a process while its size and modification time stay."""
     try:
-        stat = os.stat(path)
-        return _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        return _digest(path, file_state(path))
     except OSError as error:
         raise unreadable(path, error) from error
 

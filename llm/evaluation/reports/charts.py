@@ -22,11 +22,13 @@ class Line:
 
     Attributes:
         name: in the legend. points: (x, y) in order of x. colour: 0 to 5, of the page's palette.
+        band: (x, low, high) in order of x, shaded behind the curve: what several runs span, say.
     """
 
     name: str
     points: Points
     colour: int = 0
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ def line_chart(
     tokens_per_step: float | None = None,
     from_zero: bool = False,
     wide: bool = False,
+    x_axis: str = '',
 ) -> str:
     """A chart over steps as a piece of HTML; '' if no line has a point.
 
@@ -56,6 +59,7 @@ def line_chart(
         tokens_per_step: shown with the axis, if known.
         from_zero: whether the vertical axis begins at 0 rather than at the least value.
         wide: whether the chart spans the page.
+        x_axis: what runs along it in place of steps.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -77,19 +81,20 @@ def line_chart(
     for line in lines:
         shapes += _curve(line, x_of, y_of)
 
-    words = [f'<span class="y" style="top:{y_of(y) / 10:.2f}%">{_tick(y, y_ticks)}</span>' for y in y_ticks]
-    words += [f'<span class="x" style="left:{x_of(x) / 10:.2f}%">{_tick(x, x_ticks)}</span>' for x in x_ticks]
+    words = [f'<span class="y" style="top:{y_of(y) / 10:.2f}%">{tick_label(y, y_ticks)}</span>' for y in y_ticks]
+    words += [f'<span class="x" style="left:{x_of(x) / 10:.2f}%">{tick_label(x, x_ticks)}</span>' for x in x_ticks]
     words += _level_names(levels, y_of)
     legend = ''.join(f'<span class="c{line.colour}">{escape(line.name)}</span>' for line in lines)
     if marks:
         legend += '<span class="resume">resumed</span>'
-    axis = 'step' if tokens_per_step is None else f'step, of {short_number(tokens_per_step)} tokens'
+    axis = x_axis or ('step' if tokens_per_step is None else f'step, of {short_number(tokens_per_step)} tokens')
     return (
         f'<figure class="chart{" wide" if wide else ""}" data-x="{x_range[0]} {x_range[1]}" '
-        f'data-y="{y_range[0]!r} {y_range[1]!r}"><figcaption><b>{escape(title)}</b>'
+        f'data-y="{y_range[0]!r} {y_range[1]!r}" data-unit="{escape(x_axis or "step")}">'
+        f'<figcaption><b>{escape(title)}</b>'
         f'<span class="legend">{legend}</span></figcaption><div class="plot">'
         f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
-        f'{"".join(shapes)}</svg>{"".join(words)}</div><div class="axis">{axis}</div></figure>'
+        f'{"".join(shapes)}</svg>{"".join(words)}</div><div class="axis">{escape(axis)}</div></figure>'
     )
 
 
@@ -98,6 +103,10 @@ def _curve(line: Line, x_of: Scale, y_of: Scale) -> list[str]:
     groups = _groups(line.points)
     means = [(_mean([x for x, _ in group]), _mean([y for _, y in group])) for group in groups]
     shapes = []
+    if line.band:
+        edges = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+        outline = ' '.join(f'{x_of(x):.2f},{y_of(y):.2f}' for x, y in edges)
+        shapes.append(f'<polygon class="band c{line.colour}" points="{outline}"/>')
     if len(means) < len(line.points):
         low = [(x, min(y for _, y in group)) for (x, _), group in zip(means, groups, strict=True)]
         high = [(x, max(y for _, y in group)) for (x, _), group in zip(means, groups, strict=True)]
@@ -125,6 +134,7 @@ def _y_range(lines: Sequence[Line], levels: Sequence[Level], settled: float, fro
     values = [level.value for level in levels]
     for line in lines:
         values += [y for x, y in line.points if x >= settled]
+        values += [y for x, *band in line.band if x >= settled for y in band]
     low = min([*values, *(y for line in lines for _, y in line.points)])
     high = max(values, default=low)
     if from_zero:
@@ -142,7 +152,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _tick(value: float, ticks: Sequence[float]) -> str:
+def tick_label(value: float, ticks: Sequence[float]) -> str:
     """`value` with as many decimals as tell the ticks apart."""
     if value == 0:
         return '0'

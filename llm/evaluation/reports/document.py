@@ -7,14 +7,14 @@ from llm.evaluation.reports.escaping import escape
 from llm.evaluation.reports.style import SCRIPT, STYLE
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A page of the HTML pieces that are not empty."""
+def document(title: str, parts: Iterable[str], *, style: str = '', script: str = '') -> str:
+    """A page of the HTML pieces that are not empty, with a style and a script beyond those of all pages."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n'
+        f'<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n<body><main>\n'
         + '\n'.join(part for part in parts if part)
-        + f'\n</main>\n<script>{SCRIPT}</script></body></html>\n'
+        + f'\n</main>\n<script>{SCRIPT}{script}</script></body></html>\n'
     )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from html import escape
 
 from llm.evaluation.reports.charts import Line
+from llm.evaluation.reports.curves import COLOURS
 from llm.training.progress import short_number
 
-_COLOURS = ('#2563eb', '#d9480f', '#0b8a5f', '#8b3fd9', '#b8860b', '#c2255c')
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 330, 250, 62, 30, 44
 
 
@@ -44,13 +44,13 @@ def log_log_svg(panels: Sequence[tuple[str, Sequence[Line]]], *, x_label: str, y
             label = short_number(x) if x >= 10_000 else f'{x:g}'
             parts.append(f'<text x="{across:.1f}" y="{_TOP + _HEIGHT + 16}" text-anchor="middle">{label}</text>')
         for line in lines:
-            colour = _COLOURS[line.colour % len(_COLOURS)]
+            colour = COLOURS[line.colour % len(COLOURS)]
             path = ' '.join('{:.1f},{:.1f}'.format(*place(number, x, y)) for x, y in line.points)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
     total = _LEFT + len(panels) * (_WIDTH + 24)
     for index, line in enumerate(panels[-1][1]):
         y = _TOP + 10 + 18 * index
-        parts.append(f'<path d="M{total} {y}h16" stroke="{_COLOURS[line.colour % len(_COLOURS)]}" stroke-width="3"/>')
+        parts.append(f'<path d="M{total} {y}h16" stroke="{COLOURS[line.colour % len(COLOURS)]}" stroke-width="3"/>')
         parts.append(f'<text x="{total + 22}" y="{y + 4}">{escape(line.name)}</text>')
     middle = (_LEFT + total) / 2
     parts.append(f'<text x="{middle}" y="{_TOP + _HEIGHT + 36}" text-anchor="middle">{escape(x_label)}</text>')

@@ -79,6 +79,8 @@ details { padding: 0 16px; margin-top: 10px; }
 summary { cursor: pointer; padding: 11px 0; font-weight: 600; font-size: .95rem; }
 details > :last-child { margin-bottom: 14px; }
 .scroll { overflow-x: auto; }
+.narrow th { min-width: 0; }
+.narrow td { overflow-wrap: normal; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; }
 td, th { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-top: 1px solid var(--rule);
   overflow-wrap: anywhere; font-weight: 400; }
@@ -110,7 +112,7 @@ for (const chart of document.querySelectorAll('.chart')) {
     const rows = nearest.filter(n => Math.abs(n.point[0] - x) < 12)
       .map(n => n.name + '  ' + format(y1 - n.point[1] / 1000 * (y1 - y0)));
     const step = Math.round(x0 + x / 1000 * (x1 - x0)).toLocaleString('en');
-    reading.textContent = ['step ' + step, ...rows].join('\\n');
+    reading.textContent = [chart.dataset.unit + ' ' + step, ...rows].join('\\n');
     cursor.style.left = x / 10 + '%';
     reading.style.left = x < 500 ? 'calc(' + x / 10 + '% + 10px)' : 'auto';
     reading.style.right = x < 500 ? 'auto' : 'calc(' + (100 - x / 10) + '% + 10px)';

@@ -11,7 +11,8 @@ from llm.data.documents.document import Document, Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned:
-    """What a document's text orders happens; of others, those with an odd number of letters are removed."""
+    """What a document's text orders happens, and two of a crowd kill together; of others, those with an odd number of
+    letters are removed."""
 
     seconds: float = 0.0
     name = 'poisoned'
@@ -19,6 +20,8 @@ class Poisoned:
 
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         results = []
+        if sum(document.text == 'crowd' for document in documents) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         for document in documents:
             if document.text == 'kill':
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -33,7 +33,7 @@ def write_shards(folder, shards, documents, special=()):
 
 def outputs(directory):
     """{relative path: bytes} of everything that a run leaves but for its summary of times."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.glob('*/*')}
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.glob('*/*') if path.is_file()}
 
 
 def quarantined(directory):
@@ -48,6 +48,7 @@ def ids(directory, kind='documents'):
 
 def test_a_document_that_kills_its_process_is_quarantined_and_no_other(tmp_path):
     orders = {(0, 3): 'hang', (1, 5): 'kill', (1, 140): 'fail', (2, 0): 'exit', (2, 1): 'fail'}
+    orders |= {(1, i): 'crowd' for i in (10, 20, 130, 144)}  # too much for a batch, in both of a shard
     source = write_shards(tmp_path, 3, 150, orders)
     out = tmp_path / 'out'
     summary = run([source], CHAIN, out, settings='', processes=2, seconds_per_batch=8)
@@ -107,17 +108,31 @@ def test_what_was_done_is_done_again_only_where_it_changed(tmp_path):
     out = tmp_path / 'out'
     assert run([source], CHAIN, out, settings='a', processes=1).resumed == 0
     before = outputs(out)
+    later = [out / name for name in ('final/0.parquet', 'final.json', 'deduplication/phases/final.json')]
+    for path in later:  # as the phases over all shards leave them
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('made of the documents as they are')
     assert run([source], CHAIN, out, settings='a', processes=1).resumed == 3
+    assert all(path.exists() for path in later)
     (tmp_path / '1.jsonl').write_text(json.dumps({'id': 'new', 'text': 'even'}))
     (out / 'documents' / '000002.parquet').write_bytes(b'damaged')
     assert run([source], CHAIN, out, settings='a', processes=1).resumed == 1
+    assert not any(path.exists() for path in later)
     assert ids(out) == ['0-0', '0-2', 'new', '2-0', '2-2']
     assert outputs(out)['documents/000002.parquet'] == before['documents/000002.parquet']
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 0
+    # A file that sorts before all others, and one that is gone before it was committed.
+    (tmp_path / '00.jsonl').write_text(json.dumps({'id': 'before', 'text': 'even'}))
     (tmp_path / '2.jsonl').unlink()
-    (out / 'shards' / '000002.json').unlink()  # killed before it was committed
+    (out / 'shards' / '000002.json').unlink()
+    before = outputs(out)
+    summary = run([source], CHAIN, out, settings='other rules', processes=1)
+    assert (summary.resumed, summary.shards, summary.counts.kept) == (2, 3, 4)
+    assert ids(out) == ['0-0', '0-2', 'new', 'before']
+    assert outputs(out)['ledger/000000.parquet'] == before['ledger/000000.parquet']
+    (tmp_path / '0.jsonl').unlink()
     assert run([source], CHAIN, out, settings='other rules', processes=1).resumed == 2
-    assert ids(out) == ['0-0', '0-2', 'new']
+    assert ids(out) == ['new', 'before']
 
 
 def test_one_shard_alone_is_as_safe(tmp_path):
@@ -134,7 +149,7 @@ def test_one_shard_alone_is_as_safe(tmp_path):
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, tmp_path / 'program.py']
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert 'twice before it had begun' in done.stderr.splitlines()[-1]
+    assert '3 times before it had begun' in done.stderr.splitlines()[-1]
     assert not list(tmp_path.glob('other/shards/*'))
 
 

@@ -66,13 +66,25 @@ def test_real_web_archives(dev_data):
     assert all(document.markup.lstrip().startswith('<') for document in documents if document.markup)
 
 
-@pytest.mark.parametrize('length', [10, 100_000, 10**25])
+RECORD = len(warc(*PAGES)[2])
+
+
+# The last ones end where the next record but one begins, or a little after.
+@pytest.mark.parametrize('length', [10, 100_000, 10**25, 96 + 151, 96 + RECORD, 97 + RECORD, 96 + 2 * RECORD])
 def test_a_record_of_false_length_is_quarantined_alone(tmp_path, length):
     (tmp_path / 'a.warc').write_bytes(b''.join(warc(*PAGES, lengths={1: length})))
     items = read(Warc(files=str(tmp_path / 'a.warc'), name='a'))
     assert [item.id for item in items if isinstance(item, Document)] == ['urn:0', 'urn:2', 'urn:3', 'urn:4']
     (bad,) = [item for item in items if isinstance(item, Quarantined)]
     assert 'false length' in bad.reason
+
+
+def test_a_page_about_web_archives_is_a_page(tmp_path):
+    pages = [b'<pre>a record:\r\n\r\n' + warc(PAGES[0])[0] + b'</pre> and more', b'\r\n\r\nWARC/1.', *PAGES[2:]]
+    (tmp_path / 'a.warc').write_bytes(b''.join(warc(*pages)))
+    items = read(Warc(files=str(tmp_path / 'a.warc'), name='a'))
+    assert [item.id for item in items] == [f'urn:{i}' for i in range(5)]
+    assert items[0].markup.endswith('and more')
 
 
 def test_a_truncated_archive_gives_what_came_before(tmp_path):
@@ -83,6 +95,13 @@ def test_a_truncated_archive_gives_what_came_before(tmp_path):
     assert [item.id for item in items if isinstance(item, Document)] == ['urn:0', 'urn:1', 'urn:2', 'urn:3']
     (reason,) = reasons(items)
     assert 'compressed data ends early' in reason
+    # And a record before it covers all that is left.
+    for length in (10_000, 10**9):
+        members = [gzip.compress(record) for record in warc(*PAGES, lengths={1: length})]
+        (tmp_path / 'a.warc.gz').write_bytes(b''.join(members)[:-20])
+        items = read(Warc(files=str(tmp_path / 'a.warc.gz'), name='a'))
+        assert [item.id for item in items if isinstance(item, Document)] == ['urn:0', 'urn:2', 'urn:3']
+        assert len(reasons(items)) == 2
 
 
 def test_what_is_too_long_is_never_held(tmp_path):

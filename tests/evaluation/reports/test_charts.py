@@ -38,6 +38,16 @@ def test_many_points_are_averaged_and_their_span_kept():
     assert len(chart) < 40_000
 
 
+def test_a_band_of_ones_own_is_inside_the_chart():
+    points, band = [(10.0, 2.0), (20.0, 1.5)], [(10.0, 1.0, 3.0), (20.0, 1.4, 1.6)]
+    chart = line_chart('Loss', [Line('mean', points, 1, band)])
+    drawn = re.search(r'<polygon class="band c1" points="([^"]*)"', chart)[1]
+    (y0, y1) = map(float, re.search(r'data-y="(\S+) (\S+)"', chart).groups())
+    heights = [y1 - float(pair.split(',')[1]) / 1000 * (y1 - y0) for pair in drawn.split(' ')]
+    assert heights == pytest.approx([3.0, 1.6, 1.4, 1.0], abs=1e-4)
+    assert y0 < 1.0 and y1 > 3.0
+
+
 def test_axis_is_fitted_to_what_comes_after_the_first_fall():
     points = [(float(step), 100.0 if step < 5 else 2.0 + 1 / step) for step in range(1, 201)]
     y0, y1 = map(float, re.search(r'data-y="(\S+) (\S+)"', line_chart('Loss', [Line('training', points)])).groups())

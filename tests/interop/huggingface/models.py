@@ -187,11 +187,15 @@ CASES: dict[str, Case] = {
 
 @functools.cache
 def make(name: str) -> tuple[Any, Path]:
-    """The model in float32 with eager attention, and a directory that it was saved to."""
+    """The model of a case, as `saved` makes it."""
+    return saved(CASES[name])
+
+
+def saved(case: Case) -> tuple[Any, Path]:
+    """A model in float32 with eager attention, and a directory that it was saved to."""
     import torch
     import transformers
 
-    case = CASES[name]
     config_class = {'Gemma3': 'Gemma3TextConfig'}.get(case.family, f'{case.family}Config')
     config = getattr(transformers, config_class)(**case.settings | TOKENS)
     config._attn_implementation = 'eager'

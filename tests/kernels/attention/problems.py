@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from llm.kernels.attention import flash
 from llm.kernels.attention.masking import Options, Positions
+from tests.models.small_decoders import compiled
 
 OPTIONS = {
     'causal': True,
@@ -58,7 +59,7 @@ def value_and_gradients(implementation, arrays, options, dtype):
 
     more = {name: traced.pop(name) for name in ('sinks', 'distance_bias') if name in traced}
 
-    @jax.jit
+    @compiled
     def run(query, key, value, more, traced):
         def function(query, key, value, more):
             return implementation(query, key, value, **static | traced | more)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm.kernels.cross_entropy import Placement, reference, summed_cross_entropy, token_cross_entropy
 from llm.kernels.cross_entropy.chunked import default_chunk
+from tests.models.small_decoders import compiled
 
 
 def draw(seed, batch, length, width, vocabulary):
@@ -43,7 +44,7 @@ def summed_and_gradients(function, arrays, dtype):
     """[loss, its two parts, gradients of hidden and kernel] of a summed loss, compiled; the loss is scaled by 0.5."""
     hidden, kernel, targets, weights = arrays
 
-    @jax.jit
+    @compiled
     def run(hidden, kernel, weights):
         def scaled(hidden, kernel):
             loss, parts = function(hidden, kernel, targets, weights)
@@ -60,7 +61,7 @@ def token_and_gradients(function, arrays, dtype):
     hidden, kernel, targets, weights = arrays
     targets = np.where(weights > 0, targets, 0)
 
-    @jax.jit
+    @compiled
     def run(hidden, kernel, weights):
         losses, pullback = jax.vjp(lambda hidden, kernel: function(hidden, kernel, targets), hidden, kernel)
         return [*losses, *pullback((weights.astype(losses[0].dtype), jnp.cos(losses[1])))]

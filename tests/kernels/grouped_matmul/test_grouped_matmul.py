@@ -11,8 +11,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm.kernels.grouped_matmul import blocked, grouped_matmul, pallas_tpu, reference
 from tests.kernels.scan_problems import TOPOLOGIES
+from tests.models.small_decoders import compiled
 
 D, F, ROWS = 3, 5, 300
+
+
+@compiled  # once for all sizes
+def both(lhs, rhs, weights, sizes):
+    return [
+        jax.value_and_grad(lambda lhs, rhs, f=f: jnp.sum(jnp.sin(f(lhs, rhs, sizes)) * weights), (0, 1))(lhs, rhs)
+        for f in (blocked.grouped_matmul, reference.grouped_matmul)
+    ]
 
 
 @settings(max_examples=25, deadline=None)
@@ -24,16 +33,7 @@ def test_blocks_equal_the_definition(sizes):
             for i, shape in enumerate([(ROWS, D), (4, D, F), (ROWS, F)])
         )
 
-        @jax.jit
-        def both(lhs, rhs, sizes):
-            return [
-                jax.value_and_grad(lambda lhs, rhs, f=f: jnp.sum(jnp.sin(f(lhs, rhs, sizes)) * weights), (0, 1))(
-                    lhs, rhs
-                )
-                for f in (blocked.grouped_matmul, reference.grouped_matmul)
-            ]
-
-        (value, gradients), (expected, expected_gradients) = both(lhs, rhs, jnp.asarray(sizes))
+        (value, gradients), (expected, expected_gradients) = both(lhs, rhs, weights, jnp.asarray(sizes))
         np.testing.assert_allclose(value, expected, atol=1e-10)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradients, expected_gradients)
 

@@ -8,6 +8,9 @@ from llm.data.documents.deduplication.near_duplicates import NearDuplicates
 from llm.data.documents.deduplication.repeats import Repeats
 from llm.errors import UserError
 
+# Rules that compare documents as wholes, in their order, and the one after them.
+EXACT, NEAR = ('id', 'url', 'document'), 'near_duplicate'
+
 
 @dataclasses.dataclass(frozen=True)
 class Deduplication:
@@ -18,7 +21,8 @@ class Deduplication:
     Args:
         sources: preferred ones first; of equal documents, the one from the first of these stays.
         prefer: then which stays: 'longest', 'shortest', 'oldest' or 'newest', in turn; the smallest id breaks ties.
-        ids: whether an id may come up once only.
+        ids: 'source' lets an id come up once in its source, if it is more than digits (which files often count anew);
+            'all' each id once in all sources together; None any.
         urls: whether a URL may, normalised; what names no host is none.
         documents: 'words' lets each sequence of normalised words come up once, 'text' each text; None any.
         near: near duplicates; None leaves them.
@@ -29,7 +33,7 @@ class Deduplication:
 
     sources: tuple[str, ...] = ()
     prefer: tuple[Rule, ...] = ('longest',)
-    ids: bool = True
+    ids: Literal['source', 'all'] | None = 'source'
     urls: bool = True
     documents: Literal['words', 'text'] | None = 'words'
     near: NearDuplicates | None = NearDuplicates()
@@ -47,5 +51,9 @@ class Deduplication:
     @property
     def rules(self) -> tuple[str, ...]:
         """Those that remove documents, in order."""
-        wanted = {'id': self.ids, 'url': self.urls, 'document': self.documents, 'near_duplicate': self.near}
+        wanted = {'id': self.ids, 'url': self.urls, 'document': self.documents, NEAR: self.near}
         return (*(rule for rule, on in wanted.items() if on), *(some.unit for some in self.repeats))
+
+
+# Where there is decontamination alone.
+NOTHING = Deduplication(prefer=(), ids=None, urls=False, documents=None, near=None)

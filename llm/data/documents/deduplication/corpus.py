@@ -40,6 +40,11 @@ def preference(rules: Sequence[Rule], sources: Sequence[str], row: dict[str, Any
     return (place, *(_MEASURES[rule](row) for rule in rules))
 
 
+def text_digest(text: str) -> bytes:
+    """What breaks a tie of documents of one place and id."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
 def _seconds(row: dict[str, Any]) -> int | None:
     try:
         date = datetime.datetime.fromisoformat(row['date'] or '')
@@ -87,8 +92,7 @@ def sort_shard(path: Path, first: int, target: Path, rules: Sequence[Rule], sour
     for batch in parquet_rows(path, ('id', 'source', 'date', 'text')):
         for identity, source, date, text in zip(*batch.values(), strict=True):
             place = preference(rules, sources, {'source': source, 'date': date, 'text': text})
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            rows.append((place, identity, digest, first + len(rows)))
+            rows.append((place, identity, text_digest(text), first + len(rows)))
     _write_sorted(target, iter(sorted(rows)), len(rules) + 1)
 
 

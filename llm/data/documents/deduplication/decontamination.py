@@ -38,8 +38,9 @@ class EvaluationSet:
         """(name:line, text) of each item.
 
         Raises:
-            UserError: a file cannot be read, or a line is no JSON object with one of the fields.
+            UserError: a file cannot be read, a line is no JSON object with one of the fields, or there is no item.
         """
+        empty = True
         for path in find_files(self.files, _SUFFIXES):
             name = self.name or PurePath(path).name.partition('.')[0]
             for number, line in enumerate(bounded_lines(stream_bytes(path), _LONGEST_LINE), start=1):
@@ -54,7 +55,14 @@ class EvaluationSet:
                 if not strings:
                     what = f'field {" or ".join(self.fields)}' if self.fields else 'string'
                     raise UserError(f'is no JSON object with a {what}', where=f'{path}:{number}', fix='Set fields.')
+                empty = False
                 yield f'{name}:{number}', '\n'.join(strings)
+        if empty:
+            raise UserError(
+                'an evaluation set has no items',
+                where=self.files if isinstance(self.files, str) else ', '.join(self.files),
+                fix='Name files with a JSON object a line, or leave the set out.',
+            )
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -150,6 +158,10 @@ class Decontamination:
         if not self.sets or not names or len(set(names)) < len(names):
             raise UserError('needs evaluation sets, and rules of different kinds', where='Decontamination')
 
+    def count(self) -> int:
+        """Items of all sets, which are read. Raises UserError as `EvaluationSet.items`."""
+        return sum(1 for some in self.sets for _ in some.items())
+
     def identities(self) -> list[str]:
         """Change where the content of the sets does."""
         return [file_identity(path) for some in self.sets for path in find_files(some.files, _SUFFIXES)]
@@ -186,10 +198,7 @@ class Items:
     def __init__(self, config: Decontamination):
         items: list[tuple[str, str]] = []
         for some in config.sets:
-            before = len(items)
             items += some.items()
-            if len(items) == before:
-                raise UserError('an evaluation set has no items', where=str(some.files))
         self.names = [name for name, _ in items]
         self._words = words_of([text for _, text in items])
         self._rules = config.rules

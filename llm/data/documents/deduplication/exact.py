@@ -3,9 +3,12 @@
 import hashlib
 import re
 import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
+from llm.data.documents.deduplication.config import Deduplication
 from llm.data.documents.deduplication.sorted_runs import group_sizes, group_starts
 from llm.data.documents.deduplication.words import Hashes
 
@@ -42,6 +45,44 @@ def normalized_url(url: str) -> str:
 def _unified(escape: re.Match[str]) -> str:
     character = chr(int(escape[0][1:], 16))
     return character if character in _UNRESERVED else escape[0].upper()
+
+
+def id_keys(
+    ids: Sequence[str], sources: Sequence[str], among: Literal['source', 'all']
+) -> tuple[list[int], list[bytes]]:
+    """(which of the documents have an id that is compared, what is compared of each of those).
+
+    Among the documents of a source, an id of digits alone is none: files often count their records anew, and what would
+    go is other documents.
+    """
+    if among == 'all':
+        return list(range(len(ids))), [identity.encode() for identity in ids]
+    some = [i for i, identity in enumerate(ids) if not identity.isdecimal()]
+    return some, [f'{sources[i]}\0{ids[i]}'.encode() for i in some]
+
+
+def compared(
+    config: Deduplication,
+    ids: Sequence[str],
+    sources: Sequence[str],
+    urls: Sequence[str | None],
+    texts: Sequence[str],
+    words: Hashes,
+) -> Iterator[tuple[str, list[int], list[bytes]]]:
+    """(rule, which of the documents it compares, what is compared of each of those) of the rules that are on.
+
+    Args:
+        words: of the texts.
+    """
+    if config.ids:
+        yield 'id', *id_keys(ids, sources, config.ids)
+    if config.urls:
+        normalized = [normalized_url(url or '') for url in urls]
+        known = [i for i, url in enumerate(normalized) if url]
+        yield 'url', known, [normalized[i].encode() for i in known]
+    if config.documents:
+        values = [text.encode() for text in texts] if config.documents == 'text' else word_bytes(words)
+        yield 'document', list(range(len(texts))), values
 
 
 def digests(values: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llm.data.documents.deduplication.components import connected, stars
-from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.config import EXACT, NEAR, NOTHING, Deduplication
 from llm.data.documents.deduplication.corpus import Index, merge_shards, sort_shard
 from llm.data.documents.deduplication.decontamination import CommonNgrams, Decontamination
 from llm.data.documents.deduplication.exact import equal_to_first
@@ -46,15 +46,11 @@ from llm.data.documents.deduplication.sorted_runs import (
     runs_in,
     write_array,
 )
-from llm.data.documents.deduplication.verdicts import FinalCounts
+from llm.data.documents.deduplication.verdicts import FinalCounts, withdraw
 from llm.data.documents.deduplication.words import mixed
 from llm.data.sources.files import unwritable
 from llm.data.token_cache_building import processors, write_json
 from llm.errors import UserError
-
-_NOTHING = Deduplication(prefer=(), ids=False, urls=False, documents=None, near=None)
-_EXACT = ('id', 'url', 'document')
-_NEAR = 'near_duplicate'
 
 
 def finish(
@@ -70,7 +66,7 @@ def finish(
         UserError: an earlier index does not fit, an evaluation set cannot be read, or the disk is full.
     """
     try:
-        return _Pipeline(output, deduplication or _NOTHING, decontamination, processes or processors()).run()
+        return _Pipeline(output, deduplication or NOTHING, decontamination, processes or processors()).run()
     except BrokenProcessPool as error:
         raise UserError(
             'a process was ended, perhaps for want of memory',
@@ -89,7 +85,7 @@ class _Pipeline:
         self._directory = output / 'deduplication'
         self._shards = sorted((output / 'documents').glob('*.parquet'))
         self._rows = [pyarrow.parquet.read_metadata(path).num_rows for path in self._shards]
-        self._earlier = _earlier(config)
+        self._earlier = earlier_indexes(config)
         self._base = sum(index.count for index in self._earlier)
         self._index = Index(self._directory, self._base)
         self._now = ''
@@ -97,7 +93,7 @@ class _Pipeline:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._count = sum(self._rows)
         decontaminating = ('contamination',) if against else ()
-        first = tuple(rule for rule in config.rules if rule in (*_EXACT, _NEAR))
+        first = tuple(rule for rule in config.rules if rule in (*EXACT, NEAR))
         self._rules = (*first, *decontaminating)
         self._removed = np.zeros(self._base + self._count, np.uint8)
         self._representative = np.full(self._base + self._count, -1, np.int64)
@@ -112,7 +108,7 @@ class _Pipeline:
         if self._config.rules:
             self._phase('scan', self._scan)
         for rule in self._rules:
-            work = {_NEAR: self._near, 'contamination': self._contamination}.get(
+            work = {NEAR: self._near, 'contamination': self._contamination}.get(
                 rule, functools.partial(self._equal, rule)
             )
             self._phase(rule, work)
@@ -145,10 +141,8 @@ class _Pipeline:
         except (OSError, ValueError, KeyError):
             same = False
         if not same:
+            withdraw(self._output)
             shutil.rmtree(self._directory, ignore_errors=True)
-            for name in ('final', 'verdicts', 'contamination'):
-                shutil.rmtree(self._output / name, ignore_errors=True)
-            (self._output / 'final.json').unlink(missing_ok=True)
             (self._directory / 'phases').mkdir(parents=True)
             record = {
                 'digest': self._digest,
@@ -235,7 +229,7 @@ class _Pipeline:
         assert near is not None
         for name in ('pairs', 'edges'):
             shutil.rmtree(work / name, ignore_errors=True)
-        runs, state = self._runs(_NEAR), self._saved()
+        runs, state = self._runs(NEAR), self._saved()
         tasks = [
             (runs, keys, state, self._base, near.bucket, work / 'pairs', f'{i:06d}')
             for i, keys in enumerate(ranges(runs, limit))
@@ -254,7 +248,7 @@ class _Pipeline:
                 some = np.load(path)
                 yield some['node'], some['other']
 
-        self._save(_NEAR, *stars(connected(edges(), work / 'components', limit)))
+        self._save(NEAR, *stars(connected(edges(), work / 'components', limit)))
 
     def _repeats(self, some: Repeats) -> None:
         target = self._directory / 'cuts' / some.unit
@@ -287,7 +281,7 @@ class _Pipeline:
                 self._digest,
                 ignored,
                 decisions / f'{i:06d}.json',
-                self._output / f'contamination/{i:06d}.parquet',
+                self._output / 'contamination' / path.name,
             )
             for i, (path, rows) in enumerate(zip(self._shards, suspects, strict=True))
         ]
@@ -360,7 +354,7 @@ def _index_settings(config: Deduplication) -> dict[str, Any]:
     }
 
 
-def _earlier(config: Deduplication) -> tuple[Index, ...]:
+def earlier_indexes(config: Deduplication) -> tuple[Index, ...]:
     """The indexes of earlier runs, after a look at whether they fit this one and each other."""
     found: list[Index] = []
     wanted = json.loads(json.dumps(_index_settings(config)))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llm.data.documents.deduplication.config import Deduplication
+from llm.data.documents.deduplication.config import NEAR, Deduplication
 from llm.data.documents.deduplication.corpus import Index, parquet_rows
-from llm.data.documents.deduplication.exact import digests, normalized_url, word_bytes
-from llm.data.documents.deduplication.repeats import lines, pieces, windows
+from llm.data.documents.deduplication.exact import compared, digests
+from llm.data.documents.deduplication.repeats import Repeats, Units, lines, pieces, windows
 from llm.data.documents.deduplication.sorted_runs import BANDED, GROUPED, PLACED, RunWriter, records, write_array
 from llm.data.documents.deduplication.words import Hashes, as_sets, ngrams, words_of
 from llm.data.token_cache_building import write_json
@@ -27,12 +27,12 @@ def scan_shard(path: Path, shard: int, index: Index, config: Deduplication) -> N
     numbers = index.numbers(shard)
     scan = _Scan(config, index.directory, f'{shard:06d}')
     first = 0
-    for batch in parquet_rows(path, ('id', 'url', 'text')):
-        nodes = numbers[first : first + len(batch['id'])]
-        first += len(nodes)
-        scan.names(batch['id'], batch['url'], nodes)
+    for batch in parquet_rows(path, ('id', 'source', 'url', 'text')):
         for start, end in text_batches(batch['text']):
-            scan.texts(batch['text'][start:end], nodes[start:end])
+            scan.documents(
+                {name: values[start:end] for name, values in batch.items()}, numbers[first + start : first + end]
+            )
+        first += len(batch['id'])
     scan.close()
     mark.parent.mkdir(exist_ok=True)
     write_json(mark, {'documents': first})
@@ -50,6 +50,14 @@ def text_batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, len(texts)
 
 
+def units_of(some: Repeats, texts: Sequence[str], words: Hashes) -> Units:
+    """The lines, paragraphs or passages of a batch of texts, whose words are given."""
+    if some.unit == 'passages':
+        return windows(words, some.words)
+    cut = [text[start:end] for text in texts for start, end in pieces(some.unit, text)]
+    return lines(some.unit, texts, words_of(cut), some.words)
+
+
 class _Scan:
     def __init__(self, config: Deduplication, directory: Path, name: str):
         self._config, self._directory, self._name = config, directory, name
@@ -57,7 +65,7 @@ class _Scan:
             'id': GROUPED if config.ids else None,
             'url': GROUPED if config.urls else None,
             'document': GROUPED if config.documents else None,
-            'near_duplicate': BANDED if config.near else None,
+            NEAR: BANDED if config.near else None,
         }
         kinds |= {some.unit: PLACED for some in config.repeats}
         self._writers = {
@@ -71,46 +79,29 @@ class _Scan:
         self._sets.parent.mkdir(parents=True, exist_ok=True)
         self._values = self._sets.open('wb')
 
-    def names(self, ids: Sequence[str], urls: Sequence[str | None], nodes: np.ndarray) -> None:
-        """Digests of ids and URLs."""
-        if self._config.ids:
-            self._digests('id', [identity.encode() for identity in ids], nodes)
-        if self._config.urls:
-            normalized = [normalized_url(url or '') for url in urls]
-            known = [i for i, url in enumerate(normalized) if url]
-            self._digests('url', [normalized[i].encode() for i in known], nodes[known])
-
-    def texts(self, texts: Sequence[str], nodes: np.ndarray) -> None:
-        """All that is made of texts."""
-        config = self._config
+    def documents(self, batch: dict[str, list[Any]], nodes: np.ndarray) -> None:
+        """All that is made of some documents."""
+        config, texts = self._config, batch['text']
         words = words_of(texts)
-        if config.documents:
-            values = [text.encode() for text in texts] if config.documents == 'text' else word_bytes(words)
-            self._digests('document', values, nodes)
+        for rule, some, values in compared(config, batch['id'], batch['source'], batch['url'], texts, words):
+            keys, checks = digests(values)
+            self._writers[rule].add(records(GROUPED, key=keys, check=checks, node=nodes[some]))
         if config.near and self._bands:
             self._near(ngrams(words, config.near.shingle), nodes)
-        for some in config.repeats:
-            if some.unit == 'passages':
-                units = windows(words, some.words)
-            else:
-                cut = [text[start:end] for text in texts for start, end in pieces(some.unit, text)]
-                units = lines(some.unit, texts, words_of(cut), some.words)
-            self._writers[some.unit].add(
+        for unit in config.repeats:
+            units = units_of(unit, texts, words)
+            self._writers[unit.unit].add(
                 records(
                     PLACED, key=units.keys, check=units.checks, index=units.indexes, node=np.repeat(nodes, units.counts)
                 )
             )
-
-    def _digests(self, kind: str, values: list[bytes], nodes: np.ndarray) -> None:
-        keys, checks = digests(values)
-        self._writers[kind].add(records(GROUPED, key=keys, check=checks, node=nodes))
 
     def _near(self, shingles: Hashes, nodes: np.ndarray) -> None:
         assert self._bands is not None
         some = np.flatnonzero(shingles.counts)
         keys = self._bands.keys(self._bands.signatures(shingles))[some]
         owners = np.repeat(nodes[some], self._bands.bands)
-        self._writers['near_duplicate'].add(records(BANDED, key=keys.ravel(), node=owners))
+        self._writers[NEAR].add(records(BANDED, key=keys.ravel(), node=owners))
         sets = as_sets(shingles)
         self._values.write(sets.values.data)  # not tofile, which may not tell of a full disk
         self._offsets.append(sets.offsets[1:] + self._offsets[-1][-1])

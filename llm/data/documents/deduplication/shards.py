@@ -34,7 +34,7 @@ def staying(some: np.ndarray, state: Path) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _items(against: Decontamination, digest: str) -> Items:
+def evaluation_items(against: Decontamination, digest: str) -> Items:
     """Read once in a process and run."""
     return Items(against)
 
@@ -45,7 +45,7 @@ def find_shard(
     """Rows of documents that may hold something of an item; writes which n-grams they hold."""
     numbers = index.numbers(shard)
     stays = np.load(state, mmap_mode='r')[numbers] == 0
-    items = _items(against, digest)
+    items = evaluation_items(against, digest)
     writer = RunWriter(target, f'{shard:06d}', BANDED)
     suspects: list[int] = []
     first = 0
@@ -73,7 +73,7 @@ def decide_shard(
     hits: Path,
 ) -> list[int]:
     """Judges suspects; writes the hits, what is cut out of which row and for which item a row goes; returns those."""
-    items = _items(against, digest)
+    items = evaluation_items(against, digest)
     wanted = set(suspects)
     found: list[dict[str, Any]] = []
     cuts: dict[int, Any] = {}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,21 @@ from llm.data.documents.counts import Counts
 from llm.data.documents.deduplication.corpus import batch_rows
 from llm.data.documents.deduplication.repeats import Repeats, Span, spans_of, united, without
 from llm.data.documents.deduplication.words import word_spans
+
+
+def withdraw(output: Path) -> None:
+    """Takes back what the last phases wrote, before anything that it was made of changes.
+
+    No reader sees a part of it: final.json goes first, and each folder at once.
+    """
+    for name in ('final.json', 'deduplication/phases/final.json', 'deduplication/phases/contamination.json'):
+        (output / name).unlink(missing_ok=True)
+    stale = output / 'stale.tmp'
+    for name in ('final', 'verdicts', 'contamination'):
+        shutil.rmtree(stale, ignore_errors=True)
+        if (output / name).exists():
+            (output / name).rename(stale)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 @dataclasses.dataclass

@@ -84,21 +84,36 @@ def _replaced(column: Any, where: Any, function: Callable[[Any], Any]) -> Any:
 
 def words_of(texts: Sequence[str]) -> Hashes:
     """The words of each text."""
+    words, indices, offsets = split_words(normalized(texts))
+    table = word_hashes(words)
+    return Hashes(table[indices] if len(table) else table, offsets)
+
+
+def split_words(column: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Arrow strings at their ASCII white space.
+
+    Returns:
+        The different words, '' among them where a text has none; which of them each word is; and [texts + 1], where
+        the words of each text begin.
+    """
     from pyarrow import compute
 
-    column = compute.ascii_trim_whitespace(normalized(texts))
+    column = compute.ascii_trim_whitespace(column)
     lists = compute.ascii_split_whitespace(column)
     # An empty text is split into one empty word.
     empty = compute.equal(compute.binary_length(column), 0).to_numpy(zero_copy_only=False)
     offsets = lists.offsets.to_numpy().astype(np.int64)
     encoded = lists.values.dictionary_encode()
-    words = encoded.dictionary.to_pylist()
-    table = np.frombuffer(b''.join([_digest(word.encode()) for word in words]), np.uint64)
-    values = table[encoded.indices.to_numpy()] if len(table) else np.zeros(0, np.uint64)
+    indices = encoded.indices.to_numpy()
     if empty.any():
-        values = np.delete(values, offsets[:-1][empty])
+        indices = np.delete(indices, offsets[:-1][empty])
         offsets = np.concatenate([[0], np.cumsum(np.diff(offsets) - empty)])
-    return Hashes(values, offsets)
+    return encoded.dictionary.to_pylist(), indices, offsets
+
+
+def word_hashes(words: Sequence[str]) -> np.ndarray:
+    """uint64: the hash of each word."""
+    return np.frombuffer(b''.join([_digest(word.encode()) for word in words]), np.uint64)
 
 
 def _digest(data: bytes) -> bytes:

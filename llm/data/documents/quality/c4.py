@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch, Words
-from llm.data.documents.quality.rules import Judgement, within
+from llm.data.documents.quality.rules import Judgement, judged
 from llm.data.documents.quality.words import ENDING, ORDINARY, sums
 
 _CITATION = re.compile(r'\[\d*]|\[edit]|\[citation needed]')
@@ -44,6 +45,11 @@ class C4:
     name = 'c4'
     rules = ('c4/lorem_ipsum', 'c4/curly_brackets', 'c4/sentences')
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        bounds = ((None, self.max_lorem_ipsum), (None, self.max_curly_brackets), (self.min_sentences, None))
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         words, bounds = batch.words, batch.line_bounds
         lines = [line.strip() for line in batch.lines]
@@ -62,18 +68,13 @@ class C4:
             stays &= np.diff(words.piece_bounds) >= self.min_line_words
         lorem, brackets = self._by_phrases(batch, lines, stays)
         values = (lorem, brackets, sums(np.where(stays, sentences, 0), bounds).astype(np.float64))
-        keep = (
-            within(lorem, most=self.max_lorem_ipsum),
-            within(brackets, most=self.max_curly_brackets),
-            within(values[2], least=self.min_sentences),
-        )
         texts = []
         every = np.diff(bounds) == sums(stays, bounds)
         flags = stays.tolist()
         for i, (first, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
             own = lines[first:end] if every[i] else [lines[k] for k in range(first, end) if flags[k]]
             texts.append('\n'.join(own).strip())
-        return Judgement(values, keep, Batch(batch.documents, texts, sums(np.where(stays, num_words, 0), bounds)))
+        return judged(values, self.bounds, Batch(batch.documents, texts, sums(np.where(stays, num_words, 0), bounds)))
 
     @staticmethod
     def _without_citations(batch: Batch, lines: list[str], num_words: np.ndarray, sentences: np.ndarray) -> None:

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch, characters_that
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 from llm.data.documents.quality.words import sums
 
 # StarCoder 2, section 3.1.
@@ -81,6 +82,22 @@ class Code:
         )
     )
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        bounds = (
+            (None, self.max_lines),
+            (None, self.max_mean_line_length),
+            (None, self.max_line_length),
+            (self.min_alphanumeric, None),
+            (self.min_alphabetic, None),
+            (self.min_letters_per_token, None),
+            (None, self.max_encoded),
+            (None, self.max_encoded_share),
+            (None, 0 if self.remove_generated else None),
+            (None if self.licences is None else 1, None),
+        )
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         num_lines = np.diff(batch.line_bounds).astype(np.float64)
         lengths = np.fromiter(map(len, batch.lines), np.int64, len(batch.lines))
@@ -103,19 +120,7 @@ class Code:
             batch.measure(_is_generated),
             np.array([self._permits(document.licence) for document in batch.documents], np.float64),
         )
-        keep = (
-            within(values[0], most=self.max_lines),
-            within(values[1], most=self.max_mean_line_length),
-            within(values[2], most=self.max_line_length),
-            within(values[3], least=self.min_alphanumeric),
-            within(values[4], least=self.min_alphabetic),
-            within(values[5], least=self.min_letters_per_token),
-            within(values[6], most=self.max_encoded),
-            within(values[7], most=self.max_encoded_share),
-            within(values[8], most=0 if self.remove_generated else None),
-            within(values[9], least=None if self.licences is None else 1),
-        )
-        return Judgement(values, keep, batch)
+        return judged(values, self.bounds, batch)
 
     def _permits(self, licence: str | None) -> bool:
         return self.unknown_licence_stays if licence is None else self.licences is None or licence in self.licences

@@ -5,9 +5,10 @@ import itertools
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch
 from llm.data.documents.quality.punctuation import TERMINAL
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 from llm.data.documents.quality.words import offsets, sums
 
 
@@ -32,6 +33,12 @@ class FineWebQuality:
     name = 'fineweb'
     rules = tuple(f'fineweb/{rule}' for rule in ('punctuated_lines', 'short_lines', 'repeated_characters', 'line_ends'))
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        most = (self.max_short_lines, self.max_repeated_characters, self.max_line_ends)
+        bounds = ((self.min_punctuated_lines, None), *((None, some) for some in most))
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         of_texts = [[line for line in text.split('\n') if line and not line.isspace()] for text in batch.texts]
         bounds = offsets(map(len, of_texts), len(of_texts))
@@ -52,13 +59,7 @@ class FineWebQuality:
             share(repeated, batch.characters - line_ends),
             share(line_ends, batch.num_words),
         )
-        keep = (
-            within(values[0], least=self.min_punctuated_lines),
-            within(values[1], most=self.max_short_lines),
-            within(values[2], most=self.max_repeated_characters),
-            within(values[3], most=self.max_line_ends),
-        )
-        return Judgement(values, keep, batch)
+        return judged(values, self.bounds, batch)
 
 
 def repeated_characters(parts: list[str]) -> tuple[int, int]:

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch, Words
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 from llm.data.documents.quality.words import sums
 
 _BULLETS = ('•', '-')
@@ -53,6 +54,20 @@ class GopherQuality:
         )
     )
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        bounds = (
+            (self.min_words, self.max_words),
+            (self.min_mean_word_length, self.max_mean_word_length),
+            (None, self.max_hash_ratio),
+            (None, self.max_ellipsis_ratio),
+            (None, self.max_bullet_lines),
+            (None, self.max_ellipsis_lines),
+            (self.min_alphabetic_words, None),
+            (self.min_stop_words, None),
+        )
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         words, num_words = batch.words, batch.num_words
         num_lines = np.diff(batch.line_bounds)
@@ -69,17 +84,7 @@ class GopherQuality:
             share(sums(words.table.has_letter[words.words], words.of_documents), num_words),
             self._num_stop_words(words).astype(np.float64),
         )
-        keep = (
-            within(values[0], self.min_words, self.max_words),
-            within(values[1], self.min_mean_word_length, self.max_mean_word_length),
-            within(values[2], most=self.max_hash_ratio),
-            within(values[3], most=self.max_ellipsis_ratio),
-            within(values[4], most=self.max_bullet_lines),
-            within(values[5], most=self.max_ellipsis_lines),
-            within(values[6], least=self.min_alphabetic_words),
-            within(values[7], least=self.min_stop_words),
-        )
-        return Judgement(values, keep, batch)
+        return judged(values, self.bounds, batch)
 
     def _num_stop_words(self, words: Words) -> np.ndarray:
         """[D]: how many different ones each document has."""

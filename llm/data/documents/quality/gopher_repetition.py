@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch
 from llm.data.documents.quality.fineweb import repeated_characters as repeated_parts
 from llm.data.documents.quality.ngrams import repeated_characters, repeated_ngrams, top_characters
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 from llm.errors import UserError
 
 
@@ -53,18 +54,18 @@ class GopherRepetition:
         names += [f'repeated_{n}_grams' for n, _ in self.max_repeated_ngrams]
         return tuple(f'{self.name}/{name}' for name in names)
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        limits = (self.max_paragraphs, self.max_paragraph_characters, self.max_lines, self.max_line_characters)
+        ngrams = (most for _, most in (*self.max_top_ngrams, *self.max_repeated_ngrams))
+        bounds = ((1, None), *((None, most) for most in (*limits, *ngrams)))
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         characters = batch.characters
         paragraphs = [_paragraphs(text.strip()) for text in batch.texts]
         lines = [_lines(text) for text in batch.texts]
         values = [characters, *_repeated(paragraphs, characters), *_repeated(lines, characters)]
-        keep = [characters > 0]
-        for value, most in zip(
-            values[1:],
-            (self.max_paragraphs, self.max_paragraph_characters, self.max_lines, self.max_line_characters),
-            strict=True,
-        ):
-            keep.append(within(value, most=most))
         tops, repeats = dict(self.max_top_ngrams), dict(self.max_repeated_ngrams)
         found = {}
         for ngrams in repeated_ngrams(batch.words, sorted({*tops, *repeats})):
@@ -72,11 +73,8 @@ class GopherRepetition:
                 found['top', ngrams.n] = share(top_characters(ngrams, batch.words), characters)
             if ngrams.n in repeats:
                 found['repeated', ngrams.n] = share(repeated_characters(ngrams, batch.words), characters)
-        for kind, limits in (('top', tops), ('repeated', repeats)):
-            for n, most in limits.items():
-                values.append(found[kind, n])
-                keep.append(within(found[kind, n], most=most))
-        return Judgement(tuple(values), tuple(keep), batch)
+        values += [found['top', n] for n in tops] + [found['repeated', n] for n in repeats]
+        return judged(values, self.bounds, batch)
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -5,8 +5,9 @@ import zlib
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Outliers:
     name = 'outliers'
     rules = tuple(f'outliers/{rule}' for rule in ('characters', 'compression', 'byte_entropy', 'character_entropy'))
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        bounds = (
+            (self.min_characters, self.max_characters),
+            (self.min_compression, self.max_compression),
+            (self.min_byte_entropy, self.max_byte_entropy),
+            (self.min_character_entropy, self.max_character_entropy),
+        )
+        return tuple(Bounds(rule, *bound) for rule, bound in zip(self.rules, bounds, strict=True))
+
     def judge(self, batch: Batch) -> Judgement:
         encoded = [text.encode() for text in batch.texts]
         compressed = np.array([len(zlib.compress(data)) for data in encoded], np.float64)
@@ -49,13 +60,7 @@ class Outliers:
                 ]
             ),
         )
-        keep = (
-            within(values[0], self.min_characters, self.max_characters),
-            within(values[1], self.min_compression, self.max_compression),
-            within(values[2], self.min_byte_entropy, self.max_byte_entropy),
-            within(values[3], self.min_character_entropy, self.max_character_entropy),
-        )
-        return Judgement(values, keep, batch)
+        return judged(values, self.bounds, batch)
 
 
 def _entropy(counts: np.ndarray) -> float:

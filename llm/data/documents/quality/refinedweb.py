@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.quality.batch import Batch, characters_that, code_points
-from llm.data.documents.quality.rules import Judgement, share, within
+from llm.data.documents.quality.rules import Judgement, judged, share
 from llm.data.documents.quality.words import offsets, sums
 
 # The paper's example is '3 likes'; what is counted is as in DCLM's reading (Li et al. 2024).
@@ -41,6 +42,10 @@ class RefinedWebLines:
     name = 'refinedweb'
     rules = ('refinedweb/flagged_words',)
 
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        return (Bounds(self.rules[0], most=self.max_flagged_words),)
+
     def judge(self, batch: Batch) -> Judgement:
         of_texts = [text.split('\n') for text in batch.texts]
         bounds = offsets(map(len, of_texts), len(of_texts))
@@ -60,8 +65,7 @@ class RefinedWebLines:
                 batch.texts, sums(flagged, bounds).tolist(), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True
             )
         ]
-        keep = (within(flagged_words, most=self.max_flagged_words),)
-        return Judgement((flagged_words,), keep, Batch(batch.documents, texts))
+        return judged((flagged_words,), self.bounds, Batch(batch.documents, texts))
 
     def _correct(self, line: str, capitals: int, num_words: int) -> str | None:
         """The line as it stays, None where it goes."""

@@ -1,14 +1,15 @@
 """The stage that applies sets of rules to documents, with other thresholds and chances for some of them."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict
+from llm.data.documents.hashed_shares import hashed_share
 from llm.data.documents.quality.batch import Batch
 from llm.errors import UserError
 
@@ -32,9 +33,11 @@ class Judgement:
 class RuleSet(Protocol):
     """Rules of one origin: a frozen dataclass with their thresholds; None switches a rule off, its value is still told.
 
+    One that reads files also has `identities()`, as a stage does.
+
     Attributes:
         name: of the set; the part before the slash of its rules' names.
-        rules: their names, in order.
+        rules: their names, in order. bounds: for each of them, what it judges by.
     """
 
     @property
@@ -42,6 +45,9 @@ class RuleSet(Protocol):
 
     @property
     def rules(self) -> tuple[str, ...]: ...
+
+    @property
+    def bounds(self) -> tuple[Bounds, ...]: ...
 
     def judge(self, batch: Batch) -> Judgement:
         """What becomes of a document does not depend on the others."""
@@ -62,6 +68,11 @@ class Exempt:
     sources: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
+
+    @property
+    def of(self) -> str:
+        """Which documents it is for, in words."""
+        return '; '.join(', '.join(names) for names in (self.sources, self.domains, self.languages) if names)
 
     def matches(self, document: Document) -> bool:
         """Whether it is for this document."""
@@ -100,8 +111,37 @@ class Chance:
         """Whether a document that the rule would remove stays: decided by its id and the seed."""
         values, probabilities = zip(*self.probabilities, strict=True)
         probability = probabilities[0] if math.isnan(value) else float(np.interp(value, values, probabilities))
-        digest = hashlib.blake2b(f'{self.seed}\0{self.rule}\0{document.id}'.encode(), digest_size=8).digest()
-        return int.from_bytes(digest) < probability * 2**64
+        return _drawn(self, document, probability)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pareto:
+    """A chance that falls with the distance of a score from 1: stays where pareto(alpha) > 1 - score.
+
+    As GPT-3 chose documents of Common Crawl by a classifier's score (Brown et al. 2020, appendix A, alpha = 9). With
+    NumPy's pareto, Lomax's distribution, that has a probability of (2 - score) ** -alpha; all are judged so if the
+    rule's least score is 1.
+
+    Args:
+        rule: its name; its figure is a probability of what is wanted.
+        seed: another one lets others stay.
+    """
+
+    rule: str
+    alpha: float = 9.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.alpha <= 0:
+            raise UserError(f'alpha = {self.alpha} is not positive', where=f'Pareto of rule {self.rule!r}')
+
+    def stays(self, document: Document, value: float) -> bool:
+        """Whether a document that the rule would remove stays: decided by its id and the seed."""
+        return _drawn(self, document, 0.0 if math.isnan(value) else (2 - value) ** -self.alpha)
+
+
+def _drawn(chance: Chance | Pareto, document: Document, probability: float) -> bool:
+    return hashed_share(str(chance.seed), chance.rule, document.id) < probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +158,7 @@ class Rules:
 
     sets: tuple[RuleSet, ...]
     exempt: tuple[Exempt, ...] = ()
-    chances: tuple[Chance, ...] = ()
+    chances: tuple[Chance | Pareto, ...] = ()
 
     name = 'rules'
 
@@ -143,6 +183,23 @@ class Rules:
     def rules(self) -> tuple[str, ...]:
         """Of all sets."""
         return tuple(rule for rules in self.sets for rule in rules.rules)
+
+    def identities(self) -> list[str]:
+        """Change where the content of the models does that sets read."""
+        sets = (*self.sets, *(other.rules for other in self.exempt))
+        return [text for rules in sets for text in getattr(rules, 'identities', list)()]
+
+    @property
+    def bounds(self) -> tuple[Bounds, ...]:
+        """Of all sets, and of their other versions."""
+        usual = [limit for rules in self.sets for limit in rules.bounds]
+        others = [
+            dataclasses.replace(limit, of=other.of)
+            for other in self.exempt
+            for limit in other.rules.bounds
+            if limit not in usual
+        ]
+        return (*usual, *others)
 
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         batch = Batch(documents)
@@ -189,14 +246,10 @@ class Rules:
         )
 
 
-def within(values: np.ndarray, least: float | None = None, most: float | None = None) -> np.ndarray:
-    """Whether each value is within bounds, both included; NaN is, and None is no bound."""
-    keep = np.ones(len(values), np.bool_)
-    if least is not None:
-        keep &= ~(values < least)
-    if most is not None:
-        keep &= ~(values > most)
-    return keep
+def judged(values: Sequence[np.ndarray], limits: Sequence[Bounds], batch: Batch) -> Judgement:
+    """By figures that are within the bounds of their rules."""
+    keep = tuple(limit.keep(value) for value, limit in zip(values, limits, strict=True))
+    return Judgement(tuple(values), keep, batch)
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

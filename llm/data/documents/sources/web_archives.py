@@ -1,6 +1,7 @@
 """Web archives: WARC files with pages as they were fetched, and WET files with text that was extracted from them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ _HEADER = b'WARC/1.'
 # A broken record costs a second reading of the file up to it: after so many the rest of the file is given up.
 _MAX_BREAKS = 100
 _COVERS = 'its length covers the record behind it'
+# A record within the content of another: one that was hidden, or a page about web archives.
+_INNER = re.compile(rb'\r\n\r\nWARC/1\.\d\r\n((?:[^\r\n]+\r\n)+)\r\n')
+_LENGTH = re.compile(rb'^Content-Length:\s*(\d{1,18})\s*$', re.I | re.M)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,15 +34,15 @@ class Warc(FileSource):
     suffixes = tuple(f'{kind}{packing}' for kind in ('.warc', '.wet') for packing in PACKINGS)
 
     def read(self, path: str) -> Iterator[Item]:
-        start = 0
+        start = end = 0
         for _ in range(_MAX_BREAKS):
             stream = ChunkFile(stream_bytes(path), skip=start)
             # What came last is held back until its successor is found where its length says.
             held: list[Item] = []
             try:
-                for position, item in self._records(path, stream):
+                for position, behind, item in self._records(path, stream):
                     yield from held
-                    held, start = [item], position
+                    held, start, end = [item], position, behind
                 yield from held
                 return
             except OSError as error:
@@ -47,27 +51,30 @@ class Warc(FileSource):
                 identity = held[0].id if held and isinstance(held[0], (Document, Quarantined)) else None
                 reason = f'a record of false length, or none at all, near byte {start:,} ({error})'
                 yield Quarantined(f'{path}:{identity or start}', reason, identity)
+                found = _next_record(path, start + 1)
             except UnreadableFile:
                 raise
-            except UserError as error:
+            except UserError as error:  # compressed data is damaged, perhaps far behind a record of false length
                 yield from held
-                yield Quarantined(f'{path}:{start}', f'{error.what}; nothing behind it was read')
-                return
-            found = _next_record(path, start + 1)
+                whole = held and end <= stream.position
+                # Its end is not exact where header lines have other white space than is usual.
+                found = _next_record(path, max(start + 1, end - 64) if whole else start + 1)
+                if found is None or not held:
+                    yield Quarantined(f'{path}:{start}', error.what)
             if found is None:
                 return
             start = found
         yield Quarantined(path, f'more than {_MAX_BREAKS} records of false length: what is left was not read')
 
-    def _records(self, path: str, stream: ChunkFile) -> Iterator[tuple[int, Item]]:
-        """(where it begins in the decompressed file, the item) of each record."""
+    def _records(self, path: str, stream: ChunkFile) -> Iterator[tuple[int, int, Item]]:
+        """(where it begins in the decompressed file, where it ends by its length, the item) of each record."""
         from fastwarc.warc import ArchiveIterator
 
         end = 0
         for record in ArchiveIterator(stream, parse_http=True, auto_decode='all'):
             end = record.stream_pos + _size(record)  # the position counts from the file's beginning, as `tell` does
             item = self._item(path, record)
-            yield record.stream_pos, item
+            yield record.stream_pos, end, item
             if isinstance(item, Quarantined) and item.reason == _COVERS:
                 raise OSError(_COVERS)
         if end > stream.position:
@@ -113,18 +120,46 @@ def _payload(record: Any, longest: int) -> bytes | str:
     data: bytes = record.reader.read(longest + 1)
     if len(data) > longest:  # compressed by the server
         return f'more than {longest:,} bytes, which is max_document_bytes'
-    if b'\r\n\r\n' + _HEADER in data:
+    if _hides_record(data):
         return _COVERS
     if not data and expected:
         return f'is empty where {expected:,} bytes were to be'
     return data
 
 
+def _hides_record(data: bytes) -> bool:
+    """Whether content that ends where a record begins holds a record that ends there, too."""
+    if b'\r\n\r\n' + _HEADER not in data:
+        return False
+    for match in _INNER.finditer(data):
+        length = _LENGTH.search(match[1])
+        if length is not None:
+            end = match.end() + int(length[1])
+            if len(data) - 8 <= end <= len(data) + 8 and not data[end:].strip(b'\r\n'):
+                return True
+    return False
+
+
+def _readable(stream: ChunkFile) -> bytes:
+    """The next bytes, none where compressed data is damaged."""
+    try:
+        return stream.read(1 << 18)
+    except UnreadableFile:
+        raise
+    except UserError:
+        return b''
+
+
 def _next_record(path: str, start: int) -> int | None:
-    """Where the first record at or behind `start` begins, in bytes of the decompressed file."""
-    stream = ChunkFile(stream_bytes(path), skip=start)
+    """Where the first record at or behind `start` begins, in bytes of the decompressed file; None behind damage."""
+    try:
+        stream = ChunkFile(stream_bytes(path), skip=start)
+    except UnreadableFile:
+        raise
+    except UserError:
+        return None
     seam, position = b'', stream.position
-    while chunk := stream.read(1 << 18):
+    while chunk := _readable(stream):
         window = seam + chunk
         found = window.find(b'\n' + _HEADER)
         if found >= 0:

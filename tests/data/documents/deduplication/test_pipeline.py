@@ -83,6 +83,12 @@ def test_each_rule_removes_what_it_is_for(tmp_path):
     lost = sum(row['characters'] - row['kept_characters'] for row in rows(output, 'verdicts'))
     assert counts.characters - counts.kept_characters == lost
 
+    # Files that count their records anew, and another source's names, lose nothing unless it is asked for.
+    counted = [{'id': '1', 'text': 'one'}, {'id': 'x', 'text': 'two'}, {'id': 'x', 'text': 'three', 'source': 's'}]
+    other = write_shards(tmp_path / 'counted', [counted, [{'id': '1', 'text': 'four'}]])
+    assert pipeline.finish(other, CONFIG, None, processes=1).kept == 4
+    assert pipeline.finish(other, dataclasses.replace(CONFIG, ids='all'), None, processes=1).removed == {'id': 2}
+
     # Documents that share bands are alike only where their sets are.
     strict = dataclasses.replace(CONFIG, near=NearDuplicates(threshold=0.99))
     assert pipeline.finish(output, strict, None, processes=1).removed['near_duplicate'] == 0

@@ -1,0 +1,200 @@
+"""The first pipeline: shards of sources, read, judged by the chain, and written as documents, ledger and quarantine.
+
+A batch of records is the unit: read by one worker, judged by the same or, of large files, by any, and written with the
+batches of the same piece of its shard. A piece has a bounded number of records, so no worker holds a whole file.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+
+from llm.data.documents.beam.files import join, publish
+from llm.data.documents.beam.groups import watched
+from llm.data.documents.beam.nodes import piece_name
+from llm.data.documents.beam.shards import Written, commit
+from llm.data.documents.document import Document, Ignored, Quarantined
+from llm.data.documents.shard_processing import (
+    PARTS,
+    ShardCounts,
+    Task,
+    Writer,
+    batches,
+    judge,
+    part,
+    rows_of,
+    shard_digest,
+)
+from llm.data.documents.sources.files import Item
+from llm.data.documents.stage import Chain
+from llm.data.sources.files import is_url, open_binary
+
+# A piece ends with the batch that brings it to this: what a worker holds when it writes.
+PIECE_CHARACTERS = 64_000_000
+# Shards in one of the files that say what is to be done: the graph of a pipeline names these files alone.
+_TASKS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Some records of a shard, in order, and what they become once they are judged.
+
+    Attributes:
+        name: of the piece. first: number of the first record.
+        ledger, documents: rows, as many of each; a document that is removed has None. quarantine: of the others.
+    """
+
+    task: Task
+    name: str
+    first: int
+    items: list[Item]
+    counts: ShardCounts = dataclasses.field(default_factory=ShardCounts)
+    ledger: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    documents: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
+    quarantined: list[Quarantined] = dataclasses.field(default_factory=list)
+
+    def document(self, document: Document) -> None:
+        """Rows of one that was judged."""
+        row, own = rows_of(document)
+        self.ledger.append(row)
+        self.documents.append(own)
+
+    def quarantine(self, item: Quarantined) -> None:
+        """One that could not be."""
+        self.quarantined.append(item)
+
+
+def write_tasks(tasks: Sequence[Task], directory: str) -> list[str]:
+    """Files of what is to be done, for `documents`."""
+    paths = []
+    for first in range(0, len(tasks), _TASKS):
+        paths.append(join(directory, f'{first // _TASKS:06d}.pickle'))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / 'tasks'
+            path.write_bytes(pickle.dumps(list(tasks[first : first + _TASKS])))
+            publish(path, paths[-1])
+    return paths
+
+
+def documents(
+    pipeline: beam.Pipeline, tasks: Sequence[str], chain: Chain, output: str, spread_bytes: int, piece_documents: int
+) -> None:
+    """Adds all steps to a pipeline; last it writes OUTPUT/shards/N.json, which commits the files of a shard.
+
+    Args:
+        tasks: files of `write_tasks`. spread_bytes: records of larger files are judged by other workers than read them.
+        piece_documents: records after which a piece ends.
+    """
+    shards = pipeline | 'tasks' >> beam.Create(list(tasks)) | 'shards' >> beam.FlatMap(_tasks) | beam.Reshuffle()
+    by_size = shards | 'by size' >> beam.FlatMap(_by_size, spread_bytes).with_outputs('large', main='small')
+    near, number = by_size.small | 'read' >> beam.FlatMap(_read, piece_documents).with_outputs('number', main='records')
+    far, far_number = by_size.large | 'read large' >> beam.FlatMap(_read, piece_documents).with_outputs(
+        'number', main='records'
+    )
+    spread = far | 'spread' >> beam.Reshuffle()
+    judged = (near, spread) | 'all records' >> beam.Flatten() | 'judge' >> beam.Map(_judged, chain)
+    written = judged | 'pieces' >> beam.GroupByKey() | 'write' >> beam.FlatMap(_write, chain.rules, output)
+    read = (number, far_number) | 'all numbers' >> beam.Flatten()
+    totals = (read, written) | 'totals' >> beam.Flatten() | 'add' >> beam.CombinePerKey(_Total())
+    _ = totals | 'commit' >> beam.Map(commit, output)
+
+
+def _tasks(path: str) -> list[Task]:
+    with open_binary(path) as file:
+        tasks: list[Task] = pickle.loads(file.read())
+    return tasks
+
+
+def _by_size(task: Task, spread_bytes: int) -> Iterator[Any]:
+    yield beam.pvalue.TaggedOutput('large', task) if _bytes(task) > spread_bytes else task
+
+
+def _bytes(task: Task) -> int:
+    """Of the file of a shard; 0 where it has none, or cannot be read, of which reading it tells."""
+    path = getattr(task.shard, 'path', None)
+    try:
+        if path is not None and is_url(path):
+            import fsspec
+
+            files, _, (inner,) = fsspec.get_fs_token_paths(path)
+            return int(files.size(inner) or 0)
+        return os.path.getsize(path) if path is not None else 0
+    except OSError:
+        return 0
+
+
+def _read(task: Task, piece_documents: int) -> Iterator[Any]:
+    """Records in batches, one at least so that every shard has a file; and how many are or should be documents."""
+    digest = task.digest or shard_digest(task.shard, task.settings)
+    number = piece = in_piece = characters = 0
+    empty = True
+    for first, items in batches(task, lambda first, count: None):
+        yield Records(task, piece_name(task.index, piece), first, items)
+        empty = False
+        number += sum(not isinstance(item, Ignored) for item in items)
+        in_piece += len(items)
+        characters += sum(len(item.text) + len(item.markup or '') for item in items if isinstance(item, Document))
+        if in_piece >= piece_documents or characters >= PIECE_CHARACTERS:
+            piece, in_piece, characters = piece + 1, 0, 0
+    if empty:
+        yield Records(task, piece_name(task.index, piece), 0, [])
+    yield beam.pvalue.TaggedOutput('number', (task.index, Written(task.shard.name, digest, number)))
+
+
+def _judged(records: Records, chain: Chain) -> tuple[str, Records]:
+    judge(records.items, records.first, records.task, chain, records.counts, records)
+    return records.name, dataclasses.replace(records, items=[])
+
+
+def _write(element: tuple[str, Iterable[Records]], rules: Sequence[str], output: str) -> Iterator[tuple[int, Written]]:
+    """One piece of a shard into its three files."""
+    import pyarrow.parquet
+
+    name, some = element[0], sorted(watched(element[1]), key=lambda records: records.first)
+    counts = ShardCounts()
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.ExitStack() as stack:
+            writer = Writer(Path(folder), name, rules, stack)
+            for records in some:
+                counts.add(records.counts)
+                for row, document in zip(records.ledger, records.documents, strict=True):
+                    writer.add(row, document)
+                for item in records.quarantined:
+                    writer.quarantine(item)
+            sizes = writer.commit()
+        rows = {
+            kind: pyarrow.parquet.read_metadata(Path(folder) / part(name, kind)).num_rows
+            for kind in ('documents', 'ledger')
+        }
+        if rows != {'documents': counts.kept, 'ledger': counts.documents - counts.quarantined}:
+            raise RuntimeError(f'documents were lost in {name}: {counts.as_json()}, in files {rows}')
+        for kind in PARTS:
+            publish(Path(folder) / part(name, kind), join(output, part(name, kind)))
+    yield some[0].task.index, Written(counts=counts, sizes=Counter(sizes))
+
+
+class _Total(beam.CombineFn):
+    """What is known of a shard from all its parts."""
+
+    def create_accumulator(self) -> Written:
+        return Written()
+
+    def add_input(self, total: Written, some: Written) -> Written:
+        total.add(some)
+        return total
+
+    def merge_accumulators(self, some: Iterable[Written]) -> Written:
+        total = Written()
+        for one in some:
+            total.add(one)
+        return total
+
+    def extract_output(self, total: Written) -> Written:
+        return total
