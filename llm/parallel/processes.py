@@ -206,6 +206,7 @@ def joined(processes: Processes | None) -> Iterator[None]:
             fix=f'Is port {port} of the host of process 0 in use? Choose another.' if processes.process_id == 0 else '',
         ) from error
     try:
+        _wait_for_all(processes)
         yield
         sys.stdout.flush()
         jax.distributed.shutdown()
@@ -218,6 +219,14 @@ def joined(processes: Processes | None) -> Iterator[None]:
             time.sleep(wait)  # if so, JAX ends this process meanwhile
         traceback.print_exception(error)
         leave_at_once(1)
+
+
+def _wait_for_all(processes: Processes) -> None:
+    """Let no process begin before all know that they have joined.
+
+    If process 0 failed before the answer to its joining had reached another, that one would ask until its time is over.
+    """
+    _state().client.wait_at_barrier('llm/joined', 1000 * processes.initialization_timeout_seconds)
 
 
 def _may_come_from_a_lost_process(error: BaseException) -> bool:
