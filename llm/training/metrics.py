@@ -15,19 +15,17 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-
-# The framing of event files. TensorBoard's EventFileWriter would import TensorFlow where that is installed.
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.training.tensorboard_events import TensorBoardEvents
 
 METRICS_FILE = 'metrics.jsonl'
 _log = logging.getLogger(__name__)
@@ -152,38 +150,6 @@ class JsonLines:
         self._file.close()
 
 
-class _TensorBoardEvents:
-    """One new event file. On a resumed run TensorBoard hides what earlier files hold after the restored step."""
-
-    def __init__(self, directory: Path, start_step: int):
-        directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a run in the order of their names.
-        names = [re.match(r'events\.out\.tfevents\.(\d+)', path.name) for path in directory.iterdir()]
-        stamps = [int(name[1]) for name in names if name]
-        stamp = max([int(time.time()), *(number + 1 for number in stamps)])
-        self._file = RecordWriter((directory / f'events.out.tfevents.{stamp:010d}.llm').open('wb'))
-        self._write(event_pb2.Event(file_version='brain.Event:2'))
-        if stamps:
-            first_hidden = start_step + 1 if start_step > 0 else 0
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(event_pb2.Event(step=first_hidden, session_log=start))
-
-    def _write(self, event: event_pb2.Event) -> None:
-        event.wall_time = time.time()
-        self._file.write(event.SerializeToString())
-        self._file.flush()
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = [
-            summary_pb2.Summary.Value(tag=tag.encode('utf-8', 'backslashreplace'), simple_value=value)
-            for tag, value in scalars.items()
-        ]
-        self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class MetricsWriter:
     """Writes what is measured to `<run_directory>/metrics.jsonl` and `<run_directory>/tensorboard/`.
 
@@ -205,9 +171,11 @@ class MetricsWriter:
         self._events = self._open_events(Path(run_directory) / 'tensorboard', start_step)
         self._started, self._clock = time.time(), time.perf_counter()
 
-    def _open_events(self, directory: Path, start_step: int) -> _TensorBoardEvents:
+    def _open_events(self, directory: Path, start_step: int) -> 'TensorBoardEvents':
+        from llm.training.tensorboard_events import TensorBoardEvents  # a sixth of a second, for who only reads
+
         try:
-            return _TensorBoardEvents(directory, start_step)
+            return TensorBoardEvents(directory, start_step)
         except OSError as error:
             raise _write_failed(directory, error) from error
 

@@ -7,28 +7,10 @@ from collections.abc import Mapping
 from typing import Self, TextIO
 
 from tqdm import tqdm
-from tqdm.auto import tqdm as automatic_tqdm
-from tqdm.notebook import tqdm_notebook
+
+from llm.training.short_numbers import short_duration, short_number
 
 _SECONDS_BETWEEN_LOG_LINES = 15.0
-
-
-def short_duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34, 5:06:07 or 3 d 04:05."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 48:
-        return f'{hours // 24} d {hours % 24:02}:{minute:02}'
-    return f'{hours}:{minute:02}:{second:02}' if hours else f'{minute}:{second:02}'
-
-
-def short_number(value: float) -> str:
-    """Three significant digits: 0.123, 5.99, 1.23k, 45.6M, 1.2e+20."""
-    for size, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if size * 0.9995 <= abs(value) < size * 999.5:
-            scaled = value / size
-            return f'{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{letter}'
-    return f'{value:.3g}'
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
@@ -62,6 +44,16 @@ def scores_line(scores: Mapping[str, float]) -> str:
     return '  '.join(words)
 
 
+def _widget() -> type[tqdm] | None:
+    """The bar that a notebook shows as a widget; None elsewhere, where IPython takes too long to import."""
+    if 'IPython' not in sys.modules:
+        return None
+    from tqdm.auto import tqdm as automatic_tqdm
+    from tqdm.notebook import tqdm_notebook
+
+    return automatic_tqdm if issubclass(automatic_tqdm, tqdm_notebook) else None
+
+
 class Progress:
     """Shows how far a run is: step, loss, tokens/s, MFU, time left and the last evaluation.
 
@@ -78,10 +70,9 @@ class Progress:
         self._total, self._start = total_steps, start_step
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
-        # tqdm.auto is a widget where a notebook can show one, and the plain bar elsewhere.
-        in_notebook = stream is None and issubclass(automatic_tqdm, tqdm_notebook)
-        self._bar_type = automatic_tqdm if in_notebook else tqdm
-        self._live = enabled and (in_notebook or self._stream.isatty())
+        widget = _widget() if stream is None else None
+        self._bar_type = widget or tqdm
+        self._live = enabled and (widget is not None or self._stream.isatty())
         self._bar: tqdm | None = None
         self._step = start_step
         self._metrics: dict[str, float] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.training.progress import Progress, metrics_line, scores_line, short_duration, short_number
+from llm.training.progress import Progress, metrics_line, scores_line
 
 
 class Terminal(io.StringIO):
@@ -83,35 +83,6 @@ def test_unknown_figures_are_left_out():
     assert metrics_line({'loss': 1.0}) == 'loss 1.000'
     assert metrics_line({}) == ''
     assert scores_line({'a/tokens': 7.0}) == ''
-
-
-@pytest.mark.parametrize(
-    ('seconds', 'text'),
-    [(0.4, '0:00'), (59.6, '1:00'), (754, '12:34'), (18367, '5:06:07'), (273900, '3 d 04:05'), (-3, '0:00')],
-)
-def test_durations(seconds, text):
-    assert short_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ('value', 'text'),
-    [
-        (0.1234, '0.123'),
-        (5.987, '5.99'),
-        (999.4, '999'),
-        (999.6, '1.00k'),
-        (1234, '1.23k'),
-        (45600, '45.6k'),
-        (999_600, '1.00M'),
-        (123_456_789, '123M'),
-        (-4200, '-4.20k'),
-        (3e12, '3.00T'),
-        (1.2e20, '1.2e+20'),
-        (0, '0'),
-    ],
-)
-def test_numbers(value, text):
-    assert short_number(value) == text
 
 
 def test_terminal_is_recognised(tmp_path):

@@ -7,7 +7,7 @@ from llm.evaluation.reports.charts import Line, line_chart
 from llm.evaluation.reports.curves import curves_svg
 from llm.evaluation.reports.document import cards, details, document, grid
 from llm.evaluation.reports.escaping import escape
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 # By held-out set and variant, the curve of each seed.
 Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from llm.evaluation.reports.escaping import escape
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 Points = Sequence[tuple[float, float]]
 Scale = Callable[[float], float]

@@ -6,7 +6,7 @@ from html import escape
 
 from llm.evaluation.reports.charts import Line
 from llm.evaluation.reports.curves import COLOURS
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 330, 250, 62, 30, 44
 

@@ -11,8 +11,8 @@ from llm.evaluation.reports.charts import Level, Line, line_chart
 from llm.evaluation.reports.document import cards, details, document, table
 from llm.evaluation.reports.escaping import escape
 from llm.evaluation.reports.run_record import Points, RunRecord, read_run
-from llm.training.progress import short_duration, short_number
 from llm.training.run_directory import write_atomically
+from llm.training.short_numbers import short_duration, short_number
 
 REPORT_FILE = 'report.html'
 _SAMPLED_STEPS = 20

@@ -8,7 +8,7 @@ from llm.evaluation.reports.escaping import escape
 from llm.scaling.planner.quantities import byte_size, duration, microbatches
 from llm.scaling.planner.records import Record
 from llm.scaling.planner.text import mesh_words
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 _MOST_BARS = 24
 # Parts of the analytic model, in words.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llm.scaling.planner.quantities import byte_size, duration, microbatches
 from llm.scaling.planner.records import Record
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 _MOST_CANDIDATES = 40
 

@@ -6,7 +6,7 @@ from typing import Any
 from llm.evaluation.reports.document import cards
 from llm.evaluation.reports.escaping import escape
 from llm.evaluation.reports.prepared_data.tables import Json, number, percent, section, select, words
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 _SOURCES = 8
 

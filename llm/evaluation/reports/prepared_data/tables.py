@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llm.evaluation.reports.escaping import escape
-from llm.training.progress import short_number
+from llm.training.short_numbers import short_number
 
 Json = dict[str, Any]
 # Rows of a table that scrolls by itself.
