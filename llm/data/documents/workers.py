@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from llm.data.documents.fork_server import fork_server
 from llm.data.documents.shard_processing import ShardCounts, Task, process
 from llm.data.documents.stage import Chain
 from llm.errors import UserError
@@ -53,8 +54,7 @@ def in_processes(
     Raises:
         Exception: what `process` raises in a worker. The others are stopped; what is committed stays.
     """
-    # Spawned, because a fork of a process in which JAX runs threads may hang.
-    context = multiprocessing.get_context('spawn')
+    context = fork_server()
     waiting, deaths = deque(tasks), Counter[tuple[int, int, bool]]()
     workers: list[_Worker] = []
     try:

@@ -49,7 +49,7 @@ def kills(arguments: argparse.Namespace) -> None:
                     else:
                         while killed < arguments.rounds and process.poll() is None:
                             time.sleep(draw.uniform(0.2, seconds / 4))
-                            if workers := _children(process.pid):
+                            if workers := _workers(process.pid):
                                 with contextlib.suppress(ProcessLookupError):
                                     os.kill(draw.choice(workers), signal.SIGKILL)
                                     killed += 1
@@ -69,11 +69,14 @@ def _start(folder: str, output: str) -> 'subprocess.Popen[bytes]':
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+def _workers(pid: int) -> list[int]:
+    """Workers of a job: children of the server that forks them, its child."""
+    return [worker for child in _children(pid) for worker in _children(child)]
+
+
 def _children(pid: int) -> list[int]:
-    """Workers of a process: not Python's own helper, whose end says nothing of them."""
     try:
-        found = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-        return [int(child) for child in found if b'resource_tracker' not in Path(f'/proc/{child}/cmdline').read_bytes()]
+        return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
     except OSError:  # gone by now
         return []
 

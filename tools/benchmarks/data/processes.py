@@ -16,24 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
-from llm.configuration import Invocation
-from llm.data.documents.deduplication.config import Deduplication
-from llm.data.documents.language import Language
-from llm.data.documents.normalization import Normalization
-from llm.data.documents.privacy import PersonalData
-from llm.data.documents.quality.c4 import C4
-from llm.data.documents.quality.fineweb import FineWebQuality
-from llm.data.documents.quality.gopher_quality import GopherQuality
-from llm.data.documents.quality.gopher_repetition import GopherRepetition
-from llm.data.documents.quality.rules import Rules
-from llm.data.documents.sources import JsonLines
-from llm.jobs.prepare_data import PrepareData
 from tools.benchmarks.data.measuring import load, read_texts
 
 _SHARDS, _HALVES = 8, ('0-3', '4-7')
-_RULES = Rules((GopherRepetition(), GopherQuality(), C4(punctuated_lines=False), FineWebQuality()))
 
 
 def processes(arguments: argparse.Namespace) -> None:
@@ -87,16 +75,32 @@ def _finished(job: subprocess.Popen[bytes]) -> dict[str, float]:
 
 def main() -> None:
     """Do the job once, without its report, whose seconds do not grow with the input; print the seconds it took."""
+    # Here, because each worker imports this module, as it does llm.main, which imports nothing of a job.
+    from llm.configuration import Invocation
+    from llm.data.documents.deduplication.config import Deduplication
+    from llm.data.documents.language import Language
+    from llm.data.documents.normalization import Normalization
+    from llm.data.documents.privacy import PersonalData
+    from llm.data.documents.quality.c4 import C4
+    from llm.data.documents.quality.fineweb import FineWebQuality
+    from llm.data.documents.quality.gopher_quality import GopherQuality
+    from llm.data.documents.quality.gopher_repetition import GopherRepetition
+    from llm.data.documents.quality.rules import Rules
+    from llm.data.documents.sources import JsonLines
+    from llm.jobs.prepare_data import PrepareData
+
     files, directory, count = sys.argv[1:]
+    rules = Rules((GopherRepetition(), GopherQuality(), C4(punctuated_lines=False), FineWebQuality()))
     job = PrepareData(
         directory,
         (JsonLines(files=files, name='texts'),),
-        (Normalization(), Language(), PersonalData(), _RULES),
+        (Normalization(), Language(), PersonalData(), rules),
         Deduplication(),
         processes=int(count),
         report=None,
     )
     job(Invocation(dry_run=False, operative_config='', command=(), config_files=()))
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # its workers are counted when it is waited for
     used = {'own': resource.getrusage(resource.RUSAGE_SELF), 'workers': resource.getrusage(resource.RUSAGE_CHILDREN)}
     print(json.dumps({name: usage.ru_utime + usage.ru_stime for name, usage in used.items()}))
 

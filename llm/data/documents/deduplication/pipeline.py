@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +47,7 @@ from llm.data.documents.deduplication.sorted_runs import (
 )
 from llm.data.documents.deduplication.verdicts import FinalCounts, withdraw
 from llm.data.documents.deduplication.words import mixed
+from llm.data.documents.fork_server import fork_server
 from llm.data.sources.files import unwritable
 from llm.data.token_cache_building import processors, write_json
 from llm.errors import UserError
@@ -172,9 +172,8 @@ class _Pipeline:
                 yield function(*task)
             return
         if self._pool is None:
-            # Spawned, because a fork of a process in which JAX runs threads may hang.
-            context = multiprocessing.get_context('spawn')
-            self._pool = self._stack.enter_context(concurrent.futures.ProcessPoolExecutor(self._processes, context))
+            pool = concurrent.futures.ProcessPoolExecutor(self._processes, fork_server())
+            self._pool = self._stack.enter_context(pool)
         yield from self._pool.map(function, *zip(*todo, strict=True))
 
     def _order(self) -> None:
