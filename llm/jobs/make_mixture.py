@@ -1,7 +1,6 @@
 """The make_mixture job: prepared documents to a training mixture that is read by the name of its directory."""
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import re
@@ -14,7 +13,7 @@ from llm.configuration import Invocation
 from llm.data.curricula import Curriculum
 from llm.data.datasets import default_cache_directory
 from llm.data.mixtures import reading
-from llm.data.mixtures.parts import Part
+from llm.data.mixtures.parts import Part, text_digest
 from llm.data.mixtures.prepared import VERSION, RecordedSource, check, read_record
 from llm.data.mixtures.shares import outcome, table
 from llm.data.sources import ReadCounts, Split
@@ -204,7 +203,7 @@ class MakeMixture:
         leaked = 0
         for shard in source.shards(split):
             for text in shard.documents(counts):
-                key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                key = text_digest(text)
                 if split == 'validation':
                     held_out.add(key)
                 else:

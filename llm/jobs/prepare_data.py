@@ -124,6 +124,12 @@ class PrepareData:
             if self.report is not None:
                 report += f'\n{printed_rules(write_data_report(directory, self.report))}see {directory / PAGE_FILE}'
         print(f'{report}\n{directory}: done in {time.perf_counter() - started:.1f} s')
+        if summary.counts.documents and summary.counts.quarantined == summary.counts.documents:
+            raise UserError(
+                f'none of {summary.counts.documents:,} documents could be judged',
+                where=str(directory / 'quarantine'),
+                fix='It says why of each. Set the sources or stages right, and use another output_directory.',
+            )
 
     def _plan(self, chain: Chain) -> str:
         """What would be done. What is read besides documents is looked at: a mistake there would stop late phases."""

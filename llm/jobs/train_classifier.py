@@ -12,7 +12,7 @@ import numpy as np
 from llm.configuration import Invocation
 from llm.data.documents.classification.examples import HELD_OUT, TRAINING, ExampleFiles, Examples, read_examples
 from llm.data.documents.classification.features import NgramFeatures
-from llm.data.documents.classification.model import STORAGES
+from llm.data.documents.classification.model import STORAGES, load
 from llm.data.documents.stage import Chain, Stage
 from llm.data.sources import check_names
 from llm.data.sources.files import unwritable
@@ -101,7 +101,7 @@ class TrainClassifier:
         directory = Path(self.output_directory)
         with RunLock(directory):
             claim(directory, self, invocation.operative_config, changeable=('output_directory',))
-            if (directory / METRICS).exists():
+            if _is_complete(directory):
                 print(f'{directory}: complete; see {directory / PAGE}')
                 return
             try:
@@ -178,6 +178,16 @@ class TrainClassifier:
         # Last, because it says that the job is complete.
         write_atomically(directory / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False) + '\n')
         return metrics
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether an earlier run wrote all, and the weights are those that it measured."""
+    try:
+        written = json.loads((directory / METRICS).read_text(encoding='utf-8'))
+        whole = all((directory / name).exists() for name in (PAGE, SCORES))
+        return whole and load(str(directory)).digest == written['digest']
+    except (OSError, ValueError, KeyError, UserError):
+        return False
 
 
 def _too_few(by_label: dict[str, dict[str, Any]], *, exclusive: bool) -> list[str]:

@@ -5,8 +5,14 @@ import subprocess
 import sys
 
 import pyarrow.parquet
+import pytest
 
+from llm.configuration import Invocation
+from llm.data.documents.sources import JsonLines
 from llm.data.sources import TextFiles, read_documents
+from llm.errors import UserError
+from llm.jobs.prepare_data import PrepareData
+from tests.data.documents.stages import Poisoned
 
 
 def start(root, *bindings):
@@ -40,3 +46,20 @@ def test_a_crawl_becomes_documents_that_training_reads(dev_data, tmp_path, reque
     nothing = start(root, f'FILES="{tmp_path}/none*.warc"', f'OUTPUT_DIRECTORY="{tmp_path}/other"')
     assert nothing.returncode == 2
     assert 'no file matches' in nothing.stderr.splitlines()[-1]
+
+
+def test_a_run_that_could_judge_nothing_says_so(tmp_path, capsys):
+    (tmp_path / 'texts.jsonl').write_text('{"text": "fail"}\n{"text": 7}\n')
+    job = PrepareData(
+        str(tmp_path / 'out'),
+        (JsonLines(files=str(tmp_path / 'texts.jsonl'), name='texts'),),
+        (Poisoned(),),
+        report=None,
+        processes=1,
+    )
+    invocation = Invocation(dry_run=False, operative_config='', command=(), config_files=())
+    for _ in range(2):
+        with pytest.raises(UserError, match='none of 2 documents could be judged'):
+            job(invocation)
+    assert '1 of 1 shards had been done before' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out/summary.json').read_text())['counts']['quarantined'] == 2

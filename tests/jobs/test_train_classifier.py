@@ -126,6 +126,11 @@ def test_it_learns_measures_and_writes_and_the_stage_says_what_it_measured(tmp_p
     capsys.readouterr()
     job(out, labelled('rows', path), storage='int8')(RUN)
     assert 'complete' in capsys.readouterr().out
+    weights = (out / 'weights.npz').read_bytes()
+    (out / 'weights.npz').unlink()
+    job(out, labelled('rows', path), storage='int8')(RUN)
+    assert 'complete' not in capsys.readouterr().out
+    assert (out / 'weights.npz').read_bytes() == weights
     with pytest.raises(UserError, match='another config'):
         job(out, labelled('rows', path))(RUN)
 

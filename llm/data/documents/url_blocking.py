@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict, domain_of
-from llm.data.sources.files import file_identity, find_files, stream_bytes
+from llm.data.sources.files import file_identity, file_states, find_files, stream_bytes
 from llm.errors import UserError
 
 _LIST, _WORDS = 'url/list', 'url/words'
@@ -47,7 +48,8 @@ class UrlBlocking:
         return (self._bound,)
 
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
-        listed = _matcher(self.lists)
+        paths = self._paths()
+        listed = _matcher(paths, file_states(paths))
         return [
             document.judged(
                 Verdict(_LIST, not (document.url and listed(document.url))), self._words_of(document.url or '')
@@ -57,7 +59,10 @@ class UrlBlocking:
 
     def identities(self) -> list[str]:
         """Change where the content of the lists does."""
-        return [file_identity(path) for path in find_files(self.lists, _SUFFIXES)] if self.lists else []
+        return [file_identity(path) for path in self._paths()]
+
+    def _paths(self) -> tuple[str, ...]:
+        return find_files(self.lists, _SUFFIXES) if self.lists else ()
 
     def _words_of(self, url: str) -> Verdict:
         parts = re.split(r'[^a-z0-9]+', url.lower())
@@ -65,13 +70,14 @@ class UrlBlocking:
         return Verdict(_WORDS, self._bound.keeps(count), count)
 
 
-@functools.cache
-def _matcher(lists: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether a URL is on one of the lists; they are read once in a process."""
+@functools.lru_cache(maxsize=8)
+def _matcher(paths: tuple[str, ...], states: tuple[Any, ...]) -> Callable[[str], bool]:
+    """Whether a URL is on one of the lists; they are read once in a process while they stay."""
+    del states
     domains: set[str] = set()
     beginnings: set[str] = set()
     rules: list[str] = []
-    for path in find_files(lists, _SUFFIXES) if lists else ():
+    for path in paths:
         text = b''.join(stream_bytes(path)).decode(errors='replace')
         if text.startswith('[Adblock'):
             rules += text.splitlines()

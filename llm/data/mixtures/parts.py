@@ -166,6 +166,11 @@ class Part:
         return files
 
 
+def text_digest(text: str) -> bytes:
+    """16 bytes that equal texts have in common."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def described(path: Path, directory: Path) -> dict[str, Any]:
     """What the record says of a file, so that a change is noticed."""
     digest, stat = content_digest(str(path)).hex(), path.stat()
@@ -227,8 +232,7 @@ def _copy(source: Source, split: Split, name: str, path: Path) -> None:
         counts = ReadCounts()
         for shard in source.shards(split):
             for text in shard.documents(counts):
-                key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-                rows.append({'text': text, 'id': key, 'source': name})
+                rows.append({'text': text, 'id': text_digest(text).hex(), 'source': name})
                 if len(rows) == _ROWS:
                     flush()
         flush()

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, Protocol, cast
 
 import zstandard
@@ -126,6 +126,14 @@ def file_state(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     """(size, modification time, inode), for caches of what a file holds: another one is read again. Raises OSError."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def file_states(paths: Iterable[str]) -> tuple[tuple[int, int, int] | None, ...]:
+    """`file_state` of each, None of URLs. Raises UserError where one is not there."""
+    try:
+        return tuple(None if is_url(path) else file_state(path) for path in paths)
+    except OSError as error:
+        raise unreadable(str(error.filename), error) from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -27,9 +27,11 @@ def lists(tmp_path):
 def test_another_list_is_another_stage(lists):
     chain = Chain((UrlBlocking(lists), Language()))
     before = chain.identities()
+    assert removed(UrlBlocking(lists), 'http://more.example') == [None]
     with open(lists[0], 'a') as file:
         file.write('more.example\n')
     assert len(before) == 1 and chain.identities() != before
+    assert removed(UrlBlocking(lists), 'http://more.example') == ['url/list']
     with pytest.raises(UserError, match='nowhere.bin: cannot be read'):
         Language(model='nowhere.bin').identities()
 

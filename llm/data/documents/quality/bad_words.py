@@ -4,16 +4,18 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from llm.data.documents.bounds import Bounds
 from llm.data.documents.document import Document, Verdict
-from llm.data.sources.files import file_identity, find_files, stream_bytes
+from llm.data.sources.files import file_identity, file_states, find_files, stream_bytes
 
 _RULE = 'bad_words'
 _SUFFIXES = tuple(f'{kind}{packing}' for kind in ('.txt', '') for packing in ('', '.gz', '.zst', '.bz2'))
 # Written without white space between words: what is on the list counts wherever it stands.
 _UNSPACED = ('ja', 'th', 'zh')
 _WORD = re.compile(r'\w+')
+_List = tuple[tuple[str, ...], tuple[Any, ...]]  # files and their states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,36 +44,41 @@ class BadWords:
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
         results = []
         (bounds,) = self.bounds
+        lists = [(language, (paths, file_states(paths))) for language, paths in self._paths()]
         for document in documents:
-            count = self._count(document)
+            count = _count(document, tuple(some for language, some in lists if language in ('', document.language)))
             results.append(document.judged(Verdict(_RULE, bounds.keeps(count), count)))
         return results
 
     def identities(self) -> list[str]:
         """Change where the content of the lists does."""
-        return [file_identity(path) for _, pattern in self.lists for path in find_files(pattern, _SUFFIXES)]
+        return [file_identity(path) for _, paths in self._paths() for path in paths]
 
-    def _count(self, document: Document) -> int | None:
-        """Times that words of the lists for a document come up; None without a list."""
-        patterns = [pattern for language, pattern in self.lists if language in ('', document.language)]
-        if not patterns:
-            return None
-        text = document.text.lower()
-        words, phrases = _entries(tuple(patterns))
-        if document.language in _UNSPACED:
-            return sum(text.count(entry) for entry in (*words, *phrases))
-        count = sum(word in words for word in _WORD.findall(text))
-        for phrase in phrases:
-            if phrase in text:
-                count += len(re.findall(rf'(?<!\w){re.escape(phrase)}(?!\w)', text))
-        return count
+    def _paths(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(language, files)"""
+        return [(language, find_files(pattern, _SUFFIXES)) for language, pattern in self.lists]
 
 
-@functools.cache
-def _entries(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """(those that are one word, the others) of lists, which are read once in a process."""
+def _count(document: Document, lists: tuple[_List, ...]) -> int | None:
+    """Times that words of the lists come up; None without a list."""
+    if not lists:
+        return None
+    text = document.text.lower()
+    words, phrases = _entries(lists)
+    if document.language in _UNSPACED:
+        return sum(text.count(entry) for entry in (*words, *phrases))
+    count = sum(word in words for word in _WORD.findall(text))
+    for phrase in phrases:
+        if phrase in text:
+            count += len(re.findall(rf'(?<!\w){re.escape(phrase)}(?!\w)', text))
+    return count
+
+
+@functools.lru_cache(maxsize=64)
+def _entries(lists: tuple[_List, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """(those that are one word, the others) of lists, which are read once in a process while they stay."""
     entries: set[str] = set()
-    for path in (path for pattern in patterns for path in find_files(pattern, _SUFFIXES)):
+    for path in (path for paths, _ in lists for path in paths):
         lines = b''.join(stream_bytes(path)).decode(errors='replace').splitlines()
         entries |= {line.partition('#')[0].strip().lower() for line in lines}
     entries.discard('')

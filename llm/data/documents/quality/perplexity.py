@@ -16,7 +16,7 @@ from llm.data.documents.document import Document
 from llm.data.documents.ngram_models.model import LEAST_DOCUMENTS, check_content, load_ngram_model, percentiles_of
 from llm.data.documents.quality.batch import Batch
 from llm.data.documents.quality.rules import Chance, Exempt, Judgement, Rules
-from llm.data.sources.files import file_identity, file_state, find_files, is_url, unreadable
+from llm.data.sources.files import file_identity, file_states, find_files
 from llm.errors import UserError
 
 BUCKETS = ('head', 'middle', 'tail')
@@ -243,11 +243,7 @@ def _ledgers(reference: str | tuple[str, ...]) -> tuple[str, ...]:
 def _reference_percentiles(reference: str | tuple[str, ...], rule: str) -> dict[str | None, list[float]]:
     """By language, the figures of a rule in ledger files at 0, 1, ..., 100 per cent."""
     paths = _ledgers(reference)
-    try:
-        states = tuple(None if is_url(path) else file_state(path) for path in paths)
-    except OSError as error:
-        raise unreadable(str(error.filename), error) from error
-    return _percentiles_in(paths, states, rule)
+    return _percentiles_in(paths, file_states(paths), rule)
 
 
 class _Figures:
