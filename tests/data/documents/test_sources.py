@@ -102,8 +102,8 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize('packing', [bytes, gzip.compress])
-def test_what_a_server_packed_wrongly_costs_no_other_page(tmp_path, packing):
+@pytest.mark.parametrize(('name', 'packing'), [('a.warc', bytes), ('a.warc.gz', gzip.compress)])
+def test_what_a_server_packed_wrongly_costs_no_other_page(tmp_path, name, packing):
     """A page that could not be unpacked took the page before it along, and at times all behind it."""
     broken = {'Content-Encoding: x-own': PAGE.encode(), 'Content-Encoding: br ': b'zzzz'}
     headers = [line for good in PACKED for line in (good, *broken)]
@@ -111,8 +111,8 @@ def test_what_a_server_packed_wrongly_costs_no_other_page(tmp_path, packing):
         *((PACKED | broken)[line] for line in headers),
         headers={i: f'Content-Type: Text/HTML; charset=utf-8\r\n{line}' for i, line in enumerate(headers)},
     )
-    (tmp_path / 'a.warc').write_bytes(b''.join(map(packing, records)))
-    items = list(read(Warc(name='w', files=f'{tmp_path}/a.warc')))
+    (tmp_path / name).write_bytes(b''.join(map(packing, records)))
+    items = list(read(Warc(name='w', files=f'{tmp_path}/{name}')))
     assert len(items) == len(headers)
     for line, item in zip(headers, items, strict=True):
         if line in broken:
