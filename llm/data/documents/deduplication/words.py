@@ -198,7 +198,10 @@ def as_sets(hashes: Hashes) -> Hashes:
 
 
 def word_spans(texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """For each word of each text, where the part between white space that it is in begins and ends, in characters."""
+    """For each word of each text, where the part between white space that it is in begins and ends, in characters.
+
+    Characters of scripts without spaces are parts of their own.
+    """
     parts = [[match.span() for match in _parts().finditer(text)] for text in texts]
     flat = [text[start:end] for text, some in zip(texts, parts, strict=True) for start, end in some]
     counts = iter(words_of(flat).counts.tolist())
@@ -209,4 +212,21 @@ def word_spans(texts: Sequence[str]) -> list[list[tuple[int, int]]]:
 def _parts() -> Any:
     import re
 
-    return re.compile(f'[^{CUTS}]+')
+    import pyarrow
+    from pyarrow import compute
+
+    # As Arrow has these scripts, a character with the accents behind it: whole texts and parts have the same words.
+    codes = np.concatenate([np.arange(0x80, 0xD800), np.arange(0xE000, 0x33480)])
+    column = pyarrow.array(list(map(chr, codes.tolist())))
+    accents, scripts = (
+        compute.match_substring_regex(column, pattern).to_numpy(zero_copy_only=False)
+        for pattern in (r'\p{Mn}', f'[{_SCRIPTS}]')
+    )
+    alone = _ranges(codes[scripts & ~accents])
+    return re.compile(f'[{alone}][{_ranges(codes[accents])}]*|[^{CUTS}{alone}]+')
+
+
+def _ranges(codes: np.ndarray) -> str:
+    """Characters as they stand between the brackets of a pattern."""
+    runs = np.split(codes, np.flatnonzero(np.diff(codes) > 1) + 1)
+    return ''.join(f'{chr(run[0])}-{chr(run[-1])}' for run in runs)
