@@ -33,8 +33,8 @@ _MOJIBAKE = re.compile(
 class Normalization:
     """Rewrites every document's text in the same way. What it gives is left as it is by a second time.
 
-    References of HTML that were escaped twice ('&amp;lt;') are the exception, each time undoes one; so is what was decoded
-    wrongly and has references, controls or emoji in it or beside it, which a second time may mend.
+    References of HTML that were escaped twice ('&amp;lt;') are the exception, each time undoes one; so is what was
+    decoded wrongly and has references, controls or emoji in or beside it, which a second time may mend.
 
     Args:
         repair: text that was decoded wrongly ('schÃ¶n') is mended by ftfy (Speer 2019) where it shows signs of that.

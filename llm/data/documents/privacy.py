@@ -22,7 +22,7 @@ Kind = Literal['email', 'phone', 'ip', 'card', 'iban', 'secret']
 Span = tuple[int, int]
 KINDS: tuple[Kind, ...] = ('secret', 'email', 'iban', 'card', 'ip', 'phone')
 
-# Word characters are ASCII's in these patterns: in Chinese or Japanese text there is no space around what is looked for.
+# Word characters are ASCII's in these patterns: Chinese and Japanese have no space around what is looked for.
 _LETTERS = 'a-z0-9\u00c0-\u024f'
 _EMAIL = re.compile(
     rf"(?<![{_LETTERS}_.+%/@-])[{_LETTERS}](?:[{_LETTERS}._%+'-]{{0,62}}[{_LETTERS}_%+-])?"

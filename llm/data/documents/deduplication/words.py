@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-# Letters that may have accents or are put together of others, marks, and scripts without spaces: what asks for more than
-# is done to all texts. Every character that NFD changes is here, lest a word depend on what else is in its text.
+# Letters that may have accents or are made of others, marks, and scripts without spaces: what asks for more than is
+# done to all texts. Every character that NFD changes is here, lest a word depend on what else is in its text.
 _SCRIPTS = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
 _DECOMPOSED = (
     r'\x{c0}-\x{24f}\x{370}-\x{3ff}\x{400}-\x{45f}\x{476}-\x{4f9}\x{622}-\x{626}\x{6c0}-\x{6d3}\x{929}-\x{934}'

@@ -35,8 +35,8 @@ def decoded(data: bytes, encoding: str | None = None) -> str:
         encoding = detect_encoding(data, from_html_meta=True)
     try:
         # As browsers have it: ISO 8859-1 is Windows-1252, GB 2312 is GBK.
-        label = map_encoding_to_html5(encoding or 'utf-8', fallback_utf8=False)
-        return bytes_to_str(data, label or encoding, errors='replace')
+        name = encoding or 'utf-8'
+        return bytes_to_str(data, map_encoding_to_html5(name, fallback_utf8=False) or name, errors='replace')
     except (LookupError, UnicodeError):  # a name of no encoding
         return data.decode(errors='replace')
 

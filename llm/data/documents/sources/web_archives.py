@@ -91,7 +91,9 @@ class Warc(FileSource):
         status = record.http_headers.status_code if record.http_headers is not None else 200
         if status != 200:
             return Ignored(f'status {status}')
-        media = (record.http_content_type or '').lower() or record.headers.get('Content-Type', '').partition(';')[0].strip().lower()
+        media = (record.http_content_type or '').lower() or record.headers.get('Content-Type', '').partition(';')[
+            0
+        ].strip().lower()
         if media not in (*_PAGES, *_TEXTS):
             return Ignored(f'media type {media or "unknown"}')
         identity = (record.record_id or '').strip('<>') or None
