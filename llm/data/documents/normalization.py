@@ -11,8 +11,8 @@ from llm.data.documents.document import Document
 
 # Everything of category Cc but tab and line feed (line ends are unified first), soft hyphens, byte order marks and the
 # marks of direction that pages leave behind. Joiners stay: scripts and emoji need them.
-_CONTROLS = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]')
-_LINE_ENDS = re.compile('\r\n?|\u2028|\u2029|\x85|\x0c')
+_CONTROLS = re.compile('[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]')
+_LINE_ENDS = re.compile('\r\n?|\u2028|\u2029|\x85|\x0b|\x0c')
 _SPACES = re.compile('[^\\S\n]+')
 _AROUND_LINE_ENDS = re.compile(' ?\n ?')
 _BLANK_LINES = re.compile('\n{3,}')
@@ -33,7 +33,8 @@ _MOJIBAKE = re.compile(
 class Normalization:
     """Rewrites every document's text in the same way. What it gives is left as it is by a second time.
 
-    References of HTML that were escaped twice ('&amp;lt;') are the exception: each time undoes one.
+    References of HTML that were escaped twice ('&amp;lt;') are the exception, each time undoes one; so is what was
+    decoded wrongly and has references, controls or emoji in or beside it, which a second time may mend.
 
     Args:
         repair: text that was decoded wrongly ('schÃ¶n') is mended by ftfy (Speer 2019) where it shows signs of that.
@@ -78,6 +79,7 @@ class Normalization:
             text = text.translate(_QUOTES)
         if self.lower_case:
             text = text.lower()
+            text = unicodedata.normalize(self.unicode_form, text) if self.unicode_form else text
         if self.white_space:
             text = _BLANK_LINES.sub('\n\n', _AROUND_LINE_ENDS.sub('\n', _SPACES.sub(' ', text))).strip()
         return text

@@ -22,20 +22,30 @@ Kind = Literal['email', 'phone', 'ip', 'card', 'iban', 'secret']
 Span = tuple[int, int]
 KINDS: tuple[Kind, ...] = ('secret', 'email', 'iban', 'card', 'ip', 'phone')
 
+# Word characters are ASCII's in these patterns: Chinese and Japanese have no space around what is looked for.
+_LETTERS = 'a-z0-9\u00c0-\u024f'
 _EMAIL = re.compile(
-    r"(?<![\w.+%/@-])[a-z0-9](?:[a-z0-9._%+'-]{0,62}[a-z0-9_%+-])?"
-    r'@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+(?!(?:png|jpe?g|gif|webp|svg|avif)\b)[a-z]{2,24}(?![\w@-])',
-    re.I,
+    rf"(?<![{_LETTERS}_.+%/@-])[{_LETTERS}](?:[{_LETTERS}._%+'-]{{0,62}}[{_LETTERS}_%+-])?"
+    rf'@(?:[{_LETTERS}](?:[{_LETTERS}-]{{0,61}}[{_LETTERS}])?\.)+(?!(?:png|jpe?g|gif|webp|svg|avif)\b)[a-z]{{2,24}}'
+    rf'(?![{_LETTERS}@]|[_-][{_LETTERS}])',
+    re.I | re.A,
 )
-_IPV4 = re.compile(r'(?<![\w.:/-])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w-]|\.\d)')
-_IPV6 = re.compile(r'(?<![\w:.])(?=[0-9a-f]*:[0-9a-f:]*:)[0-9a-f:]{3,39}(?![\w:])', re.I)
+_QUAD = r'(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)'
+# Behind one slash it is a version ('Chrome/1.2.3.4'), behind two a host ('http://1.2.3.4').
+_IPV4 = re.compile(rf'(?<![\w.:-])(?<![^/]/)(?<!\A/){_QUAD}(?![\w-]|\.\d)', re.A)
+_IPV6 = re.compile(
+    rf'(?<![\w:.])(?=[0-9a-f]*:[0-9a-f:]*:)(?:[0-9a-f:]{{1,38}}:{_QUAD}|[0-9a-f:]{{3,39}})(?![\w:]|\.\d)', re.I | re.A
+)
+# Global addresses, and unique local ones, those of a link, and loopback; elsewhere lies what code has: 'a::b'.
+_GLOBAL = ipaddress.IPv6Network('2000::/3')
+_LOCAL = tuple(map(ipaddress.IPv6Network, ('fc00::/7', 'fe80::/10', '::1/128')))
 # A version is announced, or belongs to a name: 'version 1.2.3.4', 'v1.2.3.4', 'Chrome/1.2.3.4', 'release: 1.2.3.4'.
 _ANNOUNCED = re.compile(
     r'(?:\b(?:v|ver|version|release[ds]?|build|firmware|update[ds]?|upgrade[ds]?|section|chapter|§|oid|patch)'
     r'[\s.:=(]*(?:to\s|from\s)?$)',
     re.I,
 )
-_CARD = re.compile(r'(?<![\w.,+/-])\d(?:[ -]?\d){12,18}(?![\w-]|[.,]\d)')
+_CARD = re.compile(r'(?<![\w.+/-])(?<!\d,)\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)', re.A)
 _CARD_GROUPS = re.compile(r'^\d{13,19}$|^\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}(?:\1\d{1,3})?$|^\d{4}([ -])\d{6}\2\d{4,5}$')
 # First digits and lengths of the networks (ISO/IEC 7812): Visa, Mastercard, American Express, Discover, Diners, JCB,
 # UnionPay, Maestro.
@@ -44,9 +54,11 @@ _ISSUERS = re.compile(
     r'|6(?:011|5\d\d|4[4-9]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17}'
     r'|(?:50|5[6-9]|6\d)\d{10,17}'
 )
-_IBAN = re.compile(r'(?<![\w])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])')
+_IBAN = re.compile(r'(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])', re.A)
 # What telephone numbers are written with; a single number of seven digits or more, as in tables, is none by itself.
-_PHONE = re.compile(r'(?<![\w.,+/=#$€£%-])(?:\+|00)?\(?\d[\d ()./\u2011-]{5,20}\d(?![\w%]|[.,]\d|-\w)')
+_PHONE = re.compile(
+    r'(?<![A-Za-z\d_.,+/=#$€£%-])(?:\+|00)?\(?\d[\d ()./\u2011-]{5,20}\d(?![A-Za-z\d_%]|[.,]\d|-[A-Za-z\d_])'
+)
 # Addresses of hosts, versions and numbers of sections; French numbers have five groups of two digits.
 _DOTTED = re.compile(r'\d{1,3}(?:\.\d{1,3}){3,}')
 _FRENCH = re.compile(r'0\d(?:\.\d\d){4}')
@@ -65,7 +77,9 @@ _SECRETS = re.compile(
     r'|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}|SG\.[\w-]{22}\.[\w-]{43}'  # npm, PyPI, SendGrid
     r'|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}'  # JSON web tokens
     r')(?![\w-])'
-    r'|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----[\s\S]{0,8192}?(?:-----END (?:[A-Z]+ )*PRIVATE KEY-----|\Z)'
+    r'|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{0,65536}?'
+    r'(?:-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)',
+    re.A,
 )
 # One of these is in whatever the pattern above finds; looking for them is ten times faster than the pattern.
 _MARKS = (
@@ -170,8 +184,15 @@ class PersonalData:
                 address6 = ipaddress.IPv6Address(match[0])
             except ValueError:
                 continue
-            if self.private_hosts or address6.is_global:
+            if self._is_meant(address6):
                 yield match.span()
+
+    def _is_meant(self, address: ipaddress.IPv6Address) -> bool:
+        if address.ipv4_mapped:
+            return self.private_hosts or address.ipv4_mapped.is_global
+        if address in _GLOBAL:
+            return self.private_hosts or address.is_global
+        return self.private_hosts and any(address in network for network in _LOCAL)
 
     def _phones(self, text: str) -> Iterator[Span]:
         import phonenumbers

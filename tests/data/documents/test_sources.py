@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tracemalloc
+import zlib
 
 import fsspec
 import pyarrow
@@ -35,11 +36,12 @@ def texts(items):
     return [item.text for item in items if isinstance(item, Document)]
 
 
-def warc(*pages, lengths=()):
-    """A web archive of responses; `lengths` by index are false ones."""
-    lengths, records = dict(lengths), []
+def warc(*pages, lengths=(), headers=()):
+    """A web archive of responses; `lengths` by index are false ones, `headers` by index other lines of HTTP's."""
+    lengths, headers, records = dict(lengths), dict(headers), []
     for i, page in enumerate(pages):
-        body = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + page
+        lines = headers.get(i, 'Content-Type: text/html').encode()
+        body = b'HTTP/1.1 200 OK\r\n' + lines + b'\r\n\r\n' + page
         head = (
             f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:{i}>\r\nWARC-Target-URI: http://EXAMPLE.org:80/{i}\r\n'
             f'WARC-Date: 2024-01-02T03:04:05Z\r\nContent-Type: application/http; msgtype=response\r\n'
@@ -77,6 +79,46 @@ def test_a_record_of_false_length_is_quarantined_alone(tmp_path, length):
     assert [item.id for item in items if isinstance(item, Document)] == ['urn:0', 'urn:2', 'urn:3', 'urn:4']
     (bad,) = [item for item in items if isinstance(item, Quarantined)]
     assert 'false length' in bad.reason
+
+
+def deflated(data, wbits):
+    packer = zlib.compressobj(wbits=wbits)
+    return packer.compress(data) + packer.flush()
+
+
+PAGE = '<p>Grüße – schön</p>'
+PACKED = {
+    'Content-Encoding: gzip': gzip.compress(PAGE.encode()[:9]) + gzip.compress(PAGE.encode()[9:]),
+    'Content-Encoding: deflate': deflated(PAGE.encode(), 15),
+    'content-encoding: Deflate': deflated(PAGE.encode(), -15),
+    'Content-Encoding: br': bytes.fromhex('0b0c80') + PAGE.encode() + b'\3',  # as it is, in a frame of Brotli's
+    'Content-Encoding: zstd': zstandard.compress(PAGE.encode()),
+    'Content-Encoding: deflate, gzip': gzip.compress(zlib.compress(PAGE.encode())),
+    'Transfer-Encoding: chunked\r\nContent-Encoding: gzip': b'%x\r\n%s\r\n0\r\n\r\n'
+    % (len(gzip.compress(PAGE.encode())), gzip.compress(PAGE.encode())),
+    # Unpacked by the crawler, which left the header.
+    'Content-Encoding:  gzip': PAGE.encode(),
+    'Transfer-Encoding: chunked': PAGE.encode(),
+}
+
+
+@pytest.mark.parametrize(('name', 'packing'), [('a.warc', bytes), ('a.warc.gz', gzip.compress)])
+def test_what_a_server_packed_wrongly_costs_no_other_page(tmp_path, name, packing):
+    """A page that could not be unpacked took the page before it along, and at times all behind it."""
+    broken = {'Content-Encoding: x-own': PAGE.encode(), 'Content-Encoding: br ': b'zzzz'}
+    headers = [line for good in PACKED for line in (good, *broken)]
+    records = warc(
+        *((PACKED | broken)[line] for line in headers),
+        headers={i: f'Content-Type: Text/HTML; charset=utf-8\r\n{line}' for i, line in enumerate(headers)},
+    )
+    (tmp_path / name).write_bytes(b''.join(map(packing, records)))
+    items = list(read(Warc(name='w', files=f'{tmp_path}/{name}')))
+    assert len(items) == len(headers)
+    for line, item in zip(headers, items, strict=True):
+        if line in broken:
+            assert 'cannot be decoded' in item.reason and item.id
+        else:
+            assert item.markup == PAGE, line
 
 
 def test_a_page_about_web_archives_is_a_page(tmp_path):
@@ -186,6 +228,21 @@ def test_encodings_are_found(tmp_path, data, text):
     (found,) = texts(read(PlainTexts(files=str(tmp_path / 'a.txt'), name='t')))
     expected = text or (data.decode('cp1252') if b'Himmel' in data else data.decode('windows-1251'))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ('label', 'data', 'text'),
+    [
+        ('; charset=ISO-8859-1', '“a” – ü'.encode('cp1252'), '“a” – ü'),
+        ('; charset=gb2312', '囍 – 中'.encode('gbk'), '囍 – 中'),
+        ('; charset=ISO-8859-1', '\ufeffGrüße'.encode(), 'Grüße'),
+        ('', '\ufeffGrüße'.encode('utf-16-le'), 'Grüße'),
+        ('', '<meta charset=iso-2022-jp>日本語'.encode('iso-2022-jp'), '<meta charset=iso-2022-jp>日本語'),
+    ],
+)
+def test_encodings_of_pages_are_those_of_browsers(tmp_path, label, data, text):
+    (tmp_path / 'a.warc').write_bytes(b''.join(warc(data, headers={0: f'Content-Type: text/html{label}'})))
+    assert [item.markup for item in read(Warc(name='w', files=f'{tmp_path}/a.warc'))] == [text]
 
 
 def test_a_book_loses_its_frame(tmp_path):

@@ -93,6 +93,7 @@ def test_nesting_is_bounded_and_the_text_stays(monkeypatch):
         ('AT&amp;T &lt;b&gt; &unknown; R&D;', 'AT&T <b> &unknown; R&D;'),
         ('a\r\nb\u2028c\td  e \n\n\n\n f ', 'a\nb\nc d e\n\nf'),
         ('\u200bzero\ufeff \x00nul\xad', 'zero nul'),
+        ('Title\x0bby X\x0cnext', 'Title\nby X\nnext'),
         ('e\u0301', '\xe9'),
         ('👩\u200d👩\u200d👧', '👩\u200d👩\u200d👧'),
     ],
@@ -106,6 +107,8 @@ def test_what_normalisation_can_do_besides():
     assert Normalization(unicode_form='NFKC', quotes=True, lower_case=True).normalize(text) == '"full" ❤️ ok'
     assert Normalization(emoji='name').normalize(text) == '“Ｆｕｌｌ” :red_heart: ok'
     assert Normalization(emoji='remove').normalize(text) == '“Ｆｕｌｌ” ok'
+    lower = Normalization(lower_case=True).normalize('\u0130\u05a7')  # i and a dot, which stands behind the other mark
+    assert lower == 'i\u05a7\u0307'
     code = 'if x:\n\treturn  1\n'
     assert Normalization(white_space=False).normalize(code) == code
 

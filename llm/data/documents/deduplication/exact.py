@@ -13,7 +13,7 @@ from llm.data.documents.deduplication.sorted_runs import group_sizes, group_star
 from llm.data.documents.deduplication.words import Hashes
 
 # Parameters of URLs that say where a visitor came from and not what is shown.
-_TRACKING = ('utm_', 'fbclid', 'gclid', 'dclid', 'msclkid', 'mc_cid', 'mc_eid', 'igshid', 'yclid', '_ga')
+_TRACKING = re.compile('utm_.*|fbclid|gclid|dclid|msclkid|mc_cid|mc_eid|igshid|yclid|_ga|_gl', re.I | re.S)
 _DEFAULT_PORTS = {'http': ':80', 'https': ':443'}
 
 _ESCAPE = re.compile('%[0-9A-Fa-f]{2}')
@@ -24,13 +24,14 @@ def normalized_url(url: str) -> str:
     """One URL for those that show the same page almost surely; empty for what names no host, as 'n/a' and '#top'.
 
     Scheme, `www.`, default port, user, fragment, parameters of tracking and a slash at the end are left out; the host
-    is in lower case, escapes are unified, and parameters are sorted.
+    is in lower case, escapes are unified, and parameters are sorted. Escapes that are not UTF-8 stay different. A
+    fragment that is a path, as '#!/news' and '#/news', names a page and stays.
     """
     try:
         parts = urllib.parse.urlsplit(url.strip())
         host = (parts.hostname or '').removeprefix('www.').rstrip('.')
         port = f':{parts.port}' if parts.port else ''
-        query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+        query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True, errors='surrogateescape')
     except ValueError:  # as of an unclosed IPv6 address
         return url.strip()
     if not host:
@@ -38,8 +39,9 @@ def normalized_url(url: str) -> str:
     if port == _DEFAULT_PORTS.get(parts.scheme):
         port = ''
     path = _ESCAPE.sub(_unified, urllib.parse.quote(parts.path, safe="/%!$&'()*+,;=:@")).rstrip('/')
-    kept = sorted(item for item in query if not item[0].lower().startswith(_TRACKING))
-    return f'{host}{port}{path}' + (f'?{urllib.parse.urlencode(kept)}' if kept else '')
+    kept = sorted(item for item in query if not _TRACKING.fullmatch(item[0]))
+    shown = f'?{urllib.parse.urlencode(kept, errors="surrogateescape")}' if kept else ''
+    return f'{host}{port}{path}{shown}' + (f'#{parts.fragment}' if parts.fragment.startswith(('!', '/')) else '')
 
 
 def _unified(escape: re.Match[str]) -> str:

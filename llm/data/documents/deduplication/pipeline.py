@@ -132,7 +132,9 @@ class _Pipeline:
         """Starts anew where documents or settings are others than those of what lies there."""
         files = sorted((self._output / 'shards').glob('*.json'))
         content = [path.read_text() for path in files] + [repr(dataclasses.replace(self._config, memory_bytes=1))]
-        content += [repr(self._against)] + (self._against.identities() if self._against else [])
+        content += [json.dumps(_index_settings(self._config)), repr(self._against)] + (
+            self._against.identities() if self._against else []
+        )
         content += [json.dumps(index.record, sort_keys=True) for index in self._earlier]
         self._digest = hashlib.sha256('\0'.join(content).encode()).hexdigest()
         mark = self._directory / 'index.json'
@@ -344,7 +346,7 @@ def _index_settings(config: Deduplication) -> dict[str, Any]:
     repeats: dict[str, Any] = {some.unit: some.words if some.unit == 'passages' else 0 for some in config.repeats}
     bands = [near.shingle, near.bands.bands, near.bands.rows, near.seed] if near else None
     return {
-        'version': 1,
+        'version': 2,
         'documents': config.documents,
         'near': bands,
         'ids': config.ids,

@@ -144,13 +144,15 @@ def spans_of(unit: str, text: str, words: Sequence[Span], indexes: Sequence[int]
 
 
 def without(text: str, spans: Sequence[Span]) -> str:
-    """A text without these spans, which are united; no two spaces are left where one was cut out."""
+    """A text without these spans, which are united; one space, not two or none, is left where one was cut out."""
     kept: list[str] = []
     position = 0
     for start, end in [*spans, (len(text), len(text))]:
         part = text[position:start]
         if not kept or kept[-1][-1].isspace():
             part = part.lstrip(' ')
+        elif part and not part[0].isspace():
+            part = f' {part}'
         if part:
             kept.append(part)
         position = end

@@ -13,9 +13,15 @@ from typing import Any
 
 import numpy as np
 
-# Letters that may have accents, marks, and scripts without spaces: what asks for more than is done to all texts.
+# Letters that may have accents or are made of others, marks, and scripts without spaces: what asks for more than is
+# done to all texts. Every character that NFD changes is here, lest a word depend on what else is in its text.
 _SCRIPTS = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
-_NEEDS_CARE = rf'[\x{{c0}}-\x{{24f}}\x{{370}}-\x{{3ff}}\x{{400}}-\x{{45f}}\x{{1e00}}-\x{{1fff}}\p{{M}}{_SCRIPTS}]'
+_DECOMPOSED = (
+    r'\x{c0}-\x{24f}\x{370}-\x{3ff}\x{400}-\x{45f}\x{476}-\x{4f9}\x{622}-\x{626}\x{6c0}-\x{6d3}\x{929}-\x{934}'
+    r'\x{958}-\x{95f}\x{9dc}-\x{9df}\x{a33}-\x{a5e}\x{b5c}-\x{b94}\x{f43}-\x{f69}\x{1b06}-\x{1b12}\x{1e00}-\x{1fff}'
+    r'\x{ac00}-\x{d7a3}\x{fb1d}-\x{fb4e}\x{1109a}-\x{110ab}'
+)
+_NEEDS_CARE = rf'[{_DECOMPOSED}\p{{M}}{_SCRIPTS}]'
 _WITHOUT_SPACES = f'([{_SCRIPTS}])'
 # In UTF-8 every byte below 128 is a character: a table of bytes does ASCII, and a pattern what is left.
 _ASCII = bytes(c if c > 127 or chr(c).isalnum() else ord(' ') for c in range(256))
@@ -192,7 +198,10 @@ def as_sets(hashes: Hashes) -> Hashes:
 
 
 def word_spans(texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """For each word of each text, where the part between white space that it is in begins and ends, in characters."""
+    """For each word of each text, where the part between white space that it is in begins and ends, in characters.
+
+    Characters of scripts without spaces are parts of their own.
+    """
     parts = [[match.span() for match in _parts().finditer(text)] for text in texts]
     flat = [text[start:end] for text, some in zip(texts, parts, strict=True) for start, end in some]
     counts = iter(words_of(flat).counts.tolist())
@@ -203,4 +212,21 @@ def word_spans(texts: Sequence[str]) -> list[list[tuple[int, int]]]:
 def _parts() -> Any:
     import re
 
-    return re.compile(f'[^{CUTS}]+')
+    import pyarrow
+    from pyarrow import compute
+
+    # As Arrow has these scripts, a character with the accents behind it: whole texts and parts have the same words.
+    codes = np.concatenate([np.arange(0x80, 0xD800), np.arange(0xE000, 0x33480)])
+    column = pyarrow.array(list(map(chr, codes.tolist())))
+    accents, scripts = (
+        compute.match_substring_regex(column, pattern).to_numpy(zero_copy_only=False)
+        for pattern in (r'\p{Mn}', f'[{_SCRIPTS}]')
+    )
+    alone = _ranges(codes[scripts & ~accents])
+    return re.compile(f'[{alone}][{_ranges(codes[accents])}]*|[^{CUTS}{alone}]+')
+
+
+def _ranges(codes: np.ndarray) -> str:
+    """Characters as they stand between the brackets of a pattern."""
+    runs = np.split(codes, np.flatnonzero(np.diff(codes) > 1) + 1)
+    return ''.join(f'{chr(run[0])}-{chr(run[-1])}' for run in runs)

@@ -12,21 +12,31 @@ from llm.data.sources.files import stream_bytes
 _GUTENBERG_START = re.compile(r'\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*?\*\*\*', re.S | re.I)
 _GUTENBERG_END = re.compile(r'\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK', re.I)
 
+_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xfe\xff': 'utf-16-be', b'\xff\xfe': 'utf-16-le'}
+# Escapes of ISO-2022-JP, which is ASCII by its bytes.
+_JAPANESE = re.compile(rb'\x1b\$[@B]')
+
 
 def decoded(data: bytes, encoding: str | None = None) -> str:
-    """Bytes as text: by the encoding that is said, else by a byte order mark, else UTF-8, else by a guess.
+    """Bytes as text: by a byte order mark, else by the encoding that is said, else UTF-8, else by a guess.
 
     A wrong encoding never fails: what it cannot read becomes U+FFFD.
     """
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
-    if encoding is None:
+    if (mark := next((mark for mark in _MARKS if data.startswith(mark)), None)) is not None:
+        encoding = _MARKS[mark]
+    elif encoding is None:
         try:
-            return data.decode('utf-8-sig')
+            if not _JAPANESE.search(data):
+                return data.decode()
         except UnicodeDecodeError:
-            encoding = detect_encoding(data, from_html_meta=True)
+            pass
+        encoding = detect_encoding(data, from_html_meta=True)
     try:
-        return bytes_to_str(data, encoding or 'utf-8', errors='replace')
+        # As browsers have it: ISO 8859-1 is Windows-1252, GB 2312 is GBK.
+        name = encoding or 'utf-8'
+        return bytes_to_str(data, map_encoding_to_html5(name, fallback_utf8=False) or name, errors='replace')
     except (LookupError, UnicodeError):  # a name of no encoding
         return data.decode(errors='replace')
 

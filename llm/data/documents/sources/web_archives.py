@@ -1,7 +1,9 @@
 """Web archives: WARC files with pages as they were fetched, and WET files with text that was extracted from them."""
 
 import dataclasses
+import io
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ _MAX_BREAKS = 100
 _COVERS = 'its length covers the record behind it'
 # A record within the content of another: one that was hidden, or a page about web archives.
 _INNER = re.compile(rb'\r\n\r\nWARC/1\.\d\r\n((?:[^\r\n]+\r\n)+)\r\n')
+_CHUNK = re.compile(rb'[0-9A-Fa-f]{1,8}[ \t]*(?:;[^\r\n]*)?\r?\n')
 _LENGTH = re.compile(rb'^Content-Length:\s*(\d{1,18})\s*$', re.I | re.M)
 
 
@@ -71,7 +74,7 @@ class Warc(FileSource):
         from fastwarc.warc import ArchiveIterator
 
         end = 0
-        for record in ArchiveIterator(stream, parse_http=True, auto_decode='all'):
+        for record in ArchiveIterator(stream, parse_http=True, auto_decode='none'):
             end = record.stream_pos + _size(record)  # the position counts from the file's beginning, as `tell` does
             item = self._item(path, record)
             yield record.stream_pos, end, item
@@ -88,7 +91,9 @@ class Warc(FileSource):
         status = record.http_headers.status_code if record.http_headers is not None else 200
         if status != 200:
             return Ignored(f'status {status}')
-        media = record.http_content_type or record.headers.get('Content-Type', '').partition(';')[0].strip().lower()
+        media = (record.http_content_type or '').lower() or record.headers.get('Content-Type', '').partition(';')[
+            0
+        ].strip().lower()
         if media not in (*_PAGES, *_TEXTS):
             return Ignored(f'media type {media or "unknown"}')
         identity = (record.record_id or '').strip('<>') or None
@@ -118,13 +123,48 @@ def _payload(record: Any, longest: int) -> bytes | str:
     if expected > longest:
         return f'{expected:,} bytes, more than max_document_bytes'
     data: bytes = record.reader.read(longest + 1)
-    if len(data) > longest:  # compressed by the server
-        return f'more than {longest:,} bytes, which is max_document_bytes'
     if _hides_record(data):
         return _COVERS
     if not data and expected:
         return f'is empty where {expected:,} bytes were to be'
-    return data
+    headers = record.http_headers
+    if headers is not None:
+        try:
+            if 'chunked' in (headers.get('Transfer-Encoding') or '').lower():
+                data = _unpacked('chunked', data, longest)
+            for name in reversed((headers.get('Content-Encoding') or '').lower().split(',')):
+                data = _unpacked(name.strip(), data, longest)
+        except (OSError, zlib.error) as error:  # the server's fault, and no other record's
+            return f'content that cannot be decoded ({error})'
+    return data if len(data) <= longest else f'more than {longest:,} bytes, which is max_document_bytes'
+
+
+def _unpacked(encoding: str, data: bytes, longest: int) -> bytes:
+    """Content as it was before a server packed it, up to a byte more than `longest`.
+
+    What is not packed, whatever its header says, stays as it is: many crawlers unpack and keep the header.
+    """
+    from fastwarc.stream_io import BrotliReader, ChunkedReader, GzipReader, ZstdReader
+
+    if encoding in ('', 'identity'):
+        return data
+    if encoding == 'deflate':
+        try:
+            return zlib.decompressobj().decompress(data, longest + 1)
+        except zlib.error:  # without zlib's frame, as some servers have it
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, longest + 1)
+    readers = {
+        'chunked': (ChunkedReader, _CHUNK.match(data)),
+        'gzip': (GzipReader, data.startswith(b'\x1f\x8b')),
+        'x-gzip': (GzipReader, data.startswith(b'\x1f\x8b')),
+        'zstd': (ZstdReader, data.startswith(b'\x28\xb5\x2f\xfd')),
+        'br': (BrotliReader, True),
+    }
+    if encoding not in readers:
+        raise OSError(f'unknown encoding {encoding!r}')
+    reader, packed = readers[encoding]
+    content: bytes = reader(io.BytesIO(data)).read(longest + 1) if packed else data
+    return content
 
 
 def _hides_record(data: bytes) -> bool:

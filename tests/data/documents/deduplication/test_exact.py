@@ -27,6 +27,20 @@ def test_urls_of_one_page(url, same):
     assert normalized_url(url) == same
 
 
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        ('http://a.ru/?city=%CC%EE%F1%EA%E2%E0', 'http://a.ru/?city=%CA%E0%EB%F3%E3%E0'),  # Windows-1251
+        ('http://a.org/?_gallery=1', 'http://a.org/?_gallery=2'),
+        ('http://a.org/?gclid=x&gclids=1', 'http://a.org/?gclid=x&gclids=2'),
+        ('http://a.org/#!/news', 'http://a.org/#!/about'),
+        ('http://a.org/app#/news', 'http://a.org/app#/about'),
+    ],
+)
+def test_urls_of_different_pages_stay_different(one, other):
+    assert normalized_url(one) != normalized_url(other)
+
+
 def test_equal_documents_go_for_the_smallest():
     texts = ['A b, c.', 'other', 'a B c', '', 'a b c d', 'a\nb\nc', '!']
     keys, checks = digests(word_bytes(words_of(texts)))

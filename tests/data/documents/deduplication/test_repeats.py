@@ -95,6 +95,13 @@ def test_what_is_left_has_no_gaps():
     assert without('a bb  c', [(2, 4)]) == 'a c'
     assert without('one\ntwo\nthree', [(4, 8)]) == 'one\nthree'
     assert without('abc', [(0, 3)]) == ''
+    assert without('one two three', [(2, 9)]) == 'on hree'  # no word is made of two
+
+
+def test_of_chinese_the_passage_alone_goes():
+    """Without spaces in it, the whole paragraph went."""
+    passage, before, after = '天地玄黃宇宙洪荒', '日月盈昃', '辰宿列張'
+    assert cut([f'{passage}。', f'{before}{passage}{after}'], 'passages', 8) == [f'{passage}。', f'{before} {after}']
     assert united([(4, 6), (0, 2), (2, 3), (5, 9)]) == [(0, 3), (4, 9)]
     with pytest.raises(UserError):
         Repeats(occurrences=1)

@@ -1,4 +1,6 @@
 import itertools
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from llm.data.documents.deduplication.words import (
     words_of,
 )
 
-TEXTS = st.lists(st.text(st.sampled_from('aB é1.,-\n\t\u00a0\u3000東“'), max_size=40), max_size=6)
+TEXTS = st.lists(st.text(st.sampled_from('aB é1.,-\n\t\u00a0\u3000東京か\u3099ยิကာ한\u0301ा“'), max_size=40), max_size=6)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,20 @@ def test_words_of_a_text_do_not_depend_on_its_neighbours_and_lie_where_spans_say
         assert len(spans) == len(together[i])
         parts = words_of([text[start:end] for start, end in spans])
         assert all(word in parts[j] for j, word in enumerate(together[i]))
+
+
+def test_words_of_scripts_without_spaces_have_places_of_their_own():
+    assert word_spans(['ab東京, c ยิน']) == [[(0, 2), (2, 3), (3, 4), (6, 7), (8, 10), (10, 11)]]
+
+
+def test_no_word_depends_on_the_other_words_of_its_text():
+    """Of every character that Unicode takes apart: Hangul, Arabic, Cyrillic."""
+    characters = [chr(code) for code in range(0x80, sys.maxunicode)]
+    words = [f'x{c}y' for c in characters if unicodedata.normalize('NFD', c) != c]
+    assert len(words) > 11_172  # syllables of Hangul alone
+    alone, beside = words_of(words), words_of([f'{word} café' for word in words])
+    for i, word in enumerate(words):
+        assert beside[i][:-1].tolist() == alone[i].tolist(), word
 
 
 @settings(max_examples=50, deadline=None)
