@@ -29,6 +29,7 @@ from llm.data.sources.files import find_files, split_stream, stream_bytes
 from llm.data.token_cache import Boundaries
 from llm.data.vocabularies import Vocabulary
 from llm.errors import UserError
+from llm.evaluation.published_layouts import as_query
 from llm.models.decoder import DecoderConfig
 from llm.parallel.sharding import AxisRules, names, use_rules
 from llm.training.layout import placed, token_order
@@ -62,7 +63,8 @@ class MultipleChoiceSet:
     Args:
         name: for metrics and reports.
         files: glob or globs.
-        context_field, choices_field, answer_field: names of the fields.
+        context_field, choices_field, answer_field: names of the fields; with the default names, records as ARC,
+            CommonsenseQA, OpenBookQA and HellaSwag are published are read, too.
         delimiter: what stands between context and choice; white space around both goes. '\\nAnswer: ' is
             llm-foundry's for ARC, PIQA, OpenBookQA and CommonsenseQA; ' ' that of HellaSwag.
         first_answer: the index of the first choice, 0 or 1.
@@ -107,6 +109,12 @@ class MultipleChoiceSet:
         except (ValueError, RecursionError) as error:
             raise UserError(f'this is not JSON ({error})', where=where, fix='Write one object a line.') from None
         fields = (self.context_field, self.choices_field, self.answer_field)
+        if (
+            fields == ('query', 'choices', 'gold')
+            and self.first_answer == 0
+            and not (isinstance(record, dict) and 'query' in record)
+        ):
+            record = as_query(record)
         missing = [field for field in fields if not isinstance(record, dict) or field not in record]
         if missing:
             has = ', '.join(map(repr, record)) if isinstance(record, dict) else f'a JSON {type(record).__name__}'

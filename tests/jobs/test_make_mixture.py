@@ -21,7 +21,7 @@ from llm.data.loader import host_rows, local_batch
 from llm.data.mixtures.parts import Filter, Part
 from llm.data.mixtures.prepared import PreparedMixture, read_record
 from llm.data.mixtures.reading import share
-from llm.data.sources import TextFiles, read_documents
+from llm.data.sources import ReadCounts, TextFiles, read_documents
 from llm.data.vocabularies import ByteVocabulary, VocabularyConfig
 from llm.errors import UserError
 from llm.jobs.make_mixture import MakeMixture
@@ -150,6 +150,20 @@ def test_sub_corpora_samples_and_splits_do_not_depend_on_how_files_are_cut(tmp_p
     assert len(found[0]['of_one']) + len(found[0]['of_two']) == len(train)
     assert found[0]['long'] and min(map(len, found[0]['long'])) >= 200
     assert {len(text) // 50 for text in found[0]['middle']} == {3}
+
+
+def test_documents_of_a_component_are_read_or_counted_as_of_the_other_split(tmp_path, inputs):
+    made = job(tmp_path, inputs)
+    made(RUN)
+    component = PreparedMixture(made.output_directory).components()[0]
+    found = {}
+    for split in ('train', 'validation'):
+        counts = ReadCounts()
+        for shard in component.source.shards(split):
+            assert sum(1 for _ in shard.documents(counts)) > 0
+        found[split] = (counts.documents, counts.empty, counts.other_split)
+        assert sum(found[split]) == 200
+    assert found['train'][0] == found['validation'][2] > 0
 
 
 def test_sizes_temperature_weights_epochs_and_caps(tmp_path, inputs):

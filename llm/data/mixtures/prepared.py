@@ -73,8 +73,13 @@ class RecordedShard:
         import pyarrow
 
         directory, file, settings = Path(self.directory), json.loads(self.file), json.loads(self.settings)
+
+        def left_out() -> None:
+            counts.other_split += 1
+
         try:
-            for _, text in reading.documents(directory, settings, file, self.split, self.validation_fraction):
+            found = reading.documents(directory, settings, file, self.split, self.validation_fraction, left_out)
+            for _, text in found:
                 if not text or text.isspace():
                     counts.empty += 1
                     continue

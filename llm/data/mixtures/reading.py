@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,18 @@ def changed(directory: Path, file: dict[str, Any]) -> str:
 
 
 def documents(
-    directory: Path, component: dict[str, Any], file: dict[str, Any], split: str, validation_fraction: float
+    directory: Path,
+    component: dict[str, Any],
+    file: dict[str, Any],
+    split: str,
+    validation_fraction: float,
+    left_out: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[int, str]]:
     """(row from 1, text) of the documents of one file that belong to a component and a split.
 
     Args:
         component, file, validation_fraction: of the record.
+        left_out: called for each document that belongs to the other split.
 
     Raises:
         ValueError: a file has changed since the mixture was made.
@@ -71,6 +77,7 @@ def documents(
                 if file['split'] is None:
                     held_out = share(name, 'validation') < validation_fraction
                     if held_out != (split == 'validation'):
+                        left_out()
                         continue
                 elif file['split'] != split:
                     continue

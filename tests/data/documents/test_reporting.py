@@ -125,3 +125,24 @@ def test_of_a_large_ledger_whole_files_of_each_source_are_read(tmp_path):
     some = Ledger(tmp_path, 49).chosen
     assert len(some) == 4 and some[0] == 0 and some == Ledger(tmp_path, 49).chosen
     assert len(Ledger(tmp_path, 1).chosen) == 2
+
+
+@pytest.mark.parametrize(
+    ('lose', 'message'),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), 'cannot be read'),
+        (lambda path: path.unlink(), 'cannot be read'),
+        (lambda path: pyarrow.parquet.write_table(pyarrow.parquet.read_table(path)[1:], path), 'has 1 documents'),
+    ],
+)
+def test_documents_lost_since_the_run_are_noticed(tmp_path, lose, message):
+    (tmp_path / 'summary.json').write_text('{}')
+    for folder, columns in (('ledger', {'removed_by': [None, 'rule', None]}), ('documents', {'text': ['a', 'b']})):
+        (tmp_path / folder).mkdir()
+        for i in range(2):
+            pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / folder / f'{i}.parquet')
+    Ledger(tmp_path).check_documents()
+    lose(tmp_path / 'documents/1.parquet')
+    with pytest.raises(UserError, match=message) as error:
+        Ledger(tmp_path).check_documents()
+    assert error.value.where == str(tmp_path / 'documents/1.parquet')

@@ -181,6 +181,25 @@ class Ledger:
                 left -= rows[shard]
         return sorted(chosen)
 
+    def check_documents(self) -> None:
+        """Raises UserError where a chosen file of documents/ is missing, cut, or has other than the kept documents."""
+        if not (self.directory / 'documents').is_dir():  # the run wrote them elsewhere
+            return
+        for shard in self.chosen:
+            path = self.directory / 'documents' / self.shards[shard].name
+            kept = 0
+            with self._opened(self.shards[shard]) as file:
+                for batch in self._batches_of(file, self.shards[shard], ['removed_by']):
+                    kept += batch.column('removed_by').null_count
+            with self._opened(path) as file:
+                rows = file.metadata.num_rows
+            if rows != kept:
+                raise UserError(
+                    f'has {rows:,} documents, and the ledger says {kept:,}',
+                    where=str(path),
+                    fix='Bring back what was there, or prepare the documents again.',
+                )
+
     def texts(self, shard: int, rows: Sequence[int]) -> list[str]:
         """Texts of documents/N.parquet, of which only the row groups that hold them are read."""
         with self._opened(self.directory / 'documents' / self.shards[shard].name) as file:

@@ -27,9 +27,10 @@ def collect(directory: Path, config: DataReport, embed: Embed | None = None) -> 
         embed: texts -> vectors [texts, D] in place of TF-IDF, for clusters.
 
     Raises:
-        UserError: the directory holds no finished run, or cannot be read.
+        UserError: the directory holds no finished run, cannot be read, or has lost documents since.
     """
     ledger = Ledger(directory, config.documents)
+    ledger.check_documents()
     path = config.vocabulary or ledger.vocabulary
     vocabulary = load_vocabulary(path) if path else None
     counting, sampling, duplicates = Counting(ledger), Sampling(ledger, config), Duplicates(ledger, config)
