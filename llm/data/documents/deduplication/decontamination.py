@@ -1,4 +1,4 @@
-"""What evaluation sets hold must not be trained on: common n-grams, shares of them, fuzzy matches."""
+"""What evaluation sets hold must not be trained on: common n-grams, shares of them, matched words, fuzzy matches."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llm.data.documents.deduplication.matched_words import MatchedWords, matched
 from llm.data.documents.deduplication.minhash import Bands, jaccard
 from llm.data.documents.deduplication.repeats import Span, pieces, united
 from llm.data.documents.deduplication.words import Hashes, as_sets, ngrams, word_spans, words_of
@@ -151,7 +152,7 @@ class Decontamination:
     """
 
     sets: tuple[EvaluationSet, ...]
-    rules: tuple[CommonNgrams | NgramShare | FuzzyMatch, ...] = (CommonNgrams(),)
+    rules: tuple[CommonNgrams | NgramShare | MatchedWords | FuzzyMatch, ...] = (CommonNgrams(),)
 
     def __post_init__(self) -> None:
         names = [rule.name for rule in self.rules]
@@ -211,6 +212,8 @@ class Items:
                     self._add(rule.name, length, fits)
             elif isinstance(rule, NgramShare):
                 self._add(rule.name, rule.words, np.flatnonzero(counts >= rule.words))
+            elif isinstance(rule, MatchedWords):
+                self._add(rule.name, rule.anchor, np.flatnonzero(counts >= rule.words))
             else:
                 self._fuzzy = _Fuzzy(rule, self._words)
 
@@ -265,8 +268,13 @@ class Items:
                 for (name, length), grams in self._grams.items():
                     if name != rule.name:
                         continue
-                    for place, item, value in grams.found(words, rule, ignored):
-                        start, end = spans[place][0], spans[place + length - 1][1]
+                    found = (
+                        self._matched(words, grams, rule)
+                        if isinstance(rule, MatchedWords)
+                        else ((place, length, item, value) for place, item, value in grams.found(words, rule, ignored))
+                    )
+                    for place, size, item, value in found:
+                        start, end = spans[place][0], spans[place + size - 1][1]
                         hits.append(Hit(rule.name, self.names[item], text[start:end], value, start))
                         windows.append((start, end))
                 goes = bool(windows)
@@ -276,6 +284,13 @@ class Items:
             if goes and removed_for is None:
                 removed_for = hits[before].item
         return Contamination(tuple(hits), removed_for, tuple(united(cuts)))
+
+    def _matched(self, words: Hashes, grams: '_Grams', rule: MatchedWords) -> Iterator[tuple[int, int, int, float]]:
+        """(place among the words, length, item, value) of every run of items that are matched enough."""
+        for item in grams.owners(words):
+            runs, found = matched(words.values, self._words[item], rule)
+            if (value := float(found.mean())) >= rule.share:
+                yield from ((place, length, item, value) for place, length in sorted(runs.items()))
 
 
 def cut_windows(text: str, hits: Sequence[Span], rule: CommonNgrams) -> tuple[list[Span], bool]:
@@ -315,6 +330,14 @@ class _Grams:
         maybe = np.flatnonzero(self._coarse[grams.values >> np.uint64(42)])
         where = np.minimum(np.searchsorted(self._hashes, grams.values[maybe]), len(self._hashes) - 1)
         return grams.values, grams.counts, maybe[self._hashes[where] == grams.values[maybe]]
+
+    def owners(self, words: Hashes) -> list[int]:
+        """Items that have an n-gram of a document."""
+        hashes, _, places = self.places(words)
+        grams = np.unique(np.searchsorted(self._hashes, hashes[places]))
+        return sorted(
+            {int(owner) for gram in grams for owner in self._owners[self._starts[gram] : self._starts[gram + 1]]}
+        )
 
     def found(
         self, words: Hashes, rule: CommonNgrams | NgramShare, ignored: np.ndarray
