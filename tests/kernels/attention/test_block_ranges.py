@@ -49,7 +49,7 @@ def traced(options, positions, lengths, sizes, *, keys_outer):
     return ranges[0]._replace(edges=found)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     problem=problems(),
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 6)),

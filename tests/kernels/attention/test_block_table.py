@@ -59,7 +59,7 @@ def traced(options, positions, lengths, sizes, *, keys_outer):
     return dataclasses.replace(tables[0], entries=found)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(problem=masks(), keys_outer=st.booleans())
 def test_every_pair_that_attends_is_in_one_active_entry_and_whole_entries_hide_nothing(problem, keys_outer):
     lengths, sizes, options, positions, mask = problem
