@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.compiling import QUICKLY
@@ -24,6 +25,12 @@ os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+# What a property test says does not depend on a clock: a machine with other work draws and runs examples slowly.
+hypothesis.settings.register_profile(
+    'without a clock', deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile('without a clock')
 
 # PyPI's build of torch brings triton (the CPU build does not). Loaded after TensorFlow its library crashes the process.
 if importlib.util.find_spec('triton') is not None:

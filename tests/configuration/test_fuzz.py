@@ -20,7 +20,8 @@ from llm.errors import UserError
 
 # Files are written in a folder shared by all examples.
 settings = hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=40
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    max_examples=40,
 )
 
 floats = st.floats(allow_nan=False)

@@ -53,7 +53,7 @@ def curricula(draw):
     return Curriculum(at, rates, shape, 25 if by_step else None), tuple(rates), steps, draw(st.integers(1, 9))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(curricula())
 def test_counts_follow_the_integral_of_the_rates(drawn):
     curriculum, names, steps, batch_size = drawn
@@ -79,7 +79,7 @@ def test_counts_follow_the_integral_of_the_rates(drawn):
     assert [part.tolist() for part in again] == [[sources[index], sources[0]], [within[index], within[0]]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(curricula(), st.data())
 def test_limits_are_kept_and_the_others_go_on_in_proportion(drawn, data):
     curriculum, names, steps, batch_size = drawn

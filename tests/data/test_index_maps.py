@@ -84,14 +84,14 @@ def prefix_discrepancy(weights, length):
     return np.abs(counts - shares).max()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=st.lists(st.integers(1, 400), min_size=2, max_size=9))
 def test_every_prefix_is_within_tijdemans_bound_of_its_share(weights):
     bound = 1 - 1 / (2 * len(weights) - 2)
     assert prefix_discrepancy(tuple(weights), 3 * sum(weights)) <= bound + 1e-9
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rates=st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=12))
 def test_every_prefix_is_within_one_of_real_rates(rates):
     weights = index_maps.whole_weights(rates)

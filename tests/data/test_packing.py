@@ -73,7 +73,7 @@ def check_segments(batch):
 
 
 @modes
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=lengths_of_documents, size=st.integers(1, 24), seed=st.integers(0, 5))
 def test_each_token_is_a_target_once_and_none_crosses_documents(mode, lengths, size, seed):
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def test_each_token_is_a_target_once_and_none_crosses_documents(mode, lengths, s
 
 
 @modes
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=lengths_of_documents, size=st.integers(1, 24))
 def test_attention_across_documents_changes_only_segments_and_positions(mode, lengths, size):
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def best_fit_one_by_one(lengths, size):
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=120), size=st.integers(30, 64))
 def test_best_fit_fills_rows_as_placing_one_by_one_does(lengths, size):
     spans = np.zeros(len(lengths), packing._SPAN)
@@ -157,7 +157,7 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row(tmp_path):
     assert sorted(pieces) == sorted([6, 16, 16, 9, 12, 4, 16, 10])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=lengths_of_documents, size=st.integers(1, 24), data=st.data())
 def test_evaluation_scores_every_token_once_with_context_before_it(lengths, size, data):
     stride = data.draw(st.none() | st.integers(1, size))

@@ -43,7 +43,7 @@ def test_a_case_done_by_hand():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), min_size=2), st.sampled_from([0.5, 0.8, 1.0]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_precision_is_as_wanted_at_its_threshold_and_at_all_above(pairs, wanted):
     holds, scores = np.array([h for h, _ in pairs]), np.array([s / 20 for _, s in pairs])
     if holds.all() or not holds.any():

@@ -56,7 +56,7 @@ def test_the_stop_string_that_is_complete_first_decides():
     st.sets(st.integers(0, 20)),
     st.lists(st.text('ab→\n', min_size=1, max_size=4), max_size=3),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_the_same_text_however_the_tokens_come(data, cuts, stop):
     text = data.decode(errors='replace')
     ends = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]

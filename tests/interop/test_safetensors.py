@@ -120,7 +120,7 @@ def test_header_that_does_not_fit_the_file_is_not_read(tmp_path, length):
         open_checkpoint(tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(place=st.integers(0, 400), bits=st.integers(1, 255), cut=st.booleans())
 def test_damage_anywhere_in_a_header_is_an_error_or_changes_nothing_of_the_layout(tmp_path_factory, place, bits, cut):
     directory = tmp_path_factory.mktemp('damaged')

@@ -156,7 +156,7 @@ def drops(expert, most):
     return kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 99),
     groups=st.integers(1, 3),

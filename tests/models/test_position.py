@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import UserError
@@ -136,7 +136,6 @@ def test_sinusoids_are_those_of_the_paper():
             assert float(table[position, 2 * i + 1]) == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-@settings(deadline=None)  # the first example compiles
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=3, max_size=3))
 def test_positions_restart_with_each_segment(rows):
     length = 25

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.training.parity_cases import cases, hybrid_case, name, verdict
+from tests.training.parity_cases import cheap_cases, hybrid_case, name, verdict
 
 HYBRID = hybrid_case(tensor=2, expert=2, pipeline=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', [*(case for case in cases(strength=2) if case['pipeline'] > 1), HYBRID], ids=name)
+@pytest.mark.parametrize('case', [*(case for case in cheap_cases() if case['pipeline'] > 1), HYBRID], ids=name)
 def test_equals_one_device(case):
     assert verdict(case) == ('equal', [])

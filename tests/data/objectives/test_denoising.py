@@ -58,7 +58,7 @@ def test_the_example_of_the_paper():
     assert ' '.join(decoder) == '<X> for inviting <Y> last'
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     length=st.integers(1, 600),
     density=st.floats(0.05, 0.6),
@@ -135,7 +135,7 @@ def test_lengths_are_those_of_t5():
     assert np.count_nonzero(batch['segment_ids']) == 114
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data(), ul2=st.booleans(), size=st.sampled_from([24, 64, 128]))
 def test_what_is_planned_fits_whatever_is_drawn(data, ul2, size):
     objective = SpanCorruption(UL2_DENOISERS) if ul2 else SpanCorruption()

@@ -136,7 +136,7 @@ def test_a_saved_one_is_the_same(ours, tmp_path):
 BYTES_BPE = TokenizerJson(bytes_bpe('naïf').to_str().encode(), ROLES)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
 @given(
     text=st.lists(st.one_of(st.text(), st.sampled_from(['<s>', '[MASK]', '    ', 'naïf', 'naï', '\r\n']))).map(''.join)
 )

@@ -19,7 +19,7 @@ CURIOUS = ['<pad>', '<eos>', '<unk>', '<|user|>', '<0x41>', '▁', '▁▁ ', ' 
 TEXTS = st.lists(st.one_of(st.text(), st.sampled_from(CURIOUS), st.text('a \n▁'))).map(''.join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
 @given(text=TEXTS)
 def test_decoding_gives_back_any_text_and_the_tokens_bytes_add_up(vocabulary, text):
     ids = vocabulary.encode(text)

@@ -134,7 +134,7 @@ HOSTILE = (
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=st.one_of(st.just(HOSTILE), st.text(st.characters(codec=None), min_size=1, max_size=30)))
 def test_no_text_changes_the_page(tmp_path_factory, text):
     harmless = Page(write_report(complete_run(tmp_path_factory.mktemp('a'), 'a text that is of no harm')))

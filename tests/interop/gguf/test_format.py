@@ -96,7 +96,7 @@ def test_what_a_file_claims_is_checked(whole, tmp_path, old, new, message):
         read_header(written(tmp_path, whole.replace(old, new)))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=200)
 @given(data=st.data())
 def test_any_damage_is_a_user_error_or_changes_no_more_than_values(whole, tmp_path, data):
     content = bytearray(whole)

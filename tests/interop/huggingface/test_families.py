@@ -21,7 +21,7 @@ from llm.parallel.sharding import AxisRules
 from tests.interop.huggingface import encoder_models, models
 from tests.models.small_decoders import compiled
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures('compiled_quickly')]
 
 ONE = MeshConfig(data=1)
 TOLERANCE = 1e-4

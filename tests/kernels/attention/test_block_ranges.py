@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from llm.kernels.attention.block_ranges import block_ranges
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.reference import attention_mask, query_indices
 from tests.kernels.attention.problems import problems
+from tests.models.small_decoders import compiled
 
 
 def blocks(options, positions, lengths, sizes):
@@ -18,11 +20,9 @@ def blocks(options, positions, lengths, sizes):
     batch = 1 if positions.query_ids is None else positions.query_ids.shape[0]
     batch = max([batch, *(x.shape[0] for x in (positions.offset, positions.key_lengths) if x is not None and x.ndim)])
     offset = options.offset if positions.offset is None else positions.offset
-    mask = attention_mask(
+    mask = compiled(functools.partial(attention_mask, causal=options.causal, window=options.window))(
         query_indices(offset, lengths[0]),
         jnp.arange(lengths[1]),
-        causal=options.causal,
-        window=options.window,
         query_segment_ids=None if positions.query_ids is None else positions.query_ids[:, : lengths[0]],
         key_segment_ids=None if positions.key_ids is None else positions.key_ids[:, : lengths[1]],
         key_lengths=positions.key_lengths,
@@ -37,7 +37,19 @@ def blocks(options, positions, lengths, sizes):
     return some, all_
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+def traced(options, positions, lengths, sizes, *, keys_outer):
+    """The ranges as kernels make them, in one compiled program."""
+    ranges = []
+
+    def edges(positions):
+        ranges.append(block_ranges(options, positions, lengths, sizes, keys_outer=keys_outer))
+        return ranges[0].edges
+
+    found = compiled(edges)(positions)
+    return ranges[0]._replace(edges=found)
+
+
+@settings(max_examples=40, derandomize=True)
 @given(
     problem=problems(),
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 6)),
@@ -64,7 +76,7 @@ def test_ranges_hold_all_that_is_visible_and_mask_all_that_is_not(problem, sizes
     if at_run_time and static:
         options = dataclasses.replace(options, offset=None)
         positions = dataclasses.replace(positions, offset=jnp.asarray(offset))
-    ranges = block_ranges(options, positions, lengths, sizes, keys_outer=keys_outer)
+    ranges = traced(options, positions, lengths, sizes, keys_outer=keys_outer)
     if keys_outer:
         some, all_ = some.swapaxes(1, 2), all_.swapaxes(1, 2)
     edges = np.broadcast_to(ranges.edges, (*some.shape[:2], 4))

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -6,6 +9,7 @@ from hypothesis import strategies as st
 from llm.kernels.attention.block_table import ACTIVE, BLOCK_BITS, FIRST, LAST, PARTIAL, block_table
 from llm.kernels.attention.masking import Options, Positions
 from llm.kernels.attention.reference import attention_mask, query_indices
+from tests.models.small_decoders import compiled
 
 MASK = (1 << BLOCK_BITS) - 1
 
@@ -25,11 +29,9 @@ def masks(draw):
         ids = [make(rng.integers(0, 3, (batch, n))).astype(np.int32) for n in (queries, keys)]
     lengths = rng.integers(0, keys + 2, batch) if draw(st.booleans()) else None
     offsets = offset + (np.arange(batch) if draw(st.booleans()) else np.zeros(batch, int))
-    mask = attention_mask(
+    mask = compiled(functools.partial(attention_mask, causal=causal, window=window))(
         query_indices(offset if static else jnp.asarray(offsets), queries),
         jnp.arange(keys),
-        causal=causal,
-        window=window,
         query_segment_ids=ids[0],
         key_segment_ids=ids[1],
         key_lengths=lengths,
@@ -45,11 +47,23 @@ def masks(draw):
     return (queries, keys), sizes, Options(1.0, causal, window, None, offset if static else None), positions, mask
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def traced(options, positions, lengths, sizes, *, keys_outer):
+    """The table as kernels make it, in one compiled program."""
+    tables = []
+
+    def entries(positions):
+        tables.append(block_table(options, positions, lengths, sizes, keys_outer=keys_outer))
+        return tables[0].entries
+
+    found = compiled(entries)(positions)
+    return dataclasses.replace(tables[0], entries=found)
+
+
+@settings(max_examples=60, derandomize=True)
 @given(problem=masks(), keys_outer=st.booleans())
 def test_every_pair_that_attends_is_in_one_active_entry_and_whole_entries_hide_nothing(problem, keys_outer):
     lengths, sizes, options, positions, mask = problem
-    table = block_table(options, positions, lengths, sizes, keys_outer=keys_outer)
+    table = traced(options, positions, lengths, sizes, keys_outer=keys_outer)
     assert table.rows in (1, mask.shape[0])
     # The conditions are judged one by one, by a block's range; alone, causal mask and window are exact.
     exact = positions.query_ids is None and positions.key_lengths is None

@@ -21,7 +21,7 @@ def attend(size=64, max_runs=8):
     )
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=24, derandomize=True)
 @given(problem=problems(), size=st.integers(1, 6), max_runs=st.integers(1, 3), extra=st.integers(0, 3))
 def test_equals_reference_in_value_and_gradients(problem, size, max_runs, extra):
     arrays, options = problem

@@ -20,7 +20,7 @@ def attend(blocks):
     )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(problem=problems(), blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)))
 def test_equals_reference_in_value_and_gradients(problem, blocks):
     arrays, options = problem

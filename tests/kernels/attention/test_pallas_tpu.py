@@ -22,7 +22,7 @@ def attend(blocks, one_pass):
     )
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=16, derandomize=True)
 @given(problem=problems(), blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)), one_pass=st.booleans())
 def test_equals_reference_in_value_and_gradients(problem, blocks, one_pass):
     arrays, options = problem

@@ -77,7 +77,7 @@ def close(actual, expected, tolerance):
         np.testing.assert_allclose(ours.astype(np.float64), exact, rtol=0, atol=tolerance * size)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(problem=problems())
 def test_the_sum_and_its_gradients_equal_the_reference(problem):
     arrays, options, z_loss, chunk = problem
@@ -89,7 +89,7 @@ def test_the_sum_and_its_gradients_equal_the_reference(problem):
     close(summed_and_gradients(ours, arrays, jnp.float32), expected, 1e-5)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(problem=problems())
 def test_token_losses_and_their_gradients_equal_the_reference(problem):
     arrays, options, _, chunk = problem

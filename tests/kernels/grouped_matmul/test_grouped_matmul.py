@@ -24,7 +24,7 @@ def both(lhs, rhs, weights, sizes):
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(0, 140), min_size=4, max_size=4).filter(lambda sizes: sum(sizes) <= ROWS))
 def test_blocks_equal_the_definition(sizes):
     with jax.enable_x64():

@@ -19,7 +19,7 @@ def short_chunks(monkeypatch):
 
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_equals_reference_in_value_and_gradients(short_chunks, name):
-    @settings(max_examples=7, deadline=None, derandomize=True)
+    @settings(max_examples=7, derandomize=True)
     @given(selective_scans())
     def check(arrays):
         with jax.enable_x64():

@@ -23,7 +23,7 @@ def short_chunks(monkeypatch):
 
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_equals_reference_in_value_and_gradients(short_chunks, name):
-    @settings(max_examples=7, deadline=None, derandomize=True)
+    @settings(max_examples=7, derandomize=True)
     @given(ssds())
     def check(arrays):
         with jax.enable_x64():
@@ -63,11 +63,11 @@ def test_the_recurrence_of_one_head_by_hand():
 def test_compiles(chip):
     bf16, f32 = jnp.bfloat16, jnp.float32
     arrays = {
-        'x': (2, 700, 16, 64, bf16),
-        'dt': (2, 700, 16, f32),
+        'x': (2, 300, 16, 64, bf16),
+        'dt': (2, 300, 16, f32),
         'a': (16, f32),
-        'b': (2, 700, 1, 128, bf16),
-        'c': (2, 700, 1, 128, bf16),
+        'b': (2, 300, 1, 128, bf16),
+        'c': (2, 300, 1, 128, bf16),
     }
     assert kernel_calls(ssd, chip, arrays, (2, 16, 64, 128)) == 2
 

@@ -33,7 +33,7 @@ def problems(draw):
     return Problem(config, stages, microbatches, stages * config.chunks * repeats)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(problems(), costs, st.data())
 def test_every_table_is_valid(case, costs, data):
     if case.config.schedule == 'zero_bubble':
@@ -44,7 +44,7 @@ def test_every_table_is_valid(case, costs, data):
     validate(make_table(case, timeline))
 
 
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(problems())
 def test_evaluation_runs_every_forward_pass_once(case):
     case = dataclasses.replace(case, config=PipelineConfig('gpipe'), evaluation=True)
