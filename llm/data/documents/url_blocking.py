@@ -21,8 +21,8 @@ class UrlBlocking:
 
     Args:
         lists: files or globs. A line is a domain, which stands for all below it ('example.org', or as hosts files have
-            it '0.0.0.0 example.org'), or the beginning of a URL ('example.org/path'); '#' begins a comment. A file that
-            begins with '[Adblock' is read as an advert blocker's list, by Brave's engine.
+            it '0.0.0.0 example.org other.org'), or the beginning of a URL ('example.org/path'); '#' begins a comment.
+            A file that begins with '[Adblock' is read as an advert blocker's list, by Brave's engine.
         words: of these in a URL, `most_words` may stand (RefinedWeb's soft words, Penedo et al. 2023, appendix G.1).
         most_words: see above.
     """
@@ -84,15 +84,14 @@ def _matcher(paths: tuple[str, ...], states: tuple[Any, ...]) -> Callable[[str],
             continue
         for line in text.splitlines():
             words = line.partition('#')[0].split()
-            if not words:
-                continue
-            entry = _bare(words[-1])
-            (beginnings if '/' in entry.rstrip('/') else domains).add(entry.rstrip('/'))
+            for word in words[1:] or words:  # the first of several is the address that hosts files give names
+                entry = _bare(word)
+                (beginnings if '/' in entry.rstrip('/') else domains).add(entry.rstrip('/.'))
     engine = _advert_engine(tuple(rules)) if rules else None
 
     def listed(url: str) -> bool:
         host = domain_of(url if '//' in url else f'//{url}') or ''
-        labels = host.split('.')
+        labels = host.rstrip('.').split('.')
         if any('.'.join(labels[i:]) in domains for i in range(len(labels))):
             return True
         steps = re.split('([/?#])', _bare(url))
@@ -104,8 +103,10 @@ def _matcher(paths: tuple[str, ...], states: tuple[Any, ...]) -> Callable[[str],
 
 
 def _bare(url: str) -> str:
-    """A URL in lower case, without scheme and leading 'www.'."""
-    return url.lower().partition('://')[2].removeprefix('www.') if '://' in url else url.lower().removeprefix('www.')
+    """A URL in lower case, without scheme, port and leading 'www.'."""
+    url = url.lower()
+    url = url.partition('://')[2] if '://' in url else url.removeprefix('//')
+    return re.sub(r'^([^/?#:]*):\d*(?=[/?#]|$)', r'\1', url.removeprefix('www.'))
 
 
 def _advert_engine(rules: tuple[str, ...]) -> Callable[[str], bool]:

@@ -19,7 +19,7 @@ def removed(stage, *urls):
 @pytest.fixture
 def lists(tmp_path):
     (tmp_path / 'domains.txt').write_text(
-        '# bad ones\nspam.example\n0.0.0.0 www.ads.example # hosts\nsite.example/bad\n'
+        '# bad ones\nspam.example\n0.0.0.0 more.ads.example www.ads.example # hosts\nsite.example/bad\n'
     )
     return (str(tmp_path / 'domains.txt'),)
 
@@ -44,6 +44,10 @@ def test_another_list_is_another_stage(lists):
         ('https://notspam.example/', False),
         ('https://spam.example.org/', False),
         ('//ads.example', True),
+        ('https://x.more.ads.example./', True),
+        ('https://0.0.0.0/', False),
+        ('//site.example/bad', True),
+        ('https://site.example:443/bad', True),
         ('https://www.site.example/bad/page?x', True),
         ('https://site.example/badly', False),
         ('https://site.example/', False),

@@ -24,7 +24,8 @@ class C4:
     Args:
         remove_citations: '[1]', '[edit]' and '[citation needed]' are taken out of lines.
         punctuated_lines: lines must end with one of . ? ! " ' and not with '...'. FineWeb leaves this out.
-        min_line_words: lines of fewer pieces between white space go.
+        min_line_words: lines of fewer pieces between white space go. 3, and 5 for min_sentences, are datatrove's; the
+            dataset C4 itself was made with 5 and 3.
         max_piece_characters: lines with a longer piece go.
         remove_javascript, remove_policies: lines that name it, or terms of use, privacy and cookies, go.
         min_sentences: of the lines that stay, for the page to stay.
