@@ -234,8 +234,9 @@ def test_settings_of_a_cluster_are_options_that_beam_knows(runner):
 
 def test_what_beam_cannot_do_is_said_before_anything_is_read(tmp_path):
     (tmp_path / 'some.jsonl').write_text('{"text": "of another"}')
-    with pytest.raises(UserError, match='runner for one machine'):
-        Beam().check(Deduplication(earlier=('runs/first/deduplication',)))
+    for runner, config in (Beam(index=True), None), (Beam(), Deduplication(earlier=('runs/first/deduplication',))):
+        with pytest.raises(UserError, match='on a disk that all workers reach'):
+            dataclasses.replace(runner, directory='gs://some-bucket/run').check(config)
     with pytest.raises(UserError, match='a report reads output_directory'):
         PrepareData('out', (JsonLines(files='x', name='texts'),), (), runner=Beam(directory='gs://some-bucket/run'))
     with pytest.raises(UserError, match='salts'):
