@@ -95,6 +95,7 @@ class PrepareData:
                     'report',
                     'processes',
                     'seconds_per_batch',
+                    'runner.index',
                     'runner.options',
                     'runner.salts',
                 ),

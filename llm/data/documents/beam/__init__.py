@@ -23,8 +23,10 @@ from llm.data.documents.beam.files import (
     write_record,
 )
 from llm.data.documents.beam.shards import Shards
-from llm.data.documents.deduplication.config import NOTHING, Deduplication
+from llm.data.documents.deduplication.config import EXACT, NEAR, NOTHING, Deduplication
+from llm.data.documents.deduplication.corpus import Index
 from llm.data.documents.deduplication.decontamination import Decontamination
+from llm.data.documents.deduplication.pipeline import earlier_indexes, index_settings
 from llm.data.documents.deduplication.verdicts import FinalCounts, withdraw
 from llm.data.documents.runner import SUMMARY, Summary, numbers_of
 from llm.data.documents.shard_processing import ShardCounts, Task
@@ -51,6 +53,7 @@ class Beam:
         salts: parts of a group, of equal URLs or of one line in a million documents, that workers do by themselves.
         piece_documents: records of a shard that one worker writes into one file; fewer if they are long.
         rounds: of large-star and small-star in one pipeline; most graphs need no second.
+        index: whether the index for later runs is written, deduplication/, which takes two more pipelines.
     """
 
     options: tuple[str, ...] = ('--runner=DirectRunner',)
@@ -59,6 +62,7 @@ class Beam:
     salts: int = 256
     piece_documents: int = 4096
     rounds: int = 3
+    index: bool = False
 
     def __post_init__(self) -> None:
         if self.spread_bytes < 0 or not 1 <= self.salts <= 1 << 16 or min(self.rounds, self.piece_documents) < 1:
@@ -71,15 +75,15 @@ class Beam:
         """Starts nothing.
 
         Raises:
-            UserError: Beam is not installed or refuses an option, or an earlier index is asked for.
+            UserError: Beam is not installed or refuses an option, or an index is asked for and `directory` is a URL.
         """
         from llm.data.documents.beam.running import new_pipeline
 
-        if deduplication is not None and deduplication.earlier:
+        if is_url(self.directory) and (self.index or (deduplication is not None and deduplication.earlier)):
             raise UserError(
-                'indexes of earlier runs are of the runner for one machine',
-                where='Deduplication.earlier',
-                fix='Leave the runner out, or give all sources to one run.',
+                'an index lies on a disk that all workers reach, and this is a URL',
+                where=f'Beam.directory {self.directory}',
+                fix='Give a path, or leave out Beam.index and Deduplication.earlier.',
             )
         new_pipeline(self.options)
 
@@ -135,17 +139,19 @@ class Beam:
     def finish(
         self, directory: Path, deduplication: Deduplication | None, decontamination: Decontamination | None
     ) -> FinalCounts:
-        """As `deduplication.pipeline.finish`, without an index for later runs.
+        """As `deduplication.pipeline.finish`; an index for later runs where `index` is set.
 
         Raises:
-            UserError: an earlier index is asked for, or an evaluation set cannot be read.
+            UserError: an earlier index does not fit, or an evaluation set cannot be read.
         """
         self.check(deduplication)
         config, output = deduplication or NOTHING, self.directory or str(directory)
         work = join(output, 'beam')
         prepared = _required(join(work, 'prepared.json'))
         identities = decontamination.identities() if decontamination else []
+        indexes = earlier_indexes(config)
         said = [repr(dataclasses.replace(config, memory_bytes=1)), repr(decontamination), *identities]
+        said += [json.dumps(index.record, sort_keys=True) for index in indexes]
         said.append(prepared['digest'])
         now = hashlib.sha256('\0'.join(said).encode()).hexdigest()
         if read_record(join(work, 'deduplication.json')) != {'digest': now}:
@@ -155,7 +161,21 @@ class Beam:
             write_record(join(work, 'deduplication.json'), {'digest': now})
         from llm.data.documents.beam import components, deduplicating, finishing
 
-        find = functools.partial(deduplicating.duplicates, output=output, work=work, config=config, salts=self.salts)
+        state = join(work, 'earlier.npy')
+        if indexes:
+            from llm.data.documents.beam.earlier import write_state
+
+            rules = [rule for rule in config.rules if rule in (*EXACT, NEAR)]
+            write_state(indexes, [*rules, *(['contamination'] if decontamination else [])], Path(state))
+        find = functools.partial(
+            deduplicating.duplicates,
+            output=output,
+            work=work,
+            config=config,
+            salts=self.salts,
+            indexes=indexes,
+            state=state,
+        )
         self._once(work, 'duplicates', find, writes=('lost', 'edges'))
         turn = 0
         if config.near is not None:
@@ -169,7 +189,16 @@ class Beam:
             else:
                 raise RuntimeError('components did not end')
         last = finishing.Finish(
-            output, work, turn + 1, config, decontamination, now, self.salts, prepared['kept_characters']
+            output,
+            work,
+            turn + 1,
+            config,
+            decontamination,
+            now,
+            self.salts,
+            prepared['kept_characters'],
+            indexes,
+            state,
         )
         written = join(work, 'written.json')
         intact = read_record(written) == _written(output)
@@ -181,8 +210,33 @@ class Beam:
             raise RuntimeError(
                 f'documents were lost: {prepared["kept"]:,} were prepared, {counts.documents:,} are judged'
             )
+        if self.index:
+            self._write_index(output, work, turn + 1, config, indexes, now, decontaminated=decontamination is not None)
         write_json(directory / 'final.json', counts.as_json())
         return counts
+
+    def _write_index(
+        self,
+        output: str,
+        work: str,
+        turn: int,
+        config: Deduplication,
+        indexes: Sequence[Index],
+        digest: str,
+        *,
+        decontaminated: bool,
+    ) -> None:
+        from llm.data.documents.beam import indexing
+
+        index = Index(Path(output) / 'deduplication', sum(other.count for other in indexes))
+        if (index.directory / 'phases/final.json').exists():
+            return
+        before = [other.record['digest'] for other in indexes]
+        indexing.begin(output, index, {'digest': digest, 'earlier': before, 'settings': index_settings(config)})
+        self._run('order', functools.partial(indexing.order, output=output, index=index, config=config))
+        indexing.merge(index, config)
+        self._run('scan', functools.partial(indexing.scan, output=output, index=index, config=config))
+        indexing.end(output, work, turn, index, config, decontaminated=decontaminated)
 
     def _claimed(self, directory: Path) -> str:
         """Where workers write: a folder that is this run's, since what a stopped attempt left there is deleted."""

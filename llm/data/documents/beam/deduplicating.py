@@ -1,33 +1,56 @@
 """The second pipeline: documents that are equal by id, URL or words, and verified pairs of near duplicates."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
 
+from llm.data.documents.beam import earlier
 from llm.data.documents.beam.files import join, listed
 from llm.data.documents.beam.groups import Join, Smallest, Tell, Told, Without, watched
-from llm.data.documents.beam.nodes import position_of
+from llm.data.documents.beam.nodes import earlier_number, is_earlier, position_of
 from llm.data.documents.beam.scanning import Card, cards, shingle_sets
 from llm.data.documents.deduplication.config import EXACT, NEAR, Deduplication
+from llm.data.documents.deduplication.corpus import Index
 from llm.data.documents.deduplication.minhash import jaccard
 from llm.data.documents.deduplication.near_duplicates import NearDuplicates
 
 Lost = tuple[bytes, tuple[str, bytes]]
 Edge = tuple[bytes, bytes]
+# In place of the name of a file, before a number of a block of documents of earlier runs.
+_EARLIER = 'earlier-'
 
 
-def duplicates(pipeline: beam.Pipeline, output: str, work: str, config: Deduplication, salts: int) -> None:
+def duplicates(
+    pipeline: beam.Pipeline,
+    output: str,
+    work: str,
+    config: Deduplication,
+    salts: int,
+    indexes: Sequence[Index] = (),
+    state: str = '',
+) -> None:
     """Adds all steps to a pipeline, which writes WORK/lost, (node, (rule, node that stays)), and WORK/edges, of pairs.
 
-    Every rule sees what the one before it left.
+    Every rule sees what the one before it left, and documents of earlier runs as their own rules left them.
+
+    Args:
+        indexes: of earlier runs. state: of their documents, as `earlier.write_state` writes it.
     """
+
+    def with_earlier(new: Any, rule: str) -> Any:
+        if not indexes:
+            return new
+        found = earlier.runs(pipeline, indexes, rule, state, f'earlier {rule}')
+        return (new, found | f'earlier {rule} keys' >> beam.FlatMap(earlier.keyed, rule)) | f'with earlier {rule}' >> (
+            beam.Flatten()
+        )
+
     alive = prepared(pipeline, output) | 'cards' >> beam.FlatMap(cards, config)
     for rule in [rule for rule in config.rules if rule in EXACT]:
         lost = (
-            alive
-            | f'{rule} keys' >> beam.FlatMap(_keyed, rule)
+            with_earlier(alive | f'{rule} keys' >> beam.FlatMap(_keyed, rule), rule)
             | f'{rule} groups' >> Tell(Smallest(1), salts, least=2)
             | f'{rule} others' >> beam.FlatMap(_others, rule)
         )
@@ -36,8 +59,7 @@ def duplicates(pipeline: beam.Pipeline, output: str, work: str, config: Deduplic
     if config.near is None:
         return
     pairs = (
-        alive
-        | 'bands' >> beam.FlatMap(_banded)
+        with_earlier(alive | 'bands' >> beam.FlatMap(_banded), NEAR)
         | 'buckets' >> Tell(Smallest(config.near.bucket), salts, least=2)
         | 'pairs' >> beam.FlatMap(_pairs)
         | 'each pair' >> beam.Distinct()
@@ -48,7 +70,7 @@ def duplicates(pipeline: beam.Pipeline, output: str, work: str, config: Deduplic
         | 'each end' >> beam.Distinct()
         | 'by file' >> beam.Map(_by_file)
         | 'files to read' >> beam.GroupByKey()
-        | 'sets' >> beam.FlatMap(_sets, output, config.near)
+        | 'sets' >> beam.FlatMap(_sets, output, config.near, indexes)
     )
     # A document is the less preferred one of `bucket` pairs in each band at most, but the more preferred one of any
     # number: so its set is given to the pairs of the first kind as they are, and to those of the second by `Join`.
@@ -113,7 +135,7 @@ def _keyed(element: tuple[bytes, Card], rule: str) -> Iterator[tuple[bytes, tupl
 
 def _others(told: Told, rule: str) -> Iterator[Lost]:
     _, (some, _), (first,), _ = told
-    if some != first:
+    if some != first and not is_earlier(some):
         yield some, (rule, first)
 
 
@@ -126,6 +148,8 @@ def _banded(element: tuple[bytes, Card]) -> Iterator[tuple[bytes, tuple[bytes, N
 def _pairs(told: Told) -> Iterator[Edge]:
     """(more, less preferred), as `near_duplicates.candidate_pairs` says."""
     _, (some, _), most_preferred, _ = told
+    if is_earlier(some):  # two earlier documents have been compared before
+        return
     for other in most_preferred:
         if other >= some:
             return
@@ -133,14 +157,18 @@ def _pairs(told: Told) -> Iterator[Edge]:
 
 
 def _by_file(some: bytes) -> tuple[str, tuple[int, bytes]]:
+    if is_earlier(some):
+        return f'{_EARLIER}{earlier.block_of(some)}', (earlier_number(some), some)
     where = position_of(some)
     return where.name, (where.row, some)
 
 
 def _sets(
-    element: tuple[str, Iterable[tuple[int, bytes]]], output: str, near: NearDuplicates
+    element: tuple[str, Iterable[tuple[int, bytes]]], output: str, near: NearDuplicates, indexes: Sequence[Index]
 ) -> Iterator[tuple[bytes, bytes]]:
     name, wanted = element
+    if name.startswith(_EARLIER):
+        return ((some, earlier.shingle_set(number, indexes)) for number, some in watched(wanted))
     return shingle_sets(join(output, f'documents/{name}.parquet'), list(watched(wanted)), near)
 
 

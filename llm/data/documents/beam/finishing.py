@@ -10,21 +10,20 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
+from llm.data.documents.beam import earlier
 from llm.data.documents.beam.deduplicating import Lost, prepared, read_pairs
 from llm.data.documents.beam.files import here, join, publish, write_record
-from llm.data.documents.beam.groups import GROUPS, Join, Told
-from llm.data.documents.beam.nodes import identity_of, position_of
+from llm.data.documents.beam.groups import GROUPS, Join, Told, watched
+from llm.data.documents.beam.nodes import identity_of, is_earlier, position_of
 from llm.data.documents.beam.repeating import Group, Repeated, ranges_for
 from llm.data.documents.beam.scanning import file_name, rows
-from llm.data.documents.deduplication.config import EXACT, Deduplication
+from llm.data.documents.deduplication.config import EXACT, NEAR, Deduplication
+from llm.data.documents.deduplication.corpus import Index
 from llm.data.documents.deduplication.decontamination import CommonNgrams, Decontamination
 from llm.data.documents.deduplication.repeats import Repeats
 from llm.data.documents.deduplication.shards import decide_shard, evaluation_items
 from llm.data.documents.deduplication.verdicts import FinalCounts, ShardDecisions, write_shard
 from llm.data.documents.deduplication.words import words_of
-
-# A document is removed once by each of four rules at most, so this often doubling a step leads to the last one.
-_DOUBLINGS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Finish:
     Attributes:
         output, work: folders. turn: of the edges that are stars.
         digest: of the evaluation sets' content; workers keep them in memory by it. characters: of all documents.
+        indexes: of earlier runs. state: of their documents, as `earlier.write_state` writes it.
     """
 
     output: str
@@ -44,6 +44,8 @@ class Finish:
     digest: str
     salts: int
     characters: int
+    indexes: tuple[Index, ...] = ()
+    state: str = ''
 
     def build(self, pipeline: beam.Pipeline) -> None:
         """Adds all steps to a pipeline; last it writes OUTPUT/final-counts.json."""
@@ -55,17 +57,33 @@ class Finish:
         ]
         if self.config.near is not None:
             lost.append(read_pairs(pipeline, join(self.work, f'edges/{self.turn}/*'), 'stars'))
+        if self.indexes:
+            rules = [rule for rule in self.config.rules if rule in (*EXACT, NEAR)]
+            lost.append(earlier.lost(pipeline, self.indexes, rules))
         every = lost | 'all lost' >> beam.Flatten(pipeline=pipeline)
-        removed = self._resolved(every) | 'rows' >> beam.Map(_row, len(self.config.prefer) + 1)
+        resolved = self._resolved(every)
+        removed = resolved | 'rows' >> beam.FlatMap(_row, len(self.config.prefer) + 1)
+        if self.indexes:
+            for_earlier = (
+                resolved
+                | 'for earlier' >> beam.FlatMap(_by_block)
+                | 'blocks' >> beam.GroupByKey()
+                | 'earlier ids' >> beam.FlatMap(_with_earlier, self.indexes)
+            )
+            removed = (removed, for_earlier) | 'all rows' >> beam.Flatten()
         decisions = {'path': files, 'removed': removed}
         if self.against is not None:
             decisions['contamination'] = self._contamination(decisions, self.against)
         if self.config.repeats:
             alive = decisions | 'alive' >> beam.CoGroupByKey() | 'stay' >> beam.Map(_staying)
             ranges = ranges_for(self.characters, self.salts)
-            found = [
-                alive | some.unit >> Repeated(some, self.config, self.salts, ranges) for some in self.config.repeats
-            ]
+            found = []
+            for some in self.config.repeats:
+                every = alive
+                if self.indexes:
+                    before = earlier.runs(pipeline, self.indexes, some.unit, self.state, f'earlier {some.unit}')
+                    every = (alive, before) | f'with earlier {some.unit}' >> beam.Flatten()
+                found.append(every | some.unit >> Repeated(some, self.config, self.salts, ranges))
             decisions['repeats'] = found | 'all repeats' >> beam.Flatten()
         _ = (
             decisions
@@ -77,7 +95,9 @@ class Finish:
 
     def _resolved(self, lost: Any) -> Any:
         """Each document that was removed with the one that stays for it at last; the rule is the one it had."""
-        for number in range(_DOUBLINGS):
+        # A document is removed once by each of four rules at most in each run, so this often doubling a step leads to
+        # the last one.
+        for number in range(2 + len(self.indexes).bit_length()):
             values = lost | f'targets {number}' >> beam.Map(_target)
             by_target = lost | f'by target {number}' >> beam.Map(_by_target)
             lost = (
@@ -122,10 +142,23 @@ def _followed(told: Told) -> Lost:
     return some, (rule, target if further is None else further)
 
 
-def _row(lost: Lost, places: int) -> tuple[str, tuple[int, str, str]]:
+def _row(lost: Lost, places: int) -> Iterator[tuple[str, tuple[int, str, str]]]:
     some, (rule, other) = lost
-    where = position_of(some)
-    return where.name, (where.row, rule, identity_of(other, places))
+    if not is_earlier(some) and not is_earlier(other):
+        where = position_of(some)
+        yield where.name, (where.row, rule, identity_of(other, places))
+
+
+def _by_block(lost: Lost) -> Iterator[tuple[int, tuple[bytes, tuple[bytes, str]]]]:
+    some, (rule, other) = lost
+    if not is_earlier(some) and is_earlier(other):
+        yield earlier.block_of(other), (other, (some, rule))
+
+
+def _with_earlier(element: tuple[int, Iterable[Any]], indexes: Sequence[Index]) -> Iterator[Any]:
+    for (some, rule), identity in earlier.identities(watched(element[1]), indexes):
+        where = position_of(some)
+        yield where.name, (where.row, rule, identity)
 
 
 def _gone(group: dict[str, list[Any]]) -> set[int]:

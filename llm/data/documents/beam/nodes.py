@@ -13,6 +13,8 @@ _SIGN = 1 << 63
 # The end of an id: a zero byte within it is followed by 255, so nothing that goes on sorts before it.
 _END, _ZERO = b'\0\0', b'\0\xff'
 _DIGEST, _NUMBER = 8, 4
+# Keys of new documents begin with a place that is not negative, whose first byte is 128 or more.
+_EARLIER = b'\0'
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -49,6 +51,21 @@ def node(places: Sequence[int], identity: str, digest: bytes, where: Position) -
     numbers = b''.join([(place + _SIGN).to_bytes(_PLACE, 'big') for place in places])
     last = b''.join([part.to_bytes(_NUMBER, 'big') for part in (where.shard, where.piece, where.row)])
     return numbers + identity.encode().replace(b'\0', _ZERO) + _END + digest + last
+
+
+def earlier_node(number: int) -> bytes:
+    """The key of a document of an earlier run: those are preferred to all others, whose place is not negative."""
+    return _EARLIER + number.to_bytes(_PLACE, 'big')
+
+
+def is_earlier(some: bytes) -> bool:
+    """Whether a key is one of `earlier_node`."""
+    return some.startswith(_EARLIER)
+
+
+def earlier_number(some: bytes) -> int:
+    """Of a document of an earlier run, by its key."""
+    return int.from_bytes(some[len(_EARLIER) :], 'big')
 
 
 def identity_of(some: bytes, places: int) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from llm.data.documents.beam.earlier import EarlierRun
 from llm.data.documents.beam.groups import Smallest, Tell, Told, watched
-from llm.data.documents.beam.nodes import piece_name, position_of
+from llm.data.documents.beam.nodes import earlier_node, is_earlier, piece_name, position_of
 from llm.data.documents.beam.scanning import unit_keys, unit_records
 from llm.data.documents.deduplication.config import Deduplication
 from llm.data.documents.deduplication.repeats import Repeats
@@ -25,6 +26,8 @@ Group = tuple[str, dict[str, Any]]
 HELD = np.dtype([('key', 'u8'), ('count', 'u4'), ('shard', 'u4'), ('piece', 'u4')])
 # Of these records: what a worker collects before it cuts them into ranges, and about what one range is given.
 COLLECTED, RANGE = 1 << 28, 1 << 26
+# Bytes at the end of the name of a unit: its place in its document.
+_INDEX = 4
 
 
 def ranges_for(characters: int, least: int) -> int:
@@ -44,7 +47,7 @@ class Repeated(beam.PTransform):
         self._some, self._config, self._salts, self._ranges = some, config, salts, ranges
 
     def expand(self, alive: Any) -> Any:
-        """From (name, path and rows that are gone) of each file."""
+        """From (name, path and rows that are gone) of each file, and (name, EarlierRun)."""
         repeated = (
             alive
             | 'hashes' >> beam.ParDo(Hashes(self._some, self._ranges))
@@ -72,9 +75,13 @@ class Hashes(beam.DoFn):
     def start_bundle(self) -> None:
         self._held, self._bytes = [], 0
 
-    def process(self, element: tuple[str, tuple[str, set[int]]]) -> Iterator[tuple[int, bytes]]:
-        name, (path, gone) = element
-        keys, counts = np.unique(unit_keys(path, gone, self._some), return_counts=True)
+    def process(self, element: tuple[str, tuple[str, set[int]] | EarlierRun]) -> Iterator[tuple[int, bytes]]:
+        name, where = element
+        if isinstance(where, EarlierRun):
+            found = np.concatenate([np.zeros(0, np.uint64), *(some['key'] for some in where.staying())])
+        else:
+            found = unit_keys(*where, self._some)
+        keys, counts = np.unique(found, return_counts=True)
         held = np.zeros(len(keys), HELD)
         held['key'], held['count'] = keys, counts
         held['shard'], held['piece'] = map(int, name.split('-'))
@@ -116,14 +123,23 @@ def often(element: tuple[int, Iterable[bytes]], occurrences: int) -> Iterator[tu
 
 
 def _units(element: Group, some: Repeats, config: Deduplication) -> Iterator[tuple[bytes, tuple[bytes, None]]]:
-    ((path, gone),) = element[1]['file']
-    wanted = list(element[1]['often'])
-    if wanted:
-        yield from unit_records(path, gone, some, config, np.frombuffer(b''.join(wanted), np.uint64))
+    (where,) = element[1]['file']
+    parts = list(element[1]['often'])
+    if not parts:
+        return
+    wanted = np.frombuffer(b''.join(parts), np.uint64)
+    if not isinstance(where, EarlierRun):
+        path, gone = where
+        yield from unit_records(path, gone, some, config, wanted)
+        return
+    for held in where.staying():
+        for unit in held[np.isin(held['key'], wanted)]:
+            name = earlier_node(int(unit['node'])) + int(unit['index']).to_bytes(_INDEX, 'big')
+            yield unit['key'].tobytes() + unit['check'].tobytes(), (name, None)
 
 
 def _to_go(told: Told, some: Repeats) -> Iterator[tuple[str, tuple[str, int, int]]]:
     _, (unit, _), (first,), _ = told
-    if unit != first or not some.keep_first:
-        where = position_of(unit[:-4])
-        yield where.name, (some.unit, where.row, int.from_bytes(unit[-4:], 'big'))
+    if not is_earlier(unit) and (unit != first or not some.keep_first):
+        where = position_of(unit[:-_INDEX])
+        yield where.name, (some.unit, where.row, int.from_bytes(unit[-_INDEX:], 'big'))

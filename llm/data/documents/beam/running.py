@@ -5,7 +5,9 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +69,7 @@ def run(name: str, options: Sequence[str], add: Callable[[Any], None]) -> dict[s
     pipeline = new_pipeline(options)
     add(pipeline)
     try:
-        with interruptible() if _local(options) else contextlib.nullcontext():
+        with interruptible() if _in_processes(options) else contextlib.nullcontext():
             result = pipeline.run()
             state = result.wait_until_finish()
     except Exception as error:
@@ -96,13 +98,17 @@ def _local(options: Sequence[str]) -> bool:
     return '--runner' not in words or 'DirectRunner' in words
 
 
+def _in_processes(options: Sequence[str]) -> bool:
+    return _local(options) and 'multi_processing' in ' '.join(options).replace('=', ' ').split()
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ends the workers at SIGINT: the runner, on its way out, waits for them for ever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    hook = threading.excepthook
+    hook, executable = threading.excepthook, sys.executable
 
     def interrupt(*_: Any) -> None:
         # Threads of the runner tell with tracebacks that a worker is gone.
@@ -112,9 +118,13 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupt)
+    # A terminal sends SIGINT to workers as well, which would tell of it with tracebacks. Beam has a shell start them by
+    # this name; nothing but what a shell ignores outlives it.
+    sys.executable = f"trap '' INT; exec {shlex.quote(executable)}"
     try:
         yield
     finally:
+        sys.executable = executable
         signal.signal(signal.SIGINT, before)
         threading.excepthook = hook
 

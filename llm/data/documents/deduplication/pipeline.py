@@ -151,7 +151,7 @@ class _Pipeline:
                 'rows': self._rows,
                 'base': self._base,
                 'earlier': [index.record['digest'] for index in self._earlier],
-                'settings': _index_settings(self._config),
+                'settings': index_settings(self._config),
             }
             write_json(mark, record)
 
@@ -340,7 +340,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _index_settings(config: Deduplication) -> dict[str, Any]:
+def index_settings(config: Deduplication) -> dict[str, Any]:
     """What must be equal for records of one run to be compared with those of another."""
     near = config.near
     repeats: dict[str, Any] = {some.unit: some.words if some.unit == 'passages' else 0 for some in config.repeats}
@@ -358,7 +358,7 @@ def _index_settings(config: Deduplication) -> dict[str, Any]:
 def earlier_indexes(config: Deduplication) -> tuple[Index, ...]:
     """The indexes of earlier runs, after a look at whether they fit this one and each other."""
     found: list[Index] = []
-    wanted = json.loads(json.dumps(_index_settings(config)))
+    wanted = json.loads(json.dumps(index_settings(config)))
     for name in config.earlier:
         index = Index(Path(name), sum(other.count for other in found))
         settings = index.record['settings']

@@ -234,8 +234,9 @@ def test_settings_of_a_cluster_are_options_that_beam_knows(runner):
 
 def test_what_beam_cannot_do_is_said_before_anything_is_read(tmp_path):
     (tmp_path / 'some.jsonl').write_text('{"text": "of another"}')
-    with pytest.raises(UserError, match='runner for one machine'):
-        Beam().check(Deduplication(earlier=('runs/first/deduplication',)))
+    for runner, config in (Beam(index=True), None), (Beam(), Deduplication(earlier=('runs/first/deduplication',))):
+        with pytest.raises(UserError, match='on a disk that all workers reach'):
+            dataclasses.replace(runner, directory='gs://some-bucket/run').check(config)
     with pytest.raises(UserError, match='a report reads output_directory'):
         PrepareData('out', (JsonLines(files='x', name='texts'),), (), runner=Beam(directory='gs://some-bucket/run'))
     with pytest.raises(UserError, match='salts'):
@@ -256,6 +257,9 @@ def test_a_local_pipeline_logs_errors_and_an_interrupt_ends_its_workers():
         subprocess.Popen(['cat'], stdin=subprocess.PIPE) as other,
     ):
         with pytest.raises(KeyboardInterrupt), interruptible():
+            # As Beam starts its workers, to which a terminal sends SIGINT, too.
+            ignoring = f"{sys.executable} -c 'import signal; signal.raise_signal(signal.SIGINT)'"
+            subprocess.run(ignoring, shell=True, check=True)
             signal.raise_signal(signal.SIGINT)
         assert worker.wait() == -signal.SIGKILL and other.poll() is None
     assert signal.getsignal(signal.SIGINT) is before
