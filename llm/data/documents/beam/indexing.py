@@ -1,7 +1,7 @@
 """The index for later runs, as the runner for one machine writes it: its functions of a file, in pipelines.
 
 Files are put in order and scanned by workers. Where the job is started their orders are merged, and what was removed is
-written by number: there are 16 bytes a document in memory, and 24 for each that is removed.
+written by number: there are 16 bytes a document in memory, and some 60 for each that is removed.
 """
 
 import concurrent.futures
@@ -94,23 +94,23 @@ def end(output: str, work: str, turn: int, index: Index, config: Deduplication, 
     if config.near is not None:
         folders[NEAR] = join(work, f'edges/{turn}/*')
     for rule, pattern in folders.items():
-        pairs = [
-            (number(node), number(other))
+        pairs = (
+            [(number(node), number(other)) for node, other in zip(*columns, strict=True) if not is_earlier(node)]
             for columns in _columns(listed(pattern), ('node', 'other'))
-            for node, other in zip(*columns, strict=True)
-            if not is_earlier(node)
-        ]
-        _write(index, rule, np.array(pairs, np.int64).reshape(-1, 2))
+        )
+        _write(index, rule, pairs)
     if decontaminated:
-        gone = [
-            int(numbers[index.first_rows[shard] + row])
-            for shard, path in enumerate(listed(join(output, 'verdicts/*.parquet')))
-            for row, rule in enumerate(rule for (rules,) in _columns([path], ('rule',)) for rule in rules)
-            if rule == 'contamination'
-        ]
-        _write(index, 'contamination', np.array([(some, -1) for some in gone], np.int64).reshape(-1, 2))
+        _write(index, 'contamination', _contaminated(output, index, numbers))
     shutil.rmtree(index.directory / 'work', ignore_errors=True)
     write_json(index.directory / 'phases/final.json', {'done': 'final'})
+
+
+def _contaminated(output: str, index: Index, numbers: np.ndarray) -> Iterator[list[tuple[int, int]]]:
+    for shard, path in enumerate(listed(join(output, 'verdicts/*.parquet'))):
+        row = index.first_rows[shard]
+        for (rules,) in _columns([path], ('rule',)):
+            yield [(int(numbers[row + i]), -1) for i, rule in enumerate(rules) if rule == 'contamination']
+            row += len(rules)
 
 
 def _columns(paths: Sequence[str], names: Sequence[str]) -> Iterator[list[list[Any]]]:
@@ -122,8 +122,10 @@ def _columns(paths: Sequence[str], names: Sequence[str]) -> Iterator[list[list[A
                 yield [batch.column(name).to_pylist() for name in names]
 
 
-def _write(index: Index, rule: str, pairs: np.ndarray) -> None:
-    nodes, others = np.ascontiguousarray(pairs.T)
+def _write(index: Index, rule: str, pairs: Iterator[list[tuple[int, int]]]) -> None:
+    """(node, other) pairs that come a batch at a time."""
+    parts = [np.array(some, np.int64).reshape(-1, 2) for some in pairs]
+    nodes, others = np.ascontiguousarray(np.concatenate([np.zeros((0, 2), np.int64), *parts]).T)
     write_array(
         index.directory / f'removed/{rule}.npy',
         records(PAIRED, key=nodes.astype(np.uint64), node=nodes, other=others),

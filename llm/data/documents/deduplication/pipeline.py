@@ -132,7 +132,7 @@ class _Pipeline:
         """Starts anew where documents or settings are others than those of what lies there."""
         files = sorted((self._output / 'shards').glob('*.json'))
         content = [path.read_text() for path in files] + [repr(dataclasses.replace(self._config, memory_bytes=1))]
-        content += [json.dumps(_index_settings(self._config)), repr(self._against)] + (
+        content += [json.dumps(index_settings(self._config)), repr(self._against)] + (
             self._against.identities() if self._against else []
         )
         content += [json.dumps(index.record, sort_keys=True) for index in self._earlier]
