@@ -102,7 +102,7 @@ class PrepareData:
             )
             settings = json.dumps([flatten_config(chain), chain.identities()], sort_keys=True)
             if self.runner is not None:
-                summary = self.runner.prepare(self.sources, chain, directory, settings)
+                summary = self.runner.prepare(self.sources, chain, directory, settings, self.seconds_per_batch)
             else:
                 summary = run(
                     self.sources,

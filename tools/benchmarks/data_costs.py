@@ -132,7 +132,13 @@ def prepared(sources: Sequence[Source], chain: Chain, output: Path) -> Measured:
     digested = [Task(shard, i, shard_digest(shard, '')) for i, shard in enumerate(shards)]
     tasks = preparing.write_tasks(digested, str(output / 'tasks'))
     add = functools.partial(
-        preparing.documents, tasks=tasks, chain=chain, output=str(output), spread_bytes=1 << 30, piece_documents=4096
+        preparing.documents,
+        tasks=tasks,
+        chain=chain,
+        output=str(output),
+        spread_bytes=1 << 30,
+        piece_documents=4096,
+        seconds_per_batch=600.0,
     )
     return shuffled(add)
 

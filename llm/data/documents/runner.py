@@ -62,8 +62,7 @@ def run(
     shards = [(source.name, shard) for source in sources for shard in source.shards()]
     numbers = numbers_of([shard for _, shard in shards], _known(directory))
     tasks = [Task(shard, number, settings=settings) for (_, shard), number in zip(shards, numbers, strict=True)]
-    for left_over in directory.glob('*/*.tmp'):
-        left_over.unlink(missing_ok=True)
+    _remove_left_over(directory)
     done = _done(directory, tasks)
     resumed = len(done)
     others = _others(directory, set(numbers))
@@ -89,6 +88,7 @@ def run(
                 bar.set_postfix_str(f'{total.documents:,} documents, {total.kept:,} kept')
         except OSError as error:
             raise unwritable(directory, error, 'shards') from error
+    _remove_left_over(directory)
     by_source: dict[str, ShardCounts] = {}
     for (name, _), number in zip(shards, numbers, strict=True):
         by_source.setdefault(name, ShardCounts()).add(done[number])
@@ -96,6 +96,12 @@ def run(
     _check(directory, total, numbers)
     write_json(directory / SUMMARY, summary.as_json())
     return summary
+
+
+def _remove_left_over(directory: Path) -> None:
+    """What processes that were killed had begun to write."""
+    for path in directory.glob('*/*.tmp'):
+        path.unlink(missing_ok=True)
 
 
 def _here(tasks: Sequence[Task], chain: Chain, directory: Path) -> Iterator[tuple[Task, ShardCounts]]:

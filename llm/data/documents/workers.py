@@ -25,7 +25,7 @@ from llm.data.documents.stage import Chain
 from llm.errors import UserError
 
 # How often a death while a record was read, or judged alone, is taken for chance.
-_CHANCES = 2
+CHANCES = 2
 # And before it had begun, which is the fault of no record: three times in a row for a task, all else is a mistake.
 _STARTS = 3
 _POLL_SECONDS = 0.5
@@ -88,7 +88,7 @@ def in_processes(
                     reason = f'took more than {seconds_per_batch:g} seconds'
                 elif not worker.process.is_alive():
                     worker.process.join()
-                    reason = f'ended its process ({_said(worker.process.exitcode)})'
+                    reason = f'ended its process ({said(worker.process.exitcode)})'
                 else:
                     continue
                 workers.remove(worker)
@@ -101,7 +101,8 @@ def in_processes(
             worker.process.join()
 
 
-def _said(exit_code: int) -> str:
+def said(exit_code: int) -> str:
+    """How a process ended."""
     return signal.Signals(-exit_code).name if exit_code < 0 else f'exit code {exit_code}'
 
 
@@ -118,7 +119,7 @@ def _again(
         return dataclasses.replace(task, alone=task.alone | {first})
     key = task.index, first, count == 0
     deaths[key] += 1
-    if by_chance and deaths[key] < (_STARTS if first < 0 else _CHANCES):
+    if by_chance and deaths[key] < (_STARTS if first < 0 else CHANCES):
         return task
     if first < 0:
         raise UserError(
@@ -146,7 +147,7 @@ def _start(context: Any, chain: Chain, directory: Path) -> _Worker:
 def _work(connection: Connection, chain: Chain, directory: Path, position: Any) -> None:
     """The body of a worker: a task in, its counts or the exception out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    _die_with_parent()
+    die_with_parent()
     while True:
         try:
             task = connection.recv()
@@ -160,7 +161,9 @@ def _work(connection: Connection, chain: Chain, directory: Path, position: Any) 
             connection.send(error)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """End this process when the one that asked for it has ended."""
+
     def watch() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None

@@ -87,7 +87,9 @@ class Beam:
             )
         new_pipeline(self.options)
 
-    def prepare(self, sources: Sequence[Source], chain: Chain, directory: Path, settings: str) -> Summary:
+    def prepare(
+        self, sources: Sequence[Source], chain: Chain, directory: Path, settings: str, seconds_per_batch: float = 600.0
+    ) -> Summary:
         """As `runner.run`, but for the names of files: a shard has several, N-M for piece M of shard N.
 
         A shard that is done is not done again, also after a pipeline that failed or was stopped.
@@ -118,6 +120,7 @@ class Beam:
                 preparing.documents,
                 tasks=preparing.write_tasks(missing, join(output, 'beam/tasks')),
                 chain=chain,
+                seconds_per_batch=seconds_per_batch,
                 output=output,
                 spread_bytes=self.spread_bytes,
                 piece_documents=self.piece_documents,

@@ -5,7 +5,6 @@ batches of the same piece of its shard. A piece has a bounded number of records,
 """
 
 import contextlib
-import dataclasses
 import os
 import pickle
 import tempfile
@@ -18,21 +17,20 @@ import apache_beam as beam
 
 from llm.data.documents.beam.files import join, publish
 from llm.data.documents.beam.groups import watched
+from llm.data.documents.beam.judging import Judging
 from llm.data.documents.beam.nodes import piece_name
+from llm.data.documents.beam.records import Records
 from llm.data.documents.beam.shards import Written, commit
-from llm.data.documents.document import Document, Ignored, Quarantined
+from llm.data.documents.document import Document, Ignored
 from llm.data.documents.shard_processing import (
     PARTS,
     ShardCounts,
     Task,
     Writer,
     batches,
-    judge,
     part,
-    rows_of,
     shard_digest,
 )
-from llm.data.documents.sources.files import Item
 from llm.data.documents.stage import Chain
 from llm.data.sources.files import is_url, open_binary
 
@@ -40,35 +38,6 @@ from llm.data.sources.files import is_url, open_binary
 PIECE_CHARACTERS = 64_000_000
 # Shards in one of the files that say what is to be done: the graph of a pipeline names these files alone.
 _TASKS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """Some records of a shard, in order, and what they become once they are judged.
-
-    Attributes:
-        name: of the piece. first: number of the first record.
-        ledger, documents: rows, as many of each; a document that is removed has None. quarantine: of the others.
-    """
-
-    task: Task
-    name: str
-    first: int
-    items: list[Item]
-    counts: ShardCounts = dataclasses.field(default_factory=ShardCounts)
-    ledger: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    documents: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
-    quarantined: list[Quarantined] = dataclasses.field(default_factory=list)
-
-    def document(self, document: Document) -> None:
-        """Rows of one that was judged."""
-        row, own = rows_of(document)
-        self.ledger.append(row)
-        self.documents.append(own)
-
-    def quarantine(self, item: Quarantined) -> None:
-        """One that could not be."""
-        self.quarantined.append(item)
 
 
 def write_tasks(tasks: Sequence[Task], directory: str) -> list[str]:
@@ -84,13 +53,19 @@ def write_tasks(tasks: Sequence[Task], directory: str) -> list[str]:
 
 
 def documents(
-    pipeline: beam.Pipeline, tasks: Sequence[str], chain: Chain, output: str, spread_bytes: int, piece_documents: int
+    pipeline: beam.Pipeline,
+    tasks: Sequence[str],
+    chain: Chain,
+    output: str,
+    spread_bytes: int,
+    piece_documents: int,
+    seconds_per_batch: float,
 ) -> None:
     """Adds all steps to a pipeline; last it writes OUTPUT/shards/N.json, which commits the files of a shard.
 
     Args:
         tasks: files of `write_tasks`. spread_bytes: records of larger files are judged by other workers than read them.
-        piece_documents: records after which a piece ends.
+        piece_documents: records after which a piece ends. seconds_per_batch: see Judging.
     """
     shards = pipeline | 'tasks' >> beam.Create(list(tasks)) | 'shards' >> beam.FlatMap(_tasks) | beam.Reshuffle()
     by_size = shards | 'by size' >> beam.FlatMap(_by_size, spread_bytes).with_outputs('large', main='small')
@@ -99,7 +74,8 @@ def documents(
         'number', main='records'
     )
     spread = far | 'spread' >> beam.Reshuffle()
-    judged = (near, spread) | 'all records' >> beam.Flatten() | 'judge' >> beam.Map(_judged, chain)
+    records = (near, spread) | 'all records' >> beam.Flatten()
+    judged = records | 'judge' >> beam.ParDo(Judging(chain, seconds_per_batch))
     written = judged | 'pieces' >> beam.GroupByKey() | 'write' >> beam.FlatMap(_write, chain.rules, output)
     read = (number, far_number) | 'all numbers' >> beam.Flatten()
     totals = (read, written) | 'totals' >> beam.Flatten() | 'add' >> beam.CombinePerKey(_Total())
@@ -146,11 +122,6 @@ def _read(task: Task, piece_documents: int) -> Iterator[Any]:
     if empty:
         yield Records(task, piece_name(task.index, piece), 0, [])
     yield beam.pvalue.TaggedOutput('number', (task.index, Written(task.shard.name, digest, number)))
-
-
-def _judged(records: Records, chain: Chain) -> tuple[str, Records]:
-    judge(records.items, records.first, records.task, chain, records.counts, records)
-    return records.name, dataclasses.replace(records, items=[])
 
 
 def _write(element: tuple[str, Iterable[Records]], rules: Sequence[str], output: str) -> Iterator[tuple[int, Written]]:

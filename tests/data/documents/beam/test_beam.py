@@ -196,7 +196,13 @@ def no_graph_grows_with_the_corpus(out, config, against):
     tasks = [f'{out}/beam/tasks/{i:06d}.pickle' for i in range(100)]  # of 1,000 shards each
     add = (
         functools.partial(
-            preparing.documents, tasks=tasks, chain=CHAIN, output=out, spread_bytes=1 << 30, piece_documents=4096
+            preparing.documents,
+            tasks=tasks,
+            chain=CHAIN,
+            output=out,
+            spread_bytes=1 << 30,
+            piece_documents=4096,
+            seconds_per_batch=600.0,
         ),
         functools.partial(deduplicating.duplicates, output=out, work=f'{out}/beam', config=config, salts=256),
         functools.partial(components.stars, work=f'{out}/beam', turn=0, rounds=3, salts=256),
