@@ -56,8 +56,14 @@ def run_layers(
     read = x if trunk else None
 
     def run_repeat(
-        x: jax.Array, read: jax.Array | None, cache: Cache | None, layers: dict[str, Layer], repeat: jax.Array | int
+        x: jax.Array,
+        read: jax.Array | None,
+        cache: Cache | None,
+        layers: dict[str, Layer],
+        repeat: jax.Array | int,
+        entry_of_cache: jax.Array | int | None = None,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None, Auxiliary]:
+        place = repeat if entry_of_cache is None else entry_of_cache
         cache = None if cache is None else dict(cache)
         auxiliary: Auxiliary = {}
         for position, layer in layers.items():
@@ -65,7 +71,9 @@ def run_layers(
             if key is not None:
                 key = jax.random.fold_in(key, first + repeat * len(layers) + int(position))
             read = x if trunk else None
-            x, entry, sums = run_layer(layer, x, context, key, None if cache is None else cache[position], repeat)
+            x, entry, sums = run_layer(
+                layer, x, context, key, None if cache is None else cache[position], place, repeat
+            )
             if sums:
                 auxiliary[position] = sums
             if cache is not None:
@@ -90,26 +98,53 @@ def run_layers(
         (x, read, cache), auxiliary = jax.lax.scan(again, (x, read, cache), jnp.arange(repeats))
         return x, cache, auxiliary, read
 
+    if cache is not None and context.offset is None:
+        # What layers remember in training: each repeat gets its own entry alone. What a loop carries would be kept
+        # whole for the backward pass of every turn.
+        def remembering(
+            carry: tuple[jax.Array, jax.Array | None], slices: tuple[dict[str, Layer], jax.Array, Cache]
+        ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Auxiliary, Cache | None]]:
+            layers, repeat, entry = slices
+            x, read, after, auxiliary = run_repeat(*carry, jax.tree.map(lambda m: m[None], entry), layers, repeat, 0)
+            return (x, read), (auxiliary, jax.tree.map(operator.itemgetter(0), after))
+
+        (x, read), (auxiliary, cache) = jax.lax.scan(remembering, (x, read), (layers, jnp.arange(repeats), cache))
+        return x, cache, auxiliary, read
+
     def body(carry: Carry, slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Carry, Auxiliary]:
         x, read, cache, auxiliary = run_repeat(*carry, *slices)
         return (x, read, cache), auxiliary
 
-    # The cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
+    # In decoding the cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
     (x, read, cache), auxiliary = jax.lax.scan(body, (x, read, cache), (layers, jnp.arange(repeats)))
     return x, cache, auxiliary, read
 
 
 def _run_layer(
-    layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array | int
+    layer: Layer,
+    x: jax.Array,
+    context: Context,
+    key: jax.Array | None,
+    cache: Cache | None,
+    place: jax.Array | int,
+    repeat: jax.Array | int,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
-    return layer(x, context, key, cache, repeat)
+    """`place`: which entry of the cache."""
+    del repeat
+    return layer(x, context, key, cache, place)
 
 
 def _run_fenced_layer(
-    layer: Layer, x: jax.Array, context: Context, key: jax.Array | None, cache: Cache | None, repeat: jax.Array
+    layer: Layer,
+    x: jax.Array,
+    context: Context,
+    key: jax.Array | None,
+    cache: Cache | None,
+    place: jax.Array | int,
+    repeat: jax.Array,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     # Else the compiler casts the parameters of all layers before the loop and keeps the copy. It does not see that this
     # is 1 at every turn.
     one = jax.lax.optimization_barrier((repeat >= 0).astype(jnp.float32))
     layer = jax.tree.map(lambda parameter: parameter * one.astype(parameter.dtype), layer)
-    return _run_layer(layer, x, context, key, cache, repeat)
+    return _run_layer(layer, x, context, key, cache, place, repeat)
