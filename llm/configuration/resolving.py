@@ -220,9 +220,11 @@ class Resolver:
         if users:
             fix = f'{users[0].name} at {users[0].location} does, but is overridden.'
         else:
-            known = {r.name for s in self._used for r in references(s.value) if isinstance(r, Macro)}
-            match = suggesting.closest(name, (known | set(self._macros)) - set(_BUILT_IN))
+            match = suggesting.closest(name, set(self._macros) - set(_BUILT_IN))
+            knobs = [other for other, value in self._macros.items() if value in self._used and other != JOB]
             fix = f'Did you mean {match}?' if match else 'Remove it, or refer to it.'
+            if knobs and not match:
+                fix = f'Its knobs are: {", ".join(knobs)}.'
         return UserError(what, where=str(setting.location), fix=fix)
 
     def _unused_binding(self, key: _Key, setting: Setting) -> UserError:

@@ -191,6 +191,12 @@ def test_unused_macros():
     assert message(steps, 'STPES=5') == (
         "--gin_bindings='STPES=5': STPES is set, but nothing that JOB needs refers to %STPES. Did you mean STEPS?"
     )
+    # No near name: the macros that do something are listed, in the order of the files.
+    knobs = 'WIDTH = 2\nSTEPS = 1\njobs.Train.steps = %STEPS\nmodels.Decoder.num_layers = %WIDTH'
+    assert message(knobs, 'DESTINATION="x"') == (
+        '--gin_bindings=\'DESTINATION="x"\': DESTINATION is set, but nothing that JOB needs refers to %DESTINATION. '
+        'Its knobs are: WIDTH, STEPS.'
+    )
     # A macro set where the line that uses it is overridden by another file would be ignored in silence.
     assert message(steps, 'jobs.Train.steps=5', 'STEPS=6') == (
         "--gin_bindings='STEPS=6': STEPS is set, but nothing that JOB needs refers to %STEPS. "

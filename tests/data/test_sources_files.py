@@ -120,7 +120,9 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path, monkeypatch):
     [
         ('*.json', r"no file matches '\*\.json'"),
         ((), 'no files are given'),
-        ('folder', r'folder: is a directory\. Give a glob'),
+        ('folder', r"folder: is a directory\. Give a glob: 'folder/\*\.txt\.gz'"),
+        ('empty', r"empty: is a directory\. Give a glob: 'empty/\*\.txt'"),
+        ('x.md', r'^x\.md: is of a kind that is not read here\. What is read ends in \.txt, \.txt\.gz'),
         ('*.md', r"x\.md: '\*\.md' matches a file of a kind that is not read\. .*\.txt, \.txt\.gz"),
         (('a.txt', '*'), r'x\.md: .*not read'),
         ('gs://bucket/*.txt', 'cannot be listed .*gcsfs'),
@@ -129,7 +131,8 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path, monkeypatch):
 def test_globs_that_give_nothing_to_read_are_errors(tmp_path, monkeypatch, patterns, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'folder').mkdir()
-    for name in ('a.txt', 'x.md'):
+    (tmp_path / 'empty').mkdir()
+    for name in ('a.txt', 'x.md', 'folder/x.txt.gz'):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         find_files(patterns, SUFFIXES)

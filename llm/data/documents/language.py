@@ -21,7 +21,7 @@ class Language:
     """Finds the language of each document, and keeps those of given languages.
 
     Args:
-        languages: codes of the languages to keep ('en'); empty keeps all.
+        languages: codes of the languages to keep, as the model has them ('en'); empty keeps all.
         threshold: least confidence, from 0 to 1; a document below is removed.
         thresholds: by language, in place of `threshold`: (('de', 0.5), ('th', 0.2)).
         model: 'py3langid' (140 languages), or the path of a fastText model of languages (as lid.176.bin), which needs
@@ -50,6 +50,7 @@ class Language:
         )
 
     def __call__(self, documents: Sequence[Document]) -> list[Document]:
+        _check_known(self.model, (*self.languages, *(language for language, _ in self.thresholds)))
         thresholds = dict(self.thresholds)
         return [self._judge(document, thresholds) for document in documents]
 
@@ -65,14 +66,29 @@ class Language:
 
 
 @functools.cache
-def _identifier(model: str) -> Any:
-    """text -> (language, confidence); read once in a process."""
-    if model == 'py3langid':
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+def _check_known(model: str, languages: tuple[str, ...]) -> None:
+    """Raises a UserError for a code that py3langid never gives: it would remove all documents."""
+    known = sorted(set(_py3langid().labels)) if model == 'py3langid' else languages
+    unknown = [language for language in languages if language not in known]
+    if unknown:
+        what = f'py3langid knows no language {", ".join(map(repr, unknown))}'
+        raise UserError(what, where='Language', fix=f'Give codes of these: {", ".join(known)}')
 
-        identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        return lambda text: _as_floats(identifier.classify(text))
+
+@functools.cache
+def _identifier(model: str) -> Any:
+    """text -> (language, confidence)."""
+    if model == 'py3langid':
+        return lambda text: _as_floats(_py3langid().classify(text))
     return functools.partial(fasttext_models.best, model)
+
+
+@functools.cache
+def _py3langid() -> Any:
+    """The model, read once in a process."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _as_floats(found: tuple[str, Any]) -> tuple[str, float]:

@@ -33,12 +33,15 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     """
     found: dict[str, str] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        for path in _match(pattern, suffixes[0]):
+        for path in _match(pattern, suffixes):
             if not path.endswith(suffixes):
+                named = path in (pattern, os.path.expanduser(pattern))
                 raise UserError(
-                    f'{pattern!r} matches a file of a kind that is not read',
+                    'is of a kind that is not read here'
+                    if named
+                    else f'{pattern!r} matches a file of a kind that is not read',
                     where=path,
-                    fix=f'Narrow the glob; what is read ends in {", ".join(suffixes)}',
+                    fix=f'{"What" if named else "Narrow the glob; what"} is read ends in {", ".join(suffixes)}',
                 )
             found.setdefault(path if is_url(path) else os.path.realpath(path), path)
     if not found:
@@ -46,12 +49,15 @@ def find_files(patterns: str | tuple[str, ...], suffixes: tuple[str, ...]) -> tu
     return tuple(sorted(found.values()))
 
 
-def _match(pattern: str, suffix: str) -> list[str]:
+def _match(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_url(pattern):
         return _match_url(pattern)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
-        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {os.path.join(pattern, f"*{suffix}")!r}')
+        names = glob.glob(os.path.join(glob.escape(expanded), '*'))
+        there = [suffix for suffix in suffixes if any(name.endswith(suffix) for name in names)]
+        example = os.path.join(pattern, f'*{(there or suffixes)[0]}')
+        raise UserError('is a directory', where=pattern, fix=f'Give a glob: {example!r}')
     if os.path.exists(expanded):  # also for names that contain *, ? or [
         return [expanded]
     matches = sorted(path for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path))

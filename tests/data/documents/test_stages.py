@@ -136,6 +136,8 @@ def test_languages_of_the_declaration_of_human_rights(dev_data):
         assert (document.removed_by is None) == expected
     with pytest.raises(UserError, match=r'threshold = 2 is not from 0 to 1'):
         Language(threshold=2)
+    with pytest.raises(UserError, match=r"py3langid knows no language 'german', 'EN'\. .*, de, .*, en, "):
+        Chain((Language(languages=('de', 'german'), thresholds=(('EN', 0.5),)),))(documents[:1], ['f:1'])
 
 
 def test_one_bad_document_of_a_batch_is_quarantined_alone():

@@ -207,8 +207,9 @@ def test_other_bounds_give_what_a_run_with_them_gives(directory, tmp_path, capsy
         now = now if name == 'all' else now[name]
         assert said[name][:4] == [now['kept'], some['kept'], 0, now['kept'] - some['kept']]
     assert said['all'][3] > 0
-    with pytest.raises(UserError, match='no stage has a rule'):
-        ReportData(str(directory), bounds=(('word_count', 31, None),))(CALL)
+    for name in ('word_count', 'gopher_quality/wordcount'):
+        with pytest.raises(UserError, match=r"no stage has a rule '.*'\. Did you mean gopher_quality/word_count\?"):
+            ReportData(str(directory), bounds=((name, 31, None),))(CALL)
     with pytest.raises(UserError, match='no figure is from 3 to 2'):
         ReportData(str(directory), bounds=(('tokens', 3, 2),))
     with pytest.raises(UserError, match='holds no run'):

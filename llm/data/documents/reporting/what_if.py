@@ -1,6 +1,7 @@
 """What other bounds of rules would remove, from the figures in the ledger: nothing is judged again."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,9 +36,10 @@ def what_if(ledger: Ledger, changes: Sequence[Bounds]) -> WhatIf:
     """
     for change in changes:
         if change.rule not in ledger.rules:
-            raise UserError(
-                f'no stage has a rule {change.rule!r}', where=str(ledger.directory), fix=f'There are {ledger.rules}.'
-            )
+            near = [rule for rule in ledger.rules if rule.endswith(f'/{change.rule}')]
+            near = near or difflib.get_close_matches(change.rule, ledger.rules, n=1)
+            fix = f'Did you mean {near[0]}?' if near else f'There are {", ".join(ledger.rules)}.'
+            raise UserError(f'no stage has a rule {change.rule!r}', where=str(ledger.directory), fix=fix)
     numbers = [ledger.rules.index(change.rule) for change in changes]
     sources: dict[str, np.ndarray] = {}
     first = np.zeros((2, len(ledger.rules) + 1, len(MEASURES)))
