@@ -112,7 +112,7 @@ class PrepareData:
                     processes=self.processes,
                     seconds_per_batch=self.seconds_per_batch,
                 )
-            report = _table(summary)
+            report, stay = _table(summary), summary.counts.kept
             if summary.counts.quarantined:
                 report += f'\n{_quarantined(directory, summary.counts.quarantined)}'
             if self.deduplication is not None or self.decontamination is not None:
@@ -120,17 +120,20 @@ class PrepareData:
                     counts = self.runner.finish(directory, self.deduplication, self.decontamination)
                 else:
                     counts = finish(directory, self.deduplication, self.decontamination, processes=self.processes)
-                report += f'\n{_final_table(counts)}'
+                report, stay = f'{report}\n{_final_table(counts)}', counts.kept
             write_rules(directory, chain)
             if self.report is not None:
                 report += f'\n{printed_rules(write_data_report(directory, self.report))}see {directory / PAGE_FILE}'
-        print(f'{report}\n{directory}: done in {time.perf_counter() - started:.1f} s')
+        print(report)
         if summary.counts.documents and summary.counts.quarantined == summary.counts.documents:
             raise UserError(
                 f'none of {summary.counts.documents:,} documents could be judged',
                 where=str(directory / 'quarantine'),
                 fix='It says why of each. Set the sources or stages right, and use another output_directory.',
             )
+        if not stay:
+            print('warning: no document stays; the report and the ledger say which rules removed them')
+        print(f'{directory}: done in {time.perf_counter() - started:.1f} s')
 
     def _plan(self, chain: Chain) -> str:
         """What would be done. What is read besides documents is looked at: a mistake there would stop late phases."""

@@ -1,5 +1,6 @@
 """The prepare_data job, as its run file starts it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_a_crawl_becomes_documents_that_training_reads(dev_data, tmp_path, reque
 
 def test_a_run_that_could_judge_nothing_says_so(tmp_path, capsys):
     (tmp_path / 'texts.jsonl').write_text('{"text": "fail"}\n{"text": 7}\n')
+    (tmp_path / 'odd.jsonl').write_text('{"text": "odd"}\n')
     job = PrepareData(
         str(tmp_path / 'out'),
         (JsonLines(files=str(tmp_path / 'texts.jsonl'), name='texts'),),
@@ -61,5 +63,11 @@ def test_a_run_that_could_judge_nothing_says_so(tmp_path, capsys):
     for _ in range(2):
         with pytest.raises(UserError, match='none of 2 documents could be judged'):
             job(invocation)
-    assert '1 of 1 shards had been done before' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '1 of 1 shards had been done before' in said and 'done in' not in said
     assert json.loads((tmp_path / 'out/summary.json').read_text())['counts']['quarantined'] == 2
+    other = dataclasses.replace(
+        job, output_directory=str(tmp_path / 'odd'), sources=(JsonLines(files=str(tmp_path / 'odd.jsonl'), name='odd'),)
+    )
+    other(invocation)
+    assert 'warning: no document stays' in capsys.readouterr().out
