@@ -10,7 +10,16 @@ from typing import Any
 from tqdm import tqdm
 
 from llm.data.documents.deduplication.verdicts import withdraw
-from llm.data.documents.shard_processing import PARTS, ShardCounts, Task, committed, part, process, shard_digest
+from llm.data.documents.shard_processing import (
+    PARTS,
+    ShardCounts,
+    Task,
+    check_rows,
+    committed,
+    part,
+    process,
+    shard_digest,
+)
 from llm.data.documents.sources import InputShard, Source
 from llm.data.documents.stage import Chain
 from llm.data.documents.workers import in_processes
@@ -93,7 +102,8 @@ def run(
     for (name, _), number in zip(shards, numbers, strict=True):
         by_source.setdefault(name, ShardCounts()).add(done[number])
     summary = Summary(total, by_source, len(tasks), resumed)
-    _check(directory, total, numbers)
+    files = {kind: [directory / part(number, kind) for number in numbers] for kind in ('documents', 'ledger')}
+    check_rows(str(directory), total, files)
     write_json(directory / SUMMARY, summary.as_json())
     return summary
 
@@ -157,16 +167,3 @@ def _others(directory: Path, numbers: set[int]) -> list[Path]:
     """Files of shards that an earlier run had and this one has not, also of those that it had not committed."""
     paths = [path for kind in ('shards', *PARTS) for path in (directory / kind).glob('*')]
     return [path for path in paths if path.stem.isdigit() and int(path.stem) not in numbers]
-
-
-def _check(directory: Path, counts: ShardCounts, numbers: Sequence[int]) -> None:
-    """Nothing was lost: the counts balance, and the files have as many rows as were counted."""
-    import pyarrow.parquet
-
-    def rows(kind: str) -> int:
-        paths = [directory / part(number, kind) for number in numbers]
-        return sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
-
-    found = {'kept': rows('documents'), 'judged': rows('ledger')}
-    if not counts.balanced or found != {'kept': counts.kept, 'judged': counts.documents - counts.quarantined}:
-        raise RuntimeError(f'documents were lost: {counts.as_json()}, in files {found}')

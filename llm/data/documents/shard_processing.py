@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,16 @@ def committed(directory: Path, task: Task) -> ShardCounts | None:
         return ShardCounts.from_json(record['counts'])
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def check_rows(where: str, counts: ShardCounts, files: Mapping[str, Sequence[Path]]) -> None:
+    """Check that nothing was lost: the counts balance, and files of 'documents' and 'ledger' have as many rows."""
+    import pyarrow.parquet
+
+    found = {kind: sum(pyarrow.parquet.read_metadata(path).num_rows for path in files[kind]) for kind in files}
+    expected = {'documents': counts.kept, 'ledger': counts.documents - counts.quarantined}
+    if not counts.balanced or found != expected:
+        raise RuntimeError(f'documents were lost in {where}: {counts.as_json()}, in files {found}')
 
 
 def process(task: Task, chain: Chain, directory: Path, at: Callable[[int, int], None]) -> ShardCounts:

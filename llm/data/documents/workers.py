@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -145,25 +145,27 @@ def _start(context: Any, chain: Chain, directory: Path) -> _Worker:
 
 
 def _work(connection: Connection, chain: Chain, directory: Path, position: Any) -> None:
-    """The body of a worker: a task in, its counts or the exception out."""
+    serve(connection, lambda task: process(task, chain, directory, lambda first, count: _set(position, first, count)))
+
+
+def serve(connection: Connection, answer: Callable[[Any], Any]) -> None:
+    """The body of a worker: a task in, its answer or the exception out, until who asks closes or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    die_with_parent()
+    _die_with_parent()
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(process(task, chain, directory, lambda first, count: _set(position, first, count)))
+            connection.send(answer(task))
         except Exception as error:
             if not isinstance(error, (OSError, UserError)):
                 error.add_note(traceback.format_exc())  # a bug; pickling drops where it was
             connection.send(error)
 
 
-def die_with_parent() -> None:
-    """End this process when the one that asked for it has ended."""
-
+def _die_with_parent() -> None:
     def watch() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
-import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -14,7 +12,7 @@ from llm.data.documents.beam.records import Records
 from llm.data.documents.fork_server import fork_server
 from llm.data.documents.shard_processing import judge
 from llm.data.documents.stage import Chain
-from llm.data.documents.workers import CHANCES, die_with_parent, said
+from llm.data.documents.workers import CHANCES, said, serve
 from llm.errors import UserError
 
 
@@ -103,18 +101,9 @@ class Judging(beam.DoFn):
 
 
 def _work(connection: Connection, chain: Chain) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
-    die_with_parent()
+    def judged(records: Records) -> Records:
+        judge(records.items, records.first, records.task, chain, records.counts, records)
+        return records.without_items()
+
     connection.send(None)
-    while True:
-        try:
-            records = connection.recv()
-        except EOFError:
-            return
-        try:
-            judge(records.items, records.first, records.task, chain, records.counts, records)
-            connection.send(records.without_items())
-        except Exception as error:
-            if not isinstance(error, (OSError, UserError)):
-                error.add_note(traceback.format_exc())  # a bug; pickling drops where it was
-            connection.send(error)
+    serve(connection, judged)

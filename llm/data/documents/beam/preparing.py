@@ -28,6 +28,7 @@ from llm.data.documents.shard_processing import (
     Task,
     Writer,
     batches,
+    check_rows,
     part,
     shard_digest,
 )
@@ -126,8 +127,6 @@ def _read(task: Task, piece_documents: int) -> Iterator[Any]:
 
 def _write(element: tuple[str, Iterable[Records]], rules: Sequence[str], output: str) -> Iterator[tuple[int, Written]]:
     """One piece of a shard into its three files."""
-    import pyarrow.parquet
-
     name, some = element[0], sorted(watched(element[1]), key=lambda records: records.first)
     counts = ShardCounts()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,12 +139,7 @@ def _write(element: tuple[str, Iterable[Records]], rules: Sequence[str], output:
                 for item in records.quarantined:
                     writer.quarantine(item)
             sizes = writer.commit()
-        rows = {
-            kind: pyarrow.parquet.read_metadata(Path(folder) / part(name, kind)).num_rows
-            for kind in ('documents', 'ledger')
-        }
-        if rows != {'documents': counts.kept, 'ledger': counts.documents - counts.quarantined}:
-            raise RuntimeError(f'documents were lost in {name}: {counts.as_json()}, in files {rows}')
+        check_rows(name, counts, {kind: [Path(folder) / part(name, kind)] for kind in ('documents', 'ledger')})
         for kind in PARTS:
             publish(Path(folder) / part(name, kind), join(output, part(name, kind)))
     yield some[0].task.index, Written(counts=counts, sizes=Counter(sizes))

@@ -1,5 +1,7 @@
 """Tables by source, language, domain, URL, licence and year; documents to look at; what could not be judged."""
 
+from collections.abc import Iterable
+
 from llm.evaluation.reports.document import details
 from llm.evaluation.reports.escaping import escape
 from llm.evaluation.reports.prepared_data.tables import (
@@ -101,6 +103,14 @@ def samples(report: Json) -> str:
     )
 
 
+def _lists(groups: Iterable[tuple[str, list[str]]]) -> str:
+    """Lists of HTML, each under its heading, a text."""
+    return ''.join(
+        f'<h3>{escape(heading)}</h3><ul>' + ''.join(f'<li>{item}</li>' for item in items) + '</ul>'
+        for heading, items in groups
+    )
+
+
 def quarantine(report: Json) -> str:
     """Reasons, with where it happened."""
     rows = report['quarantined']
@@ -108,13 +118,14 @@ def quarantine(report: Json) -> str:
     content = ''
     if rows:
         cells = [words(row['stage']) + words(row['reason']) + number(row['count']) for row in rows]
-        shown = ''.join(
-            f'<h3>{escape(row["reason"])}</h3><ul>'
-            + ''.join(
-                f'<li><code>{escape(item["where"])}</code> {escape(item["id"])} {escape(item["reason"])}</li>'
-                for item in row['samples']
+        shown = _lists(
+            (
+                row['reason'],
+                [
+                    f'<code>{escape(item["where"])}</code> {escape(item["id"])} {escape(item["reason"])}'
+                    for item in row['samples']
+                ],
             )
-            + '</ul>'
             for row in rows[:_REASON_DOCUMENTS]
         )
         table = data_table(['stage', 'reason', 'documents'], cells, left=(0, 1))
@@ -136,13 +147,11 @@ def contamination(report: Json) -> str:
     if found is None:
         return ''
     cells = [words(row['set']) + words(row['rule']) + number(row['hits']) for row in found['sets']]
-    shown = ''.join(
-        f'<h3>{escape(row["set"])}, {escape(row["rule"])}</h3><ul>'
-        + ''.join(
-            f'<li>{escape(hit["item"])} in {escape(hit["id"])}: <q>{escape(hit["text"])}</q></li>'
-            for hit in row['samples']
+    shown = _lists(
+        (
+            f'{row["set"]}, {row["rule"]}',
+            [f'{escape(hit["item"])} in {escape(hit["id"])}: <q>{escape(hit["text"])}</q>' for hit in row['samples']],
         )
-        + '</ul>'
         for row in found['sets']
     )
     table = data_table(['evaluation set', 'rule', 'hits'], cells, left=(0, 1))
