@@ -13,6 +13,8 @@ from llm.models.remat import RematKind, rematerialized
 Auxiliary = dict[str, dict[str, jax.Array]]
 # x, what the last layer reads, and the cache.
 Carry = tuple[jax.Array, jax.Array | None, Cache | None]
+# The layers of a repeat, its index, and what it remembers.
+Slices = tuple[dict[str, Layer] | None, jax.Array, Cache | None]
 
 
 def run_layers(
@@ -61,9 +63,8 @@ def run_layers(
         cache: Cache | None,
         layers: dict[str, Layer],
         repeat: jax.Array | int,
-        entry_of_cache: jax.Array | int | None = None,
+        place: jax.Array | int,
     ) -> tuple[jax.Array, jax.Array | None, Cache | None, Auxiliary]:
-        place = repeat if entry_of_cache is None else entry_of_cache
         cache = None if cache is None else dict(cache)
         auxiliary: Auxiliary = {}
         for position, layer in layers.items():
@@ -84,40 +85,31 @@ def run_layers(
         found = []
         for repeat in range(repeats):
             entry = operator.itemgetter(0 if shared else repeat)
-            x, read, cache, auxiliary = run_repeat(x, read, cache, jax.tree.map(entry, layers), repeat)
+            x, read, cache, auxiliary = run_repeat(x, read, cache, jax.tree.map(entry, layers), repeat, repeat)
             found.append(auxiliary)
         return x, cache, jax.tree.map(lambda *each: jnp.stack(each), *found), read
 
-    if shared:
-        only = jax.tree.map(operator.itemgetter(0), layers)
-
-        def again(carry: Carry, repeat: jax.Array) -> tuple[Carry, Auxiliary]:
-            x, read, cache, auxiliary = run_repeat(*carry, only, repeat)
-            return (x, read, cache), auxiliary
-
-        (x, read, cache), auxiliary = jax.lax.scan(again, (x, read, cache), jnp.arange(repeats))
-        return x, cache, auxiliary, read
-
-    if cache is not None and context.offset is None:
-        # What layers remember in training: each repeat gets its own entry alone. What a loop carries would be kept
-        # whole for the backward pass of every turn.
-        def remembering(
-            carry: tuple[jax.Array, jax.Array | None], slices: tuple[dict[str, Layer], jax.Array, Cache]
-        ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Auxiliary, Cache | None]]:
-            layers, repeat, entry = slices
-            x, read, after, auxiliary = run_repeat(*carry, jax.tree.map(lambda m: m[None], entry), layers, repeat, 0)
-            return (x, read), (auxiliary, jax.tree.map(operator.itemgetter(0), after))
-
-        (x, read), (auxiliary, cache) = jax.lax.scan(remembering, (x, read), (layers, jnp.arange(repeats), cache))
-        return x, cache, auxiliary, read
-
-    def body(carry: Carry, slices: tuple[dict[str, Layer], jax.Array]) -> tuple[Carry, Auxiliary]:
-        x, read, cache, auxiliary = run_repeat(*carry, *slices)
-        return (x, read, cache), auxiliary
-
+    only = jax.tree.map(operator.itemgetter(0), layers) if shared else None
     # In decoding the cache is carried whole, and each repeat writes to its own entry, so that XLA updates it in place.
-    (x, read, cache), auxiliary = jax.lax.scan(body, (x, read, cache), (layers, jnp.arange(repeats)))
-    return x, cache, auxiliary, read
+    # In training each repeat gets the entry that it remembers alone: what a loop carries would be kept whole for the
+    # backward pass of every turn.
+    remembering = cache is not None and context.offset is None
+
+    def body(carry: Carry, slices: Slices) -> tuple[Carry, tuple[Auxiliary, Cache | None]]:
+        x, read, carried = carry
+        own, repeat, entry = slices
+        before = jax.tree.map(lambda m: m[None], entry) if remembering else carried
+        layers, place = own if only is None else only, 0 if remembering else repeat
+        assert layers is not None
+        x, read, after, auxiliary = run_repeat(x, read, before, layers, repeat, place)
+        if remembering:
+            return (x, read, None), (auxiliary, jax.tree.map(operator.itemgetter(0), after))
+        return (x, read, after), (auxiliary, None)
+
+    carried, entries = (None, cache) if remembering else (cache, None)
+    slices = (None if shared else layers, jnp.arange(repeats), entries)
+    (x, read, carried), (auxiliary, entries) = jax.lax.scan(body, (x, read, carried), slices)
+    return x, entries if remembering else carried, auxiliary, read
 
 
 def _run_layer(
